@@ -1,0 +1,156 @@
+"""The contract that every wire of the data plane keeps.
+
+A *wire* joins two processes (or two threads, for ``local``) and carries *frames* both ways. The rules:
+
+* **Order and loss.** Frames of one direction arrive whole, once, and in the order in which they were sent. A frame
+  is lost only together with its wire. There is no order between different wires.
+* **Pairwise.** A wire knows one peer. A dead, stopped or slow peer breaks its own wire and no other.
+* **Deadlines.** Every call that can wait takes ``deadline``, an absolute ``time.monotonic()`` in seconds, and raises
+  :class:`WireTimeout` when it passes. A send that timed out has left the wire torn: it is closed, and later
+  calls raise :class:`PeerGone`. A receive that timed out has lost nothing and may be called again.
+* **Death.** When the peer closes, or dies (kill -9 included), every waiting and every later ``recv`` raises
+  :class:`PeerGone` once the frames that had arrived whole are consumed; ``send`` raises it at the latest when it
+  would have to wait. EOF of a socket tells it within milliseconds.
+* **Both may send first.** ``send`` of any frame up to ``MAX_FRAME_BYTES`` makes progress while the peer is in a
+  ``send`` itself: it takes in what arrives meanwhile, so that two sends towards each other never lock.
+* **Buffers.** ``send`` has copied or written the parts when it returns: they are the caller's again. The parts of a
+  received :class:`Frame` are views of memory owned by the wire and are valid until the next ``recv`` on that wire.
+  In the steady state (frames no larger than those before) neither direction allocates payload memory.
+* **Stale frames.** Each frame carries (epoch, step, micro-batch, layer, attempt). ``fence(tag)`` makes the wire drop,
+  and count in ``stats.dropped``, received frames whose ``tag.fence_key`` is below that of ``tag``.
+* **Threads.** One thread at a time uses a wire; ``close`` alone may come from another thread, at any time, any
+  number of times.
+* **Waiting** never burns a core: a bounded, adaptive few tens of microseconds of yielding polls, then a blocking
+  wait in the kernel.
+
+Sources: design follows the pairwise "M2N" library of MegaScale-Infer (arXiv 2504.02263) in what is promised, not in
+how it is done.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+Buffer = bytes | bytearray | memoryview
+"""Anything contiguous; memoryviews are sent as their bytes."""
+
+MAX_FRAME_BYTES = 256 << 20
+"""Largest sum of a frame's parts, in bytes. A larger announcement from a peer is a protocol error."""
+
+MAX_PARTS = 8
+
+
+class Medium(StrEnum):
+    """What a wire is made of."""
+
+    LOCAL = "local"
+    SHM = "shm"
+    TCP = "tcp"
+
+
+class TransportError(Exception):
+    """Root of every error of this room."""
+
+
+class WireTimeout(TransportError):
+    """The deadline passed before the call could finish."""
+
+
+class PeerGone(TransportError):
+    """The peer closed the wire, died, or the wire was torn by an earlier error."""
+
+
+class ProtocolError(TransportError):
+    """The peer sent something that is not a frame of ours (wrong magic, version, size)."""
+
+
+class HandshakeRefused(TransportError):
+    """The hello was not answered as it must be: wrong secret, wrong node for shm, or a stranger on the port."""
+
+
+class FrameTag(NamedTuple):
+    """Where in the computation a frame belongs. All fields are unsigned 32-bit, ``step`` is 64-bit."""
+
+    epoch: int = 0
+    step: int = 0
+    micro_batch: int = 0
+    layer: int = 0
+    attempt: int = 0
+
+    @property
+    def fence_key(self) -> tuple[int, int, int]:
+        """(epoch, step, attempt): what makes a frame stale. Layers and micro-batches of one step interleave."""
+        return (self.epoch, self.step, self.attempt)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One received message. ``parts`` are views valid until the next ``recv`` on the same wire."""
+
+    kind: int
+    tag: FrameTag
+    parts: tuple[memoryview, ...]
+
+
+@dataclass(slots=True)
+class WireStats:
+    """Counters since the wire was made; payload and header bytes alike."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    frames_sent: int = 0
+    frames_received: int = 0
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Address:
+    """How to reach an endpoint. Plain data: it travels through Ray calls.
+
+    ``node_id`` is the Ray node id (or any string that is equal exactly where memory can be shared), ``unix_name`` the
+    abstract Unix socket without its leading NUL, ``host:port`` the TCP listener.
+    """
+
+    name: str
+    node_id: str
+    host: str = ""
+    port: int = 0
+    unix_name: str = ""
+
+
+class Wire(ABC):
+    """One end of a pairwise connection. See the module's text for what is promised."""
+
+    peer: str
+    medium: Medium
+    stats: WireStats
+
+    @abstractmethod
+    def send(self, kind: int, tag: FrameTag, parts: Sequence[Buffer], deadline: float) -> None:
+        """Send one frame of at most MAX_PARTS parts. Errors: WireTimeout, PeerGone, ValueError (too large)."""
+
+    @abstractmethod
+    def recv(self, deadline: float) -> Frame:
+        """Next frame that is not stale. Errors: WireTimeout, PeerGone, ProtocolError (the wire is closed then)."""
+
+    @abstractmethod
+    def ready(self) -> bool:
+        """True when ``recv`` would not wait: a whole frame is here, or the peer is gone. Never blocks."""
+
+    @abstractmethod
+    def filenos(self) -> tuple[int, ...]:
+        """Descriptors that become readable when ``ready`` may have changed; for the :class:`~.poller.Poller`."""
+
+    @abstractmethod
+    def fence(self, tag: FrameTag) -> None:
+        """From now on drop received frames older than ``tag`` (see ``FrameTag.fence_key``)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything; the peer sees PeerGone. Idempotent, from any thread."""
+
+
