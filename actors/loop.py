@@ -1,0 +1,132 @@
+"""The data-plane thread of an actor: waits on all its wires, hands each frame to one handler."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from actors.transport.base import Frame, PeerGone, TransportError, Wire, WireTimeout
+from actors.transport.poller import Poller
+
+log = logging.getLogger(__name__)
+
+_IDLE_S = 60.0
+
+
+class LoopThread:
+    """Runs ``on_frame(wire, frame)`` for every frame and ``on_gone(wire, error)`` for every wire that ends.
+
+    Handlers run one at a time in the loop's thread. A handler that raises a TransportError loses that wire alone;
+    any other exception is a bug: it ends the loop, is logged, and is kept in ``failure``. ``next_deadline`` tells
+    until when to wait at most (absolute monotonic seconds); ``on_tick`` runs after each wait.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        on_frame: Callable[[Wire, Frame], None],
+        on_gone: Callable[[Wire, PeerGone], None],
+        threads: int = 0,
+        next_deadline: Callable[[], float] | None = None,
+        on_tick: Callable[[], None] | None = None,
+    ) -> None:
+        self._on_frame = on_frame
+        self._on_gone = on_gone
+        self._threads = threads
+        self._next_deadline = next_deadline or (lambda: time.monotonic() + _IDLE_S)
+        self._on_tick = on_tick
+        self._poller = Poller()
+        self._wires: set[Wire] = set()
+        self._joining: list[Wire] = []
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=f"{name}-loop", daemon=True)
+        self.failure: BaseException | None = None
+
+    def add(self, wire: Wire) -> None:
+        """Take over a wire. From any thread."""
+        with self._lock:
+            if self._stopping:
+                wire.close()
+                return
+            self._joining.append(wire)
+        self._poller.wake()
+
+    def start(self) -> None:
+        """Start the thread; once."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Make the loop run ``on_tick`` soon. From any thread."""
+        self._poller.wake()
+
+    def stop(self) -> None:
+        """End the thread and close every wire. Idempotent, from any other thread."""
+        with self._lock:
+            self._stopping = True
+        self._poller.wake()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._close_all()
+
+    def wires(self) -> list[Wire]:
+        """The wires that are alive now, for statistics."""
+        return list(self._wires)
+
+    def drop(self, wire: Wire, error: PeerGone) -> None:
+        """Forget a wire that turned out to be dead while it was used outside ``on_frame``. Loop thread only."""
+        if wire in self._wires:
+            self._wires.discard(wire)
+            self._poller.remove(wire)
+            wire.close()
+            self._on_gone(wire, error)
+
+    def _run(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                while not self._stopping:
+                    self._turn()
+        except BaseException as error:
+            self.failure = error
+            log.exception("the data-plane loop ended by an error; its wires are closed")
+            self._close_all()
+
+    def _turn(self) -> None:
+        with self._lock:
+            joining, self._joining = self._joining, []
+        for wire in joining:
+            self._wires.add(wire)
+            self._poller.add(wire)
+        for wire in self._poller.wait(self._next_deadline()):
+            if wire in self._wires:
+                self._serve(wire)
+        if self._on_tick is not None:
+            self._on_tick()
+
+    def _serve(self, wire: Wire) -> None:
+        try:
+            frame = wire.recv(time.monotonic())
+        except WireTimeout:
+            return  # what had arrived was stale
+        except TransportError as error:
+            self.drop(wire, PeerGone(str(error)))
+            return
+        try:
+            self._on_frame(wire, frame)
+        except TransportError as error:
+            self.drop(wire, PeerGone(str(error)))
+
+    def _close_all(self) -> None:
+        with self._lock:
+            wires = [*self._wires, *self._joining]
+            self._wires.clear()
+            self._joining.clear()
+        for wire in wires:
+            wire.close()
+        self._poller.close()

@@ -1,0 +1,47 @@
+"""What an actor must know of the model and of the machine it runs on. Plain data, sent once when it is made."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """``dtype`` is a torch dtype's name ("float32", "bfloat16"). ``row_block`` > 0 is the deterministic mode (see
+    ``actors.model.linear``). ``threads``: torch's intra-op threads in this process; 0 means the machine's cores divided
+    by ``sharing``, the number of such processes on it."""
+
+    path: Path
+    dtype: str
+    row_block: int
+    threads: int
+    step_timeout_s: float
+    sharing: int = 1
+
+    @property
+    def thread_count(self) -> int:
+        """Threads to use on this machine; to be asked in the process itself."""
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.sharing)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Limits of one attention shard. ``kv_bytes`` bounds the KV cache, ``token_budget`` the rows of a step."""
+
+    context_length: int
+    kv_bytes: int
+    block_size: int
+    max_running: int
+    max_waiting: int
+    token_budget: int

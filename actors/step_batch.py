@@ -1,0 +1,36 @@
+"""Between the engine's words (chunks of requests) and the model's (packed rows)."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from actors.engine.plan import StepPlan
+from actors.engine.sampling import sample
+from actors.model.batch import Segment, StepBatch
+
+
+def step_batch(plan: StepPlan) -> StepBatch:
+    """The plan's chunks one after the other; logits are wanted for the last row of each chunk that samples."""
+    chunks = plan.chunks
+    starts = list(itertools.accumulate((len(c.token_ids) for c in chunks), initial=0))
+    return StepBatch(
+        token_ids=torch.tensor([t for c in chunks for t in c.token_ids]),
+        positions=torch.cat([torch.arange(c.start, c.start + len(c.token_ids)) for c in chunks]),
+        slots=torch.tensor([slot for c in chunks for slot in c.slots]),
+        segments=[
+            Segment(start, len(c.token_ids), c.start, torch.tensor(c.block_table))
+            for start, c in zip(starts, chunks, strict=False)
+        ],
+        output_rows=torch.tensor(
+            [end - 1 for end, c in zip(starts[1:], chunks, strict=True) if c.sample], dtype=torch.int64
+        ),
+    )
+
+
+def sample_plan(plan: StepPlan, logits: Tensor) -> list[int | None]:
+    """One token per chunk that samples, from ``logits`` [S, V]; None where a row's logits are not finite."""
+    chunks = plan.sampled
+    return sample(logits, [c.sampling for c in chunks], [c.index for c in chunks])

@@ -1,0 +1,30 @@
+"""``expertmesh demo``: a cluster on this machine, what runs where, one streamed answer, and all of it gone again."""
+
+from __future__ import annotations
+
+import sys
+
+from cluster.cli.client import complain
+from cluster.cli.generate import Sampling, run_generate
+from cluster.cli.serve import Stopped, StopSignals, expected_errors, ready_cluster, weight_bytes
+from cluster.cli.status import run_status
+from cluster.config import load_config
+
+
+def run_demo(text: str) -> int:
+    """One attention shard, one router, two expert shards, one gateway on a free port; the exit status."""
+    config = load_config(None, {"gateway.port": 0, "ray.address": "local"})
+    StopSignals()
+    try:
+        with ready_cluster(config, weight_bytes(config)) as address:
+            print()
+            status = run_status(address)
+            print(f"\n> {text}", flush=True)
+            status |= run_generate(text, address, True, None, Sampling(None, None, None, None), [])
+            print("\nstopping", file=sys.stderr, flush=True)
+    except (Stopped, SystemExit):
+        print("stopped", file=sys.stderr)
+        return 130
+    except expected_errors() as error:
+        return complain(str(error))
+    return status

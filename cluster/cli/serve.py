@@ -1,0 +1,161 @@
+"""``expertmesh serve``: check everything that can be checked, start, say one line, stop in order."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
+
+from cluster.cli.client import complain
+from cluster.config import ConfigError, ServerConfig, load_config
+from cluster.model_source import model_name
+
+_WHO_TIMEOUT_S = 2.0
+
+
+def run_serve(model: str | None, config_file: Path | None, grpc_port: int | None) -> int:
+    """Serve until SIGINT or SIGTERM; the exit status."""
+    signals = StopSignals()
+    flags = {"model": model, "gateway.port": grpc_port}
+    try:
+        config = load_config(config_file, {key: value for key, value in flags.items() if value is not None})
+        check_port(config)
+        with ready_cluster(config, weight_bytes(config)):
+            signals.wait()
+            print("stopping", file=sys.stderr, flush=True)
+        return 0
+    except (Stopped, SystemExit):  # SystemExit: Ray's own SIGTERM handler, which is in force while it starts
+        print("stopped before it was ready", file=sys.stderr)
+        return 130
+    except expected_errors() as error:
+        return complain(str(error))
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came while the cluster was being started."""
+
+
+class StopSignals:
+    """SIGINT and SIGTERM: they interrupt the start, and end the serving in order. A second one changes nothing."""
+
+    def __init__(self) -> None:
+        self._serving = threading.Event()
+        self._stop = threading.Event()
+        self._install()
+
+    def wait(self) -> None:
+        """From now on signals mean "stop serving"; returns when one has come."""
+        self._serving.set()
+        self._install()
+        self._stop.wait()
+
+    def _install(self) -> None:
+        """Again after the start: Ray puts a SIGTERM handler of its own."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        first = not self._stop.is_set()
+        self._stop.set()
+        if first and not self._serving.is_set():
+            raise Stopped
+
+
+def check_port(config: ServerConfig) -> None:
+    """Refuse early, and say who is there when that is one of us. Raises ConfigError."""
+    host, port = config.gateway.host, config.gateway.port
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"gateway.host: {host!r}: {error.strerror}") from None
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(f"gateway.port: {port} is in use on {host}{_who(host, port)}") from None
+            raise ConfigError(f"gateway.host: cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def weight_bytes(config: ServerConfig) -> int:
+    """Open the checkpoint and the tokenizer, so that what is wrong with them is said before anything starts.
+
+    Returns the bytes of its files. Raises ConfigError, CheckpointError, UnsupportedModelError, TokenizerError.
+    """
+    from actors.model.weights import Checkpoint
+    from cluster.gateway.server import served_model
+    from cluster.model_source import resolve_model
+    from cluster.settings import SettingsFactory
+
+    path = resolve_model(config.model, progress=True)
+    served_model(SettingsFactory(config, {"": path}).gateway(""))
+    Checkpoint(path).close()
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """What a user can cause; anything else is a bug and shows its traceback."""
+    from actors.model.errors import CheckpointError, UnsupportedModelError
+    from cluster.controller import StartFailed
+    from cluster.default_model import DefaultModelError
+    from cluster.gateway.server import PortInUse
+    from cluster.gateway.tokenizer import TokenizerError
+    from cluster.ray_session import AlreadyServing
+    from placement.bundles import NoRoom
+
+    return (
+        AlreadyServing,
+        CheckpointError,
+        ConfigError,
+        DefaultModelError,
+        NoRoom,
+        PortInUse,
+        StartFailed,
+        TokenizerError,
+        UnsupportedModelError,
+    )
+
+
+@contextmanager
+def ready_cluster(config: ServerConfig, expected_bytes: int) -> Iterator[str]:
+    """A running cluster, with a progress bar until it is up and then one line that says so."""
+    from cluster.launch import running_cluster
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting Ray", total=expected_bytes)
+        with running_cluster(
+            config, lambda now: bar.update(task, description=now.phase, completed=now.loaded_bytes)
+        ) as address:
+            bar.stop()
+            print(f"expertmesh is ready: {_summary(config)} at {address}; Ctrl-C stops it", flush=True)
+            yield address
+
+
+def _summary(config: ServerConfig) -> str:
+    attention, experts = config.attention.replicas, config.experts.shards
+    return f"{model_name(config.model)} on {attention} attention, {attention} router, {experts} expert shard(s)"
+
+
+def _who(host: str, port: int) -> str:
+    """If one of us listens there, its name."""
+    import grpc
+    from expertmesh.v1.inference_pb2 import GetModelInfoRequest
+    from expertmesh.v1.inference_pb2_grpc import InferenceStub
+
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try:
+            info = InferenceStub(channel).GetModelInfo(GetModelInfoRequest(), timeout=_WHO_TIMEOUT_S)
+        except grpc.RpcError:
+            return ""
+    return f" by an expertmesh that serves {info.model}; stop it, or choose another --grpc-port"

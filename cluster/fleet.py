@@ -1,0 +1,76 @@
+"""What the controller needs from whatever runs the actors: ``RayFleet``, or ``LocalFleet`` (one process)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from placement.spec import BundleRequest, Node
+
+
+class ActorUnreachable(RuntimeError):
+    """The actor's process is gone or cannot be reached."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Reserved room on a node. ``group`` is the placement group's id as text; ``handle`` is the fleet's own."""
+
+    name: str
+    node_id: str
+    group: str = ""
+    index: int = 0
+    handle: Any = None
+
+
+class ActorHandle(ABC):
+    """A running actor. Picklable, so that actors may be told of each other."""
+
+    name: str
+
+    @abstractmethod
+    def begin(self, method: str, *args: Any) -> Future[Any]:
+        """Call a method; the future gives its result, its exception, or ActorUnreachable."""
+
+    def call(self, method: str, *args: Any, timeout_s: float) -> Any:
+        """Call and wait. Raises TimeoutError after ``timeout_s`` seconds."""
+        return self.begin(method, *args).result(timeout_s)
+
+
+class Fleet(ABC):
+    """Starts and ends actors. Plain classes go in; their last constructor argument is the endpoint factory."""
+
+    @abstractmethod
+    def home(self) -> str:
+        """Node id of the controller."""
+
+    @abstractmethod
+    def nodes(self) -> list[Node]:
+        """The machines there are."""
+
+    @abstractmethod
+    def reserve(self, requests: Sequence[BundleRequest], timeout_s: float) -> list[Bundle]:
+        """One bundle per request, spread over nodes. All or none; raises placement.bundles.NoRoom."""
+
+    @abstractmethod
+    def on_nodes(self, node_ids: Sequence[str], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+        """Run ``function(*args)`` once on each of the nodes, at the same time; results by node id."""
+
+    @abstractmethod
+    def spawn(self, role: type, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
+        """Start ``role(name, *args, make_endpoint)`` in ``bundle``, or on the controller's node for None."""
+
+    @abstractmethod
+    def node_id(self, handle: ActorHandle) -> str:
+        """Where the actor runs."""
+
+    @abstractmethod
+    def kill(self, handle: ActorHandle) -> None:
+        """End the actor's process at once. Idempotent."""
+
+    @abstractmethod
+    def release(self, bundle: Bundle) -> None:
+        """Give a bundle back. Idempotent."""

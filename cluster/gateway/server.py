@@ -1,0 +1,195 @@
+"""Gateway: the way in. A gRPC server in an event loop of its own, fed with tokens by the data-plane thread."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from expertmesh.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from actors.loop import LoopThread
+from actors.messages import Kind, decode_tokens
+from actors.model.families import load_spec
+from actors.transport.base import Address, EndpointFactory, Frame, PeerGone, ProtocolError, Wire
+from cluster.fleet import ActorHandle
+from cluster.gateway.chat import ChatTemplate
+from cluster.gateway.served_model import ServedModel, default_sampling, stop_ids
+from cluster.gateway.service import ControlService, InferenceService
+from cluster.gateway.settings import GatewaySettings
+from cluster.gateway.streams import AttentionPeer, Streams
+from cluster.gateway.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_DRAIN_S = 5.0
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+CONTROL = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
+
+
+class PortInUse(RuntimeError):
+    """The gateway's address is taken by somebody else."""
+
+
+@dataclass(frozen=True)
+class GatewayStats:
+    """``address`` is "HOST:PORT"; ``requests`` came since the start, ``streams`` are open now."""
+
+    pid: int
+    address: str
+    streams: int
+    requests: int
+
+
+class Gateway:
+    """One gateway. ``load``, ``connect`` to the attention shards, ``serve``; ``stop`` drains first."""
+
+    def __init__(self, name: str, settings: GatewaySettings, make_endpoint: EndpointFactory) -> None:
+        self.name = name
+        self._settings = settings
+        self._streams = Streams(name)
+        self._model: ServedModel | None = None
+        self._inference: InferenceService | None = None
+        self._controller: ActorHandle | None = None
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+        self._address = ""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"{name}-grpc", daemon=True)
+        self._thread.start()
+        self._data = LoopThread(name, self._on_frame, self._on_gone)
+        self._endpoint = make_endpoint(name, self._data.add)
+
+    def load(self) -> Address:
+        """Read the tokenizer and the chat template."""
+        self._model = served_model(self._settings)
+        self._data.start()
+        return self._endpoint.address
+
+    def connect(self, peers: Sequence[AttentionPeer], controller: ActorHandle, timeout_s: float) -> None:
+        """Connect to the attention shards. Raises TransportError."""
+        deadline = time.monotonic() + timeout_s
+        self._controller = controller
+        for peer in peers:
+            self._data.add(self._endpoint.connect(peer.address, deadline))
+            self._loop.call_soon_threadsafe(self._streams.add_peer, peer)
+
+    def serve(self) -> str:
+        """Open the door. Returns "HOST:PORT"; raises PortInUse."""
+        self._address = self._await(self._serve())
+        return self._address
+
+    def stats(self) -> GatewayStats:
+        """Open streams and totals."""
+        requests = self._inference.requests if self._inference else 0
+        return GatewayStats(os.getpid(), self._address, len(self._streams), requests)
+
+    def stop(self) -> None:
+        """Refuse new calls, give running ones a few seconds, close everything. Idempotent."""
+        if self._loop.is_closed():
+            return
+        self._await(self._close())
+        self._endpoint.close()
+        self._data.stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # -- the event loop -------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> str:
+        assert self._model is not None
+        assert self._controller is not None
+        settings = self._settings
+        self._server = grpc.aio.server(options=_server_options(settings.max_message))
+        self._inference = InferenceService(self._model, self._streams)
+        inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, self._server)
+        control_pb2_grpc.add_ControlServicer_to_server(ControlService(self._controller), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        if settings.reflection:
+            reflection.enable_server_reflection(names, self._server)
+        try:
+            port = self._server.add_insecure_port(f"{settings.host}:{settings.port}")
+        except RuntimeError as error:
+            raise PortInUse(f"gateway: {settings.host}:{settings.port} cannot be opened; is it in use?") from error
+        await self._server.start()
+        await self._tell_health()
+        return f"{settings.host}:{port}"
+
+    async def _tell_health(self) -> None:
+        """ "" is live; each service is ready while there is an attention shard to serve it."""
+        ready = health_pb2.HealthCheckResponse.SERVING
+        if not self._streams.ready:
+            ready = health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        for name in (INFERENCE, CONTROL):
+            await self._health.set(name, ready)
+
+    async def _close(self) -> None:
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(_DRAIN_S)
+
+    def _await(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    # -- data plane (loop thread) -----------------------------------------------------------------------------------
+
+    def _on_frame(self, wire: Wire, frame: Frame) -> None:
+        if frame.kind != Kind.TOKENS:
+            raise ProtocolError(f"gateway {self.name}: unexpected frame of kind {frame.kind} from {wire.peer}")
+        self._loop.call_soon_threadsafe(self._streams.deliver, decode_tokens(frame))
+
+    def _on_gone(self, wire: Wire, error: PeerGone) -> None:
+        log.error("attention shard %s is gone: %s", wire.peer, error)
+        self._loop.call_soon_threadsafe(self._lose, wire.peer)
+
+    def _lose(self, peer: str) -> None:
+        self._streams.lose_peer(peer)
+        self._health_task = self._loop.create_task(self._tell_health())
+
+
+def served_model(settings: GatewaySettings) -> ServedModel:
+    """What the checkpoint says of itself. Raises CheckpointError, TokenizerError, ValueError."""
+    spec = load_spec(settings.model_path)
+    tokenizer = Tokenizer.load(settings.model_path)
+    generation = settings.model_path / "generation_config.json"
+    config = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {}
+    return ServedModel(
+        name=settings.model_name,
+        model_type=spec.model_type,
+        dtype=settings.dtype,
+        context_length=settings.context_length,
+        vocab_size=spec.vocab_size,
+        layers=spec.n_layers,
+        moe_layers=len(spec.moe_layers),
+        experts_per_layer=spec.moe.n_experts,
+        experts_per_token=spec.moe.top_k,
+        stop_ids=stop_ids(config, tokenizer) | frozenset(spec.eos_token_ids),
+        default_sampling=default_sampling(config),
+        tokenizer=tokenizer,
+        chat=ChatTemplate.of(tokenizer),
+    )
+
+
+def _server_options(max_message: int) -> list[tuple[str, int]]:
+    """Finite messages, a port of our own, and patience with clients that ping every ten seconds."""
+    return [
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", max_message),
+        ("grpc.max_send_message_length", max_message),
+        ("grpc.http2.min_ping_interval_without_data_ms", 9_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_connection_age_ms", 2 * 3600 * 1000),
+        ("grpc.max_connection_age_grace_ms", 600 * 1000),
+    ]

@@ -1,0 +1,70 @@
+"""All roles in one process, without Ray: the reference against which every distributed run is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from actors.transport.local import LocalNetwork
+from cluster.fleet import ActorHandle, Bundle, Fleet
+from placement.spec import BundleRequest, Node
+
+LOCAL_NODE = "local"
+
+
+class LocalHandle(ActorHandle):
+    """Calls methods of an object in this process, in a pool of threads, as a Ray actor with concurrency would."""
+
+    def __init__(self, name: str, actor: Any, pool: ThreadPoolExecutor) -> None:
+        self.name = name
+        self.actor = actor
+        self._pool = pool
+
+    def begin(self, method: str, *args: Any) -> Future[Any]:
+        """See ActorHandle."""
+        return self._pool.submit(getattr(self.actor, method), *args)
+
+
+class LocalFleet(Fleet):
+    """Actors as plain objects. ``close`` ends the pool of threads when every actor was stopped."""
+
+    def __init__(self) -> None:
+        self._network = LocalNetwork()
+        self.pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="local-fleet")
+
+    def home(self) -> str:
+        """The one node."""
+        return LOCAL_NODE
+
+    def nodes(self) -> list[Node]:
+        """This process, as one node."""
+        return [Node(LOCAL_NODE, "127.0.0.1", cpus_free=float("inf"))]
+
+    def reserve(self, requests: Sequence[BundleRequest], timeout_s: float) -> list[Bundle]:
+        """Always room."""
+        return [Bundle(request.name, LOCAL_NODE) for request in requests]
+
+    def on_nodes(self, node_ids: Sequence[str], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+        """Run it here."""
+        return {node_id: function(*args) for node_id in node_ids}
+
+    def spawn(self, role: type, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
+        """Make the object here."""
+        return LocalHandle(name, role(name, *args, self._network.endpoint), self.pool)
+
+    def node_id(self, handle: ActorHandle) -> str:
+        """The one node."""
+        return LOCAL_NODE
+
+    def kill(self, handle: ActorHandle) -> None:
+        """Stop the object; there is no process of its own to end."""
+        assert isinstance(handle, LocalHandle)
+        handle.actor.stop()
+
+    def release(self, bundle: Bundle) -> None:
+        """Nothing was reserved."""
+
+    def close(self) -> None:
+        """End the threads."""
+        self.pool.shutdown(wait=True)

@@ -1,0 +1,165 @@
+"""The one place where plain classes become Ray actors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from actors.transport.base import EndpointLike, Wire
+from actors.transport.endpoint import Endpoint
+from cluster.config import ServerConfig
+from cluster.controller import Controller
+from cluster.fleet import ActorHandle, ActorUnreachable, Bundle, Fleet
+from placement.bundles import create_group, node_of, ray_nodes, remove_group, wait_for_group
+from placement.spec import BundleRequest, Node
+from placement.spread import spread
+
+NAMESPACE = "expertmesh"
+
+GROUP_PREFIX = "expertmesh-"
+
+_CONCURRENCY = 16
+"""Threads for control calls in an actor; the data plane has its own."""
+
+
+@dataclass(frozen=True)
+class RayEndpoints:
+    """Makes an actor's endpoint inside its process: it listens on the node's own address."""
+
+    secret: bytes
+
+    def __call__(self, name: str, on_wire: Callable[[Wire], None]) -> EndpointLike:
+        node_id = ray.get_runtime_context().get_node_id()
+        return Endpoint(name, node_id, self.secret, host=ray.util.get_node_ip_address(), on_wire=on_wire)
+
+
+class RayHandle(ActorHandle):
+    """A Ray actor by its plain class's methods."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self.actor = actor
+
+    def begin(self, method: str, *args: Any) -> Future[Any]:
+        """See ActorHandle."""
+        result: Future[Any] = Future()
+        getattr(self.actor, method).remote(*args).future().add_done_callback(lambda done: self._settle(done, result))
+        return result
+
+    def _settle(self, done: Future[Any], result: Future[Any]) -> None:
+        if result.cancelled():
+            return
+        error = done.exception()
+        if isinstance(error, RayActorError):
+            result.set_exception(ActorUnreachable(f"{self.name}: {error}"))
+        elif isinstance(error, RayTaskError):
+            result.set_exception(error.cause)  # the error itself; Ray's wrapper carries a remote traceback as text
+        elif error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(done.result())
+
+
+def start_actor(role: type, name: str, strategy: Any, cpus: float, *args: Any) -> RayHandle:
+    """Start ``role(*args)`` as a detached, named Ray actor."""
+    options = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "num_cpus": cpus,
+        "max_concurrency": _CONCURRENCY,
+        "max_restarts": 0,
+        "scheduling_strategy": strategy,
+    }
+    return RayHandle(name, ray.remote(role).options(**options).remote(*args))
+
+
+class RayController(Controller):
+    """The controller as an actor: its fleet is made in its own process."""
+
+    def __init__(self, config: ServerConfig, secret: bytes) -> None:
+        super().__init__(config, RayFleet(secret))
+
+
+def start_controller(name: str, config: ServerConfig, secret: bytes) -> RayHandle:
+    """Start the controller on the node of this process."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return start_actor(RayController, name, here, 0, config, secret)
+
+
+class RayFleet(Fleet):
+    """Actors in placement groups, one group of one bundle per shard. Lives in the controller's process."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._endpoints = RayEndpoints(secret)
+        self._home = ray.get_runtime_context().get_node_id()
+        self._placed: dict[str, str] = {}
+
+    def home(self) -> str:
+        """The node of this process."""
+        return self._home
+
+    def nodes(self) -> list[Node]:
+        """What Ray knows."""
+        return ray_nodes()
+
+    def reserve(self, requests: Sequence[BundleRequest], timeout_s: float) -> list[Bundle]:
+        """Create the groups all at once, then wait for each."""
+        chosen = spread(requests, self.nodes())
+        groups = [
+            create_group(GROUP_PREFIX + request.name, request, node)
+            for request, node in zip(requests, chosen, strict=True)
+        ]
+        try:
+            for group, request in zip(groups, requests, strict=True):
+                wait_for_group(group, request, timeout_s)
+        except BaseException:
+            for group in groups:
+                remove_group(group)
+            raise
+        return [
+            Bundle(request.name, node_of(group), group.id.hex(), 0, group)
+            for request, group in zip(requests, groups, strict=True)
+        ]
+
+    def on_nodes(self, node_ids: Sequence[str], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+        """As Ray tasks that ask for no CPU."""
+        task = ray.remote(function)
+        calls = {
+            node_id: task.options(
+                num_cpus=0,
+                max_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+            ).remote(*args)
+            for node_id in node_ids
+        }
+        return {node_id: ray.get(call) for node_id, call in calls.items()}
+
+    def spawn(self, role: type, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
+        """The bundle's CPUs are reserved by the group; the actors inside ask for none of their own."""
+        strategy: Any
+        if bundle is None:
+            strategy = NodeAffinitySchedulingStrategy(self._home, soft=False)
+        else:
+            strategy = PlacementGroupSchedulingStrategy(bundle.handle, bundle.index)
+        self._placed[name] = bundle.node_id if bundle else self._home
+        return start_actor(role, name, strategy, 0, name, *args, self._endpoints)
+
+    def node_id(self, handle: ActorHandle) -> str:
+        """Known since it was spawned."""
+        return self._placed[handle.name]
+
+    def kill(self, handle: ActorHandle) -> None:
+        """Kill without restart."""
+        assert isinstance(handle, RayHandle)
+        ray.kill(handle.actor, no_restart=True)
+
+    def release(self, bundle: Bundle) -> None:
+        """Remove the placement group."""
+        remove_group(bundle.handle)

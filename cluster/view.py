@@ -1,0 +1,94 @@
+"""The cluster as it is now, as the message that ``Control/GetCluster`` returns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from typing import Any
+
+from expertmesh.v1 import control_pb2 as pb
+
+from cluster.fleet import ActorHandle, ActorUnreachable, Bundle, Fleet
+
+
+@dataclass(frozen=True)
+class Member:
+    """An actor that the controller started."""
+
+    role: pb.Role
+    handle: ActorHandle
+    bundle: Bundle | None
+
+
+def cluster_view(
+    model: str, epoch: int, fleet: Fleet, members: Sequence[Member], timeout_s: float
+) -> pb.GetClusterResponse:
+    """Ask every member for its figures at the same time; one that does not answer in ``timeout_s`` is UNREACHABLE."""
+    view = pb.GetClusterResponse(model=model, expert_map_epoch=epoch)
+    for node in fleet.nodes():
+        view.nodes.add(node_id=node.node_id, address=node.address, alive=node.alive, labels=dict(node.labels))
+    view.actors.add(
+        name="controller",
+        role=pb.ROLE_CONTROLLER,
+        state=pb.ACTOR_STATE_READY,
+        node_id=fleet.home(),
+        pid=os.getpid(),
+    )
+    calls = [(member, member.handle.begin("stats")) for member in members]
+    for member, call in calls:
+        actor = view.actors.add(name=member.handle.name, role=member.role, node_id=fleet.node_id(member.handle))
+        if member.bundle is not None:
+            actor.placement_group, actor.bundle = member.bundle.group, member.bundle.index
+        _fill(view, actor, call, timeout_s)
+    return view
+
+
+def _fill(view: pb.GetClusterResponse, actor: pb.Actor, call: Future[Any], timeout_s: float) -> None:
+    try:
+        stats = call.result(timeout_s)
+    except (FutureTimeout, ActorUnreachable):
+        actor.state = pb.ACTOR_STATE_UNREACHABLE
+        return
+    actor.state = pb.ACTOR_STATE_READY
+    actor.pid = stats.pid
+    _LOADS[actor.role](actor, stats)
+    for wire in getattr(stats, "wires", ()):
+        pair = {"from": actor.name, "to": wire.peer}
+        view.wires.add(**pair, medium=wire.medium, bytes_sent=wire.bytes_sent, bytes_received=wire.bytes_received)
+
+
+def _attention(actor: pb.Actor, stats: Any) -> None:
+    actor.weight_bytes = stats.weight_bytes
+    load = actor.attention
+    load.running, load.waiting = stats.running, stats.waiting
+    load.kv_blocks, load.kv_blocks_free = stats.kv_blocks, stats.kv_blocks_free
+    load.steps, load.tokens = stats.steps, stats.tokens
+
+
+def _router(actor: pb.Actor, stats: Any) -> None:
+    actor.weight_bytes = stats.weight_bytes
+    actor.router.expert_map_epoch = stats.epoch
+    actor.router.rows_per_shard.update(stats.rows_per_shard)
+
+
+def _expert(actor: pb.Actor, stats: Any) -> None:
+    actor.weight_bytes = stats.weight_bytes
+    load = actor.expert
+    load.expert_map_epoch, load.experts = stats.epoch, stats.experts
+    load.rows, load.pairs = stats.rows, stats.pairs
+
+
+def _gateway(actor: pb.Actor, stats: Any) -> None:
+    load = actor.gateway
+    load.address, load.streams, load.requests = stats.address, stats.streams, stats.requests
+
+
+_LOADS = {
+    pb.ROLE_ATTENTION: _attention,
+    pb.ROLE_ROUTER: _router,
+    pb.ROLE_EXPERT: _expert,
+    pb.ROLE_GATEWAY: _gateway,
+}
