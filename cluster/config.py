@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -51,11 +51,17 @@ class AttentionConfig(_Section):
     cpus: float = Field(0.25, gt=0, description="logical CPUs of a bundle, for Ray's bookkeeping")
     threads: int = Field(0, ge=0, description="torch threads; 0: as many as the machine has cores")
     node_labels: Labels = Field(default_factory=dict, description="nodes that may hold this fleet")
-    kv_memory: ByteSize = Field(2**30, ge=2**20, description="KV cache of each replica")
+    kv_memory: ByteSize = Field(2**30, ge=1, description="KV cache of each replica")
     block_size: int = Field(16, ge=1, le=1024, description="tokens of a KV block")
     max_running: int = Field(64, ge=1, description="sequences of a step")
-    max_waiting: int = Field(256, ge=0, description="requests that may wait for their first step")
+    max_waiting: int = Field(256, ge=1, description="requests that may wait for their first step")
     token_budget: int = Field(512, ge=1, description="rows of a step, decode and prefill together")
+
+    @model_validator(mode="after")
+    def _every_running_sequence_moves(self) -> AttentionConfig:
+        if self.token_budget < self.max_running:
+            raise ValueError(f"token_budget is {self.token_budget}, must be at least max_running ({self.max_running})")
+        return self
 
 
 class ExpertsConfig(_Section):

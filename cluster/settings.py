@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from actors.model.families import load_spec
+from actors.model.kv_cache import KVCache
 from actors.settings import EngineSettings, ModelSettings
 from cluster.config import ConfigError, ServerConfig
 from cluster.fleet import Bundle
@@ -42,8 +45,15 @@ class SettingsFactory:
     def engine(self, bundle: Bundle) -> EngineSettings:
         """Limits of an attention shard."""
         attention = self.config.attention
+        path = self.paths[bundle.node_id]
+        block_bytes = attention.block_size * KVCache.bytes_per_token(load_spec(path), torch_dtype(self.config, path))
+        if attention.kv_memory < block_bytes:
+            raise ConfigError(
+                f"attention.kv_memory: {attention.kv_memory} bytes hold no KV block of {attention.block_size} tokens "
+                f"({block_bytes} bytes)"
+            )
         return EngineSettings(
-            context_length=context_length(self.config, self.paths[bundle.node_id]),
+            context_length=context_length(self.config, path),
             kv_bytes=attention.kv_memory,
             block_size=attention.block_size,
             max_running=attention.max_running,
@@ -80,9 +90,16 @@ class SettingsFactory:
 
 def dtype_name(config: ServerConfig, path: Path) -> str:
     """The dtype to compute in: the checkpoint's own for "auto"."""
-    if config.dtype != "auto":
-        return config.dtype
-    return str(load_spec(path).dtype).removeprefix("torch.")
+    return str(torch_dtype(config, path)).removeprefix("torch.")
+
+
+def torch_dtype(config: ServerConfig, path: Path) -> torch.dtype:
+    """As ``dtype_name``, for torch."""
+    if config.dtype == "auto":
+        return load_spec(path).dtype
+    dtype = getattr(torch, config.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def context_length(config: ServerConfig, path: Path) -> int:

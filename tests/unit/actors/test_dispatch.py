@@ -1,0 +1,45 @@
+"""Splitting a batch among shards, against plain loops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.dispatch import split_rows
+
+Pair = tuple[int, int, int]
+
+
+def by_loops(chosen: Sequence[Sequence[int]], home: Sequence[int]) -> dict[int, list[Pair]]:
+    """shard → (row, expert, slot) in the order of the slots."""
+    pairs: dict[int, list[Pair]] = {}
+    for row, experts in enumerate(chosen):
+        for k, expert in enumerate(experts):
+            pairs.setdefault(home[expert], []).append((row, expert, row * len(experts) + k))
+    return pairs
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[list[int]], list[int], int]:
+    n_experts, n_shards = draw(st.integers(1, 12)), draw(st.integers(1, 5))
+    k = draw(st.integers(1, n_experts))
+    rows = draw(st.lists(st.permutations(range(n_experts)).map(lambda p: list(p[:k])), max_size=20))
+    home = draw(st.lists(st.integers(0, n_shards - 1), min_size=n_experts, max_size=n_experts))
+    return rows, home, n_shards
+
+
+@given(batches())
+def test_matches_the_loops_and_sends_each_row_once(batch: tuple[list[list[int]], list[int], int]) -> None:
+    rows, home, n_shards = batch
+    k = len(rows[0]) if rows else 1
+    shares = split_rows(np.array(rows, np.int64).reshape(-1, k), np.array(home, np.int64), n_shards)
+    got = {
+        s.shard: list(zip(s.rows[s.pair_row].tolist(), s.pair_expert.tolist(), s.pair_slot.tolist(), strict=True))
+        for s in shares
+    }
+    assert got == by_loops(rows, home)
+    for share in shares:
+        assert len(set(share.rows.tolist())) == share.rows.size

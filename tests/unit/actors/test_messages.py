@@ -1,0 +1,43 @@
+"""What travels on the wires comes back as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from actors.engine.request import FinishReason, TokenEvent
+from actors.messages import Kind, decode_tokens, encode_tokens, expect_parts, tensor_bytes, tensor_from
+from actors.transport.base import Frame, FrameTag, ProtocolError
+
+
+def frame(*parts: bytes) -> Frame:
+    return Frame(Kind.TOKENS, FrameTag(), tuple(memoryview(part) for part in parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_come_back_bit_equal(dtype: torch.dtype) -> None:
+    rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    back = tensor_from(memoryview(bytearray(tensor_bytes(rows))), dtype, 7)
+    assert torch.equal(back, rows)
+    assert tensor_from(memoryview(b""), dtype, 7).shape == (0, 7)
+    assert len(tensor_bytes(torch.empty(0, 7, dtype=dtype))) == 0
+
+
+def test_a_torn_row_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="27 bytes is not whole rows of 28"):
+        tensor_from(memoryview(bytes(27)), torch.float32, 7)
+
+
+def test_events_come_back() -> None:
+    events = [
+        TokenEvent("gateway-0/1", 0, 0),
+        TokenEvent("gateway-0/2", 41, 129_279, FinishReason.STOP),
+        TokenEvent("gateway-0/1", 2**31, None, FinishReason.ERROR, "the expert's Zähler\nbroke"),
+    ]
+    assert decode_tokens(frame(*(bytes(part) for part in encode_tokens(events)))) == events
+    assert decode_tokens(frame(*(bytes(part) for part in encode_tokens([])))) == []
+
+
+def test_the_number_of_parts_is_checked() -> None:
+    with pytest.raises(ProtocolError, match="2 parts, expected 3"):
+        expect_parts(frame(b"a", b"b"), 3)

@@ -1,0 +1,22 @@
+"""Reused result memory."""
+
+from __future__ import annotations
+
+import torch
+
+from actors.scratch import ScratchPool
+
+
+def test_memory_comes_back_and_grows() -> None:
+    pool = ScratchPool(torch.float32)
+    first = pool.take(4, 8)
+    second = pool.take(4, 8)
+    assert first.shape == (4, 8)
+    assert first.data_ptr() != second.data_ptr()
+    where = first.data_ptr()
+    pool.give(first)
+    assert pool.take(2, 8).data_ptr() == where
+    pool.give(second)
+    large = pool.take(100, 8)
+    large.fill_(1.0)
+    assert large.sum() == 800
