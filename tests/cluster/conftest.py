@@ -1,0 +1,74 @@
+"""One Ray cluster for the whole session: a head and one node for each fleet, all on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from expertmesh.v1 import control_pb2
+
+from cluster.config import ServerConfig, load_config
+from tests.paged_runner import random_ids
+from tests.serving import VOCABULARY, Client, Reference, greedy, tiny_model
+
+COUNT = 32
+PROMPTS = [random_ids(length, seed=length, vocab=VOCABULARY) for length in (2, 9, 33, 70)]
+ROLE = "expertmesh.io/role"
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """Address of a cluster with nodes labelled attention and experts, and a head without a label."""
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    small = {"num_cpus": 4, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    try:
+        cluster.add_node(**small, labels={ROLE: "attention"})
+        cluster.add_node(**small, labels={ROLE: "experts"})
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def deepseek(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A random deepseek_v3 checkpoint and the Hugging Face model that wrote it."""
+    path = tmp_path_factory.mktemp("deepseek")
+    return path, tiny_model(path, seed=5)
+
+
+@pytest.fixture(scope="session")
+def wanted(deepseek: tuple[Path, Any]) -> list[Reference]:
+    """What transformers generates for PROMPTS."""
+    return [greedy(deepseek[1], prompt, COUNT) for prompt in PROMPTS]
+
+
+def agreement(client: Client, wanted: list[Reference]) -> list[bool]:
+    """For each of PROMPTS, served together: are the tokens those of transformers?"""
+    return [w.agrees(got) for w, got in zip(wanted, client.tokens_together(PROMPTS, COUNT), strict=True)]
+
+
+def kv_in_use(client: Client) -> int:
+    """KV blocks that are not free, over all attention shards."""
+    return sum(a.attention.kv_blocks - a.attention.kv_blocks_free for a in client.load(control_pb2.ROLE_ATTENTION))
+
+
+def distributed(address: str, path: Path, **overrides: Any) -> ServerConfig:
+    """A configuration for the session's cluster: everything on one node unless told otherwise."""
+    keys = {
+        "model": str(path),
+        "ray.address": address,
+        "gateway.port": 0,
+        "attention.threads": 1,
+        "experts.threads": 1,
+        "attention.kv_memory": "8MiB",
+        "attention.node_labels": {ROLE: "experts"},
+        "experts.node_labels": {ROLE: "experts"},
+    }
+    return load_config(None, {**keys, **overrides})

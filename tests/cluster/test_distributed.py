@@ -1,0 +1,88 @@
+"""Clusters of other shapes than the plain one: over two nodes, with a dead shard, without room."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from expertmesh.v1 import control_pb2
+
+from cluster.config import load_config
+from cluster.launch import running_cluster
+from placement.bundles import NoRoom
+from tests.cluster.conftest import COUNT, PROMPTS, ROLE, agreement, distributed, kv_in_use
+from tests.serving import Client, Reference, greedy, ids_request, tiny_model
+from tests.waiting import until
+
+SHM = Path("/dev/shm")
+
+
+def test_one_process_gives_the_same(deepseek: tuple[Path, Any], wanted: list[Reference]) -> None:
+    keys = {"model": str(deepseek[0]), "transport": "local", "gateway.port": 0, "attention.kv_memory": "8MiB"}
+    with running_cluster(load_config(None, keys)) as address, Client(address) as client:
+        assert all(agreement(client, wanted))
+
+
+def test_two_nodes_use_tcp(ray_address: str, deepseek: tuple[Path, Any], wanted: list[Reference]) -> None:
+    """Attention and router on one node, the expert shards on the other; the gateway on a third, the head."""
+    config = distributed(ray_address, deepseek[0], **{"attention.node_labels": {ROLE: "attention"}})
+    with running_cluster(config) as address, Client(address) as client:
+        assert all(agreement(client, wanted))
+        view = client.cluster()
+    where = {actor.name: actor.node_id for actor in view.actors}
+    assert where["attention-0"] == where["router-0"] != where["expert-0"] == where["expert-1"]
+    media = {(getattr(wire, "from"), wire.to): wire for wire in view.wires}
+    for shard in ("expert-0", "expert-1"):
+        wire = media["router-0", shard]
+        # every row of 64 floats goes out to at least one shard and comes back at least once, in both MoE layers
+        assert wire.medium == "tcp"
+        assert min(wire.bytes_sent, wire.bytes_received) > 64 * 4 * sum(map(len, PROMPTS))
+    assert media["attention-0", "router-0"].medium == "shm"
+    assert media["attention-0", "gateway-0"].medium == "tcp"
+
+
+def test_shards_spread_over_the_nodes_there_are(ray_address: str, deepseek: tuple[Path, Any]) -> None:
+    keys = {"experts.shards": 3, "experts.node_labels": {}, "attention.replicas": 2, "attention.node_labels": {}}
+    with running_cluster(distributed(ray_address, deepseek[0], **keys)) as address, Client(address) as client:
+        view = client.cluster()
+        for role in (control_pb2.ROLE_EXPERT, control_pb2.ROLE_ATTENTION):
+            shards = [actor for actor in view.actors if actor.role == role]
+            assert len({actor.node_id for actor in shards}) == len(shards)
+        assert len(client.tokens(PROMPTS[0], 4)) == 4
+
+
+def test_glm4_moe_over_two_shards(ray_address: str, tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, "glm4_moe", seed=9)
+    with running_cluster(distributed(ray_address, tmp_path)) as address, Client(address) as client:
+        got = client.tokens_together(PROMPTS, COUNT)
+    assert all(greedy(model, p, COUNT).agrees(g) for p, g in zip(PROMPTS, got, strict=True))
+
+
+def test_a_killed_expert_shard_is_a_typed_error(ray_address: str, deepseek: tuple[Path, Any]) -> None:
+    segments = set(SHM.iterdir())
+    with running_cluster(distributed(ray_address, deepseek[0])) as address, Client(address) as client:
+        call = client.inference.Generate(ids_request(PROMPTS[0], 480))
+        next(call)
+        victim = client.load(control_pb2.ROLE_EXPERT)[0]
+        os.kill(victim.pid, signal.SIGKILL)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        until(lambda: kv_in_use(client) == 0)
+        states = {actor.name: actor.state for actor in client.cluster().actors}
+        assert states.pop(victim.name) == control_pb2.ACTOR_STATE_UNREACHABLE
+        assert set(states.values()) == {control_pb2.ACTOR_STATE_READY}
+    assert set(SHM.iterdir()) == segments
+
+
+def test_no_room_says_what_was_wanted(ray_address: str, deepseek: tuple[Path, Any]) -> None:
+    keys = {"experts.node_labels": {ROLE: "nowhere"}, "start_timeout_s": 1.5}
+    with (
+        pytest.raises(NoRoom, match=r"bundle expert-0: no node with 0.25 CPU and labels .*nowhere.*nodes: .*CPU free"),
+        running_cluster(distributed(ray_address, deepseek[0], **keys)),
+    ):
+        pass
