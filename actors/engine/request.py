@@ -1,4 +1,4 @@
-"""What the engine is asked for and what it gives back. Plain data, no behaviour beyond validation-free helpers."""
+"""What the engine is asked for and what it gives back: plain data."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How tokens are drawn. ``temperature == 0`` is greedy (arg max); ``top_k == 0`` means all.
 
-    ``seed`` keys the counter-based draws together with the choice index and the token's position, so that a replay
-    draws the same.
+    ``seed`` and ``choice`` (which of a prompt's several answers this is), both unsigned 64-bit, key the
+    counter-based draws together with the token's index, so that a replay draws the same.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One admitted request, as the gateway hands it to an attention shard.
 
-    ``timeout_s`` is what is left of the client's deadline in seconds (clocks of two nodes do not compare), or None.
-    ``gateway`` names the endpoint to which the tokens go.
+    ``timeout_s`` is what is left of the client's deadline in seconds (clocks of two nodes do not compare), or
+    None. ``gateway`` names the endpoint to which the tokens go. ``generated_ids`` are the tokens this request
+    generated before, on a shard that was lost: they are computed like the prompt, count towards
+    ``max_tokens``, and are not published again, so that the first new token has index ``len(generated_ids)``
+    and is drawn as it would have been.
     """
 
     request_id: str
@@ -46,14 +50,16 @@ class GenerationRequest:
     stop_ids: frozenset[int] = frozenset()
     timeout_s: float | None = None
     gateway: str = ""
+    generated_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One step's news about one request.
 
-    ``index`` counts generated tokens from 0. ``token`` is None when the event only tells the end. A stop id is
-    reported as a token (so that usage counts it) together with ``finish = STOP``.
+    ``index`` counts generated tokens from 0. ``token`` is None when the event only tells the end; ``index``
+    is then that of the token which would have come next. A stop id is reported as a token (so that usage
+    counts it) together with ``finish = STOP``.
     """
 
     request_id: str
