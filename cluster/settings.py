@@ -45,15 +45,8 @@ class SettingsFactory:
     def engine(self, bundle: Bundle) -> EngineSettings:
         """Limits of an attention shard."""
         attention = self.config.attention
-        path = self.paths[bundle.node_id]
-        block_bytes = attention.block_size * KVCache.bytes_per_token(load_spec(path), torch_dtype(self.config, path))
-        if attention.kv_memory < block_bytes:
-            raise ConfigError(
-                f"attention.kv_memory: {attention.kv_memory} bytes hold no KV block of {attention.block_size} tokens "
-                f"({block_bytes} bytes)"
-            )
         return EngineSettings(
-            context_length=context_length(self.config, path),
+            context_length=self.context_length(bundle.node_id),
             kv_bytes=attention.kv_memory,
             block_size=attention.block_size,
             max_running=attention.max_running,
@@ -69,12 +62,34 @@ class SettingsFactory:
             model_path=path,
             model_name=model_name(config.model),
             dtype=dtype_name(config, path),
-            context_length=context_length(config, path),
+            context_length=self.context_length(node_id),
             host=config.gateway.host,
             port=config.gateway.port,
             reflection=config.gateway.reflection,
             max_message=config.gateway.max_message,
         )
+
+    def context_length(self, node_id: str) -> int:
+        """Tokens of prompt and answer together: what was asked for, else what the model allows and the cache holds.
+
+        Raises ConfigError when more is asked for than either of them has.
+        """
+        config, path = self.config, self.paths[node_id]
+        spec = load_spec(path)
+        allowed, held = spec.max_positions, self._cache_tokens(node_id)
+        if config.context_length > allowed:
+            raise ConfigError(f"context_length: {config.context_length} is over the model's {allowed}")
+        if config.context_length > held or held < 2:
+            raise ConfigError(
+                f"attention.kv_memory: {config.attention.kv_memory} bytes hold {held} tokens of this model (blocks of "
+                f"{config.attention.block_size}); context_length is {config.context_length or 'at least 2'}"
+            )
+        return config.context_length or min(allowed, held)
+
+    def _cache_tokens(self, node_id: str) -> int:
+        attention, path = self.config.attention, self.paths[node_id]
+        token_bytes = KVCache.bytes_per_token(load_spec(path), torch_dtype(self.config, path))
+        return attention.kv_memory // (token_bytes * attention.block_size) * attention.block_size
 
     def _model(self, node_id: str, threads: int, sharing: int) -> ModelSettings:
         path = self.paths[node_id]
@@ -100,11 +115,3 @@ def torch_dtype(config: ServerConfig, path: Path) -> torch.dtype:
     dtype = getattr(torch, config.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def context_length(config: ServerConfig, path: Path) -> int:
-    """Tokens of prompt and answer together; ConfigError when more is asked than the model was made for."""
-    allowed = load_spec(path).max_positions
-    if config.context_length > allowed:
-        raise ConfigError(f"context_length: {config.context_length} is over the model's {allowed}")
-    return config.context_length or allowed

@@ -13,7 +13,7 @@ from cluster.config import load_config
 
 def run_demo(text: str) -> int:
     """One attention shard, one router, two expert shards, one gateway on a free port; the exit status."""
-    config = load_config(None, {"gateway.port": 0, "ray.address": "local"})
+    config = load_config(None, {"gateway.port": 0})
     StopSignals()
     try:
         with ready_cluster(config, weight_bytes(config)) as address:

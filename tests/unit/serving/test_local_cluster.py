@@ -25,6 +25,8 @@ from tests.serving import VOCABULARY, Client, greedy, ids_request, swap_experts,
 from tests.waiting import until
 
 PROMPTS = [random_ids(length, seed=length, vocab=VOCABULARY) for length in (1, 3, 17, 40, 64, 90)]
+CHUNKED = {"attention.token_budget": 48, "attention.max_running": 16}
+"""The longest prompt takes two steps."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def local(path: Path, **overrides: Any) -> Any:
 @pytest.fixture(scope="module")
 def client(checkpoint: tuple[Path, Any]) -> Iterator[Client]:
     path, _ = checkpoint
-    config = local(path, **{"experts.shards": 3, "attention.replicas": 2, "attention.token_budget": 48, "attention.max_running": 16})
+    config = local(path, **{"experts.shards": 3, "attention.replicas": 2, **CHUNKED})
     with running_cluster(config) as address, Client(address) as client:
         yield client
     assert not [t.name for t in threading.enumerate() if "-loop" in t.name or "-grpc" in t.name]
@@ -72,7 +74,7 @@ def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path) ->
     """Six prompts of different length in one running batch, chunked prefill and all."""
     model = tiny_model(tmp_path, family, seed=3)
     wanted = [greedy(model, prompt, 32) for prompt in PROMPTS]
-    with running_cluster(local(tmp_path, **{"attention.token_budget": 48, "attention.max_running": 16})) as address, Client(address) as client:
+    with running_cluster(local(tmp_path, **CHUNKED)) as address, Client(address) as client:
         got = client.tokens_together(PROMPTS, 32)
     assert [w.agrees(g) for w, g in zip(wanted, got, strict=True)] == [True] * len(PROMPTS)
 

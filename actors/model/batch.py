@@ -1,0 +1,101 @@
+"""What one step computes: new tokens of several sequences, packed without padding."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MAX_GATHER_TOKENS = 1 << 15
+"""Cache slots that a group of decodes may gather at once: bounds the copy (1024 bf16 numbers: 64 MiB)."""
+
+
+@dataclass(slots=True, eq=False)
+class Segment:
+    """Rows ``start .. start+length`` of the batch: the next ``length`` tokens of one sequence.
+
+    ``context`` tokens of that sequence lie in the cache already. ``block_table`` (int64) lists the sequence's
+    blocks in order; it must reach to token ``context + length``. It must not change
+    afterwards: the slots are derived from it once and kept for all layers.
+    """
+
+    start: int
+    length: int
+    context: int
+    block_table: Tensor
+    _slots: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def end(self) -> int:
+        """Tokens in the cache once this segment is computed."""
+        return self.context + self.length
+
+    def slots(self, block_size: int) -> Tensor:
+        """Cache slots of the tokens 0 .. end, int64 [end]. Raises ValueError for too short a block table."""
+        if block_size not in self._slots:
+            needed = -(-self.end // block_size)
+            if self.block_table.shape[0] < needed:
+                held = self.block_table.shape[0]
+                raise ValueError(f"block_table has {held} blocks, {self.end} tokens need {needed} of {block_size}")
+            offsets = torch.arange(block_size, device=self.block_table.device)
+            slots = (self.block_table[:needed, None] * block_size + offsets).flatten()
+            self._slots[block_size] = slots[: self.end]
+        return self._slots[block_size]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Segments of one token each, of similar context, to be computed together.
+
+    rows: int64 [B], rows of the batch. slots: int64 [B, t]. mask: bool [B, t], True where a slot belongs to
+    the sequence, or None if all do; where it is False the slot repeats the sequence's first.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    mask: Tensor | None
+
+
+@dataclass(slots=True, eq=False)
+class StepBatch:
+    """Prefills (whole or in chunks) and decodes of one step, ragged and packed.
+
+    token_ids, positions, slots: int64 [T]; ``slots`` says where in the cache each new token goes (block *
+    block_size + offset). ``output_rows``: int64 [S], the rows whose logits are wanted, in that order. Every
+    row belongs to exactly one segment.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    segments: list[Segment]
+    output_rows: Tensor
+    _groups: dict[int, list[DecodeGroup]] = field(default_factory=dict, init=False, repr=False)
+
+    def decode_groups(self, block_size: int) -> list[DecodeGroup]:
+        """All segments of length 1. Within a group contexts differ by less than a factor of two."""
+        if block_size not in self._groups:
+            buckets: dict[int, list[Segment]] = defaultdict(list)
+            for segment in self.segments:
+                if segment.length == 1:
+                    buckets[segment.end.bit_length()].append(segment)
+            groups = []
+            for bits, bucket in sorted(buckets.items()):
+                size = max(1, MAX_GATHER_TOKENS >> bits)
+                groups += [_group(bucket[i : i + size], block_size) for i in range(0, len(bucket), size)]
+            self._groups[block_size] = groups
+        return self._groups[block_size]
+
+
+def _group(segments: list[Segment], block_size: int) -> DecodeGroup:
+    device = segments[0].block_table.device
+    rows = torch.tensor([segment.start for segment in segments], dtype=torch.int64, device=device)
+    slots = [segment.slots(block_size) for segment in segments]
+    longest = max(len(row) for row in slots)
+    if all(len(row) == longest for row in slots):
+        return DecodeGroup(rows, torch.stack(slots), None)
+    padded = torch.stack([torch.cat((row, row[:1].expand(longest - len(row)))) for row in slots])
+    lengths = torch.tensor([len(row) for row in slots], device=device)
+    return DecodeGroup(rows, padded, torch.arange(longest, device=device) < lengths[:, None])

@@ -1,0 +1,89 @@
+"""A set of routed experts, held by one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from .errors import MissingExpert
+from .mlp import SwiGLU
+from .spec import MoEDecoderSpec
+from .weights import Checkpoint, TensorReader
+
+
+class ExpertBank:
+    """Some (layer, expert) pairs of a model and their SwiGLU weights."""
+
+    def __init__(
+        self, held: Mapping[tuple[int, int], SwiGLU], d_model: int, dtype: torch.dtype, row_block: int = 0
+    ) -> None:
+        self._held = dict(held)
+        self._d_model = d_model
+        self._dtype = dtype
+        self._row_block = row_block
+
+    @classmethod
+    def load(
+        cls,
+        spec: MoEDecoderSpec,
+        checkpoint: Checkpoint,
+        experts: Iterable[tuple[int, int]],
+        dtype: torch.dtype,
+        row_block: int = 0,
+        progress: Callable[[int], None] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> ExpertBank:
+        """Read the given (layer, expert) pairs and nothing else.
+
+        Raises CheckpointError for what the checkpoint lacks, ValueError for a pair that the model does not
+        have.
+        """
+        read = TensorReader(checkpoint, dtype, device, progress)
+        held = {}
+        for layer, expert in sorted(set(experts)):
+            if layer not in spec.moe_layers or not 0 <= expert < spec.moe.n_experts:
+                raise ValueError(
+                    f"expert {expert} of layer {layer}: the model has experts 0..{spec.moe.n_experts - 1} "
+                    f"in layers {list(spec.moe_layers)}"
+                )
+            held[layer, expert] = SwiGLU.load(read, spec.names.expert(layer, expert), spec.d_model, spec.moe.inter)
+        return cls(held, spec.d_model, dtype, row_block)
+
+    @property
+    def experts(self) -> frozenset[tuple[int, int]]:
+        """The (layer, expert) pairs held."""
+        return frozenset(self._held)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights held."""
+        return sum(expert.nbytes for expert in self._held.values())
+
+    @torch.inference_mode()
+    def forward(self, layer: int, rows: Tensor, pair_row: Tensor, pair_expert: Tensor) -> Tensor:
+        """Unweighted outputs, one per pair, in the order of the pairs.
+
+        rows: [R, D] in the bank's dtype; pair_row, pair_expert: int [P], pair p sends row ``pair_row[p]`` to
+        expert ``pair_expert[p]``. Returns [P, D]. Raises MissingExpert, before computing, for an expert not
+        held.
+        """
+        if rows.dtype != self._dtype:
+            raise ValueError(f"rows are {rows.dtype}, this bank computes in {self._dtype}")
+        order = torch.argsort(pair_expert, stable=True)
+        numbers, counts = torch.unique_consecutive(pair_expert[order], return_counts=True)
+        wanted = [
+            (self._expert(layer, number), order_part)
+            for number, order_part in zip(numbers.tolist(), torch.split(order, counts.tolist()), strict=True)
+        ]
+        out = rows.new_empty(pair_row.shape[0], self._d_model)
+        for expert, pairs in wanted:
+            out[pairs] = expert(rows[pair_row[pairs]], self._row_block)
+        return out
+
+    def _expert(self, layer: int, expert: int) -> SwiGLU:
+        held = self._held.get((layer, expert))
+        if held is None:
+            raise MissingExpert(layer, expert)
+        return held

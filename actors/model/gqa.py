@@ -1,0 +1,93 @@
+"""Grouped-query attention (arXiv 2305.13245), with optional norm of each q and k head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention import PagedAttention, Planes, causal_attention, softmax_scores
+from .linear import linear
+from .norm import rms_norm
+from .rope import RopeTable
+from .spec import MoEDecoderSpec
+from .weights import TensorReader
+
+
+@dataclass(frozen=True, slots=True)
+class GqaWeights:
+    """One layer. qkv: [(H + 2G) d, D], the rows of q, k and v under one another; out: [D, H d]."""
+
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+class GroupedQueryAttention(PagedAttention):
+    """The cache keeps rotated k and v, each [G, d] a token."""
+
+    def __init__(self, spec: MoEDecoderSpec, layers: list[GqaWeights], rope: RopeTable, row_block: int = 0) -> None:
+        super().__init__(row_block)
+        self._attn = spec.attn
+        self._eps = spec.rms_eps
+        self._layers = layers
+        self._rope = rope
+
+    @classmethod
+    def load(
+        cls, spec: MoEDecoderSpec, read: TensorReader, rope: RopeTable, row_block: int = 0
+    ) -> GroupedQueryAttention:
+        """Read the attention weights of all layers."""
+        return cls(spec, [_load_layer(spec, read, layer) for layer in range(spec.n_layers)], rope, row_block)
+
+    def _project(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Planes]:
+        weights, attn = self._layers[layer], self._attn
+        qkv = linear(x, weights.qkv, weights.qkv_bias, self._row_block).unflatten(-1, (-1, attn.head_dim))
+        query, key, value = qkv.split((attn.heads, attn.kv_heads, attn.kv_heads), dim=1)
+        if weights.q_norm is not None and weights.k_norm is not None:
+            query = rms_norm(query, weights.q_norm, self._eps)
+            key = rms_norm(key, weights.k_norm, self._eps)
+        return self._rope.apply(query, positions), (self._rope.apply(key, positions), value)
+
+    def _new_heads(self, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0], self._attn.heads, self._attn.head_dim)
+
+    def _attend_rows(self, layer: int, query: Tensor, past: Planes, mask: Tensor | None) -> Tensor:
+        key, value = past
+        grouped = query.unflatten(1, (self._attn.kv_heads, -1))
+        scores = torch.matmul(grouped, key.permute(0, 2, 3, 1))
+        shares = softmax_scores(scores, self._attn.scale, mask)
+        return torch.matmul(shares, value.transpose(1, 2)).flatten(1, 2)
+
+    def _attend_block(self, layer: int, query: Tensor, past: Planes, context: int) -> Tensor:
+        return causal_attention(query, *past, context, self._attn.scale)
+
+    def _output(self, layer: int, heads: Tensor) -> Tensor:
+        return linear(heads, self._layers[layer].out, self._layers[layer].out_bias, self._row_block)
+
+
+def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int) -> GqaWeights:
+    attn = spec.attn
+    rows = {
+        "q_proj": attn.heads * attn.head_dim,
+        "k_proj": attn.kv_heads * attn.head_dim,
+        "v_proj": attn.kv_heads * attn.head_dim,
+    }
+
+    def name(tensor: str) -> str:
+        return spec.names.attention(layer, tensor)
+
+    qkv = read.stacked((name(f"{part}.weight"), (n, spec.d_model)) for part, n in rows.items())
+    bias = read.stacked((name(f"{part}.bias"), (n,)) for part, n in rows.items()) if attn.qkv_bias else None
+    return GqaWeights(
+        qkv=qkv,
+        qkv_bias=bias,
+        out=read(name("o_proj.weight"), (spec.d_model, rows["q_proj"])),
+        out_bias=read(name("o_proj.bias"), (spec.d_model,)) if attn.o_bias else None,
+        q_norm=read(name("q_norm.weight"), (attn.head_dim,)) if attn.qk_norm else None,
+        k_norm=read(name("k_norm.weight"), (attn.head_dim,)) if attn.qk_norm else None,
+    )

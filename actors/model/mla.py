@@ -1,0 +1,133 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): expanded prefills, absorbed decodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention import PagedAttention, Planes, causal_attention, softmax_scores
+from .linear import linear
+from .norm import rms_norm
+from .rope import RopeTable
+from .spec import MoEDecoderSpec
+from .weights import TensorReader
+
+LATENT_EPS = 1e-6
+"""Of the two norms inside: transformers builds them with the norm's default, not rms_norm_eps."""
+
+
+@dataclass(frozen=True, slots=True)
+class MlaWeights:
+    """One layer; H heads, r = kv_lora_rank, rq = q_lora_rank.
+
+    down: [rq + r + dr, D] (without q_lora_rank: [H (dn+dr) + r + dr, D]), what reads the hidden row; q_up:
+    [H (dn+dr), rq]; key_up: [H, dn, r] and value_up: [H, r, dv], the two halves of kv_b_proj; out: [D, H dv].
+    """
+
+    down: Tensor
+    down_bias: Tensor | None
+    q_norm: Tensor | None
+    q_up: Tensor | None
+    latent_norm: Tensor
+    key_up: Tensor
+    value_up: Tensor
+    out: Tensor
+    out_bias: Tensor | None
+
+
+class LatentAttention(PagedAttention):
+    """The cache keeps the normed latent c [r] and the rotated key k_r [dr] that all heads share.
+
+    The rows form is the absorbed one (queries and outputs pass through kv_b_proj, the cache is used as it
+    lies), the block form the expanded one (k = [W_UK c | k_r], v = W_UV c for every past token).
+    """
+
+    def __init__(self, spec: MoEDecoderSpec, layers: list[MlaWeights], rope: RopeTable, row_block: int = 0) -> None:
+        super().__init__(row_block)
+        self._attn = spec.attn
+        self._layers = layers
+        self._rope = rope
+
+    @classmethod
+    def load(cls, spec: MoEDecoderSpec, read: TensorReader, rope: RopeTable, row_block: int = 0) -> LatentAttention:
+        """Read the attention weights of all layers."""
+        return cls(spec, [_load_layer(spec, read, layer) for layer in range(spec.n_layers)], rope, row_block)
+
+    def _project(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Planes]:
+        weights, attn = self._layers[layer], self._attn
+        down = linear(x, weights.down, weights.down_bias, self._row_block)
+        kv_dim = attn.kv_lora_rank + attn.qk_rope_dim
+        query, latent, key_rope = down.split((down.shape[1] - kv_dim, attn.kv_lora_rank, attn.qk_rope_dim), dim=1)
+        if weights.q_norm is not None and weights.q_up is not None:
+            query = linear(rms_norm(query, weights.q_norm, LATENT_EPS), weights.q_up, row_block=self._row_block)
+        nope, rope = query.unflatten(-1, (attn.heads, -1)).split((attn.qk_nope_dim, attn.qk_rope_dim), dim=-1)
+        query = torch.cat((nope, self._rope.apply(rope, positions)), dim=-1)
+        key_rope = self._rope.apply(key_rope.unsqueeze(1), positions).squeeze(1)
+        return query, (rms_norm(latent, weights.latent_norm, LATENT_EPS), key_rope)
+
+    def _new_heads(self, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0], self._attn.heads, self._attn.v_dim)
+
+    def _attend_rows(self, layer: int, query: Tensor, past: Planes, mask: Tensor | None) -> Tensor:
+        """Absorbed: scores = (q_nope W_UK) c + q_rope k_r; out = W_UV (sum of shares x c)."""
+        weights, attn = self._layers[layer], self._attn
+        latent, key_rope = past
+        nope, rope = query.split((attn.qk_nope_dim, attn.qk_rope_dim), dim=-1)
+        absorbed = torch.bmm(nope.transpose(0, 1), weights.key_up).transpose(0, 1)
+        scores = torch.bmm(absorbed, latent.transpose(1, 2)) + torch.bmm(rope, key_rope.transpose(1, 2))
+        mixed = torch.bmm(softmax_scores(scores, attn.scale, mask), latent)
+        return torch.bmm(mixed.transpose(0, 1), weights.value_up).transpose(0, 1)
+
+    def _attend_block(self, layer: int, query: Tensor, past: Planes, context: int) -> Tensor:
+        """Expanded: keys and values of every past token."""
+        weights, attn = self._layers[layer], self._attn
+        latent, key_rope = past
+        key_nope = torch.matmul(latent, weights.key_up.transpose(1, 2)).transpose(0, 1)
+        value = torch.matmul(latent, weights.value_up).transpose(0, 1)
+        shared = key_rope.unsqueeze(1).expand(-1, attn.heads, -1)
+        return causal_attention(query, torch.cat((key_nope, shared), dim=-1), value, context, attn.scale)
+
+    def _output(self, layer: int, heads: Tensor) -> Tensor:
+        return linear(heads, self._layers[layer].out, self._layers[layer].out_bias, self._row_block)
+
+
+def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int) -> MlaWeights:
+    attn, d_model = spec.attn, spec.d_model
+
+    def name(tensor: str) -> str:
+        return spec.names.attention(layer, tensor)
+
+    query_rows, rank = attn.heads * attn.head_dim, attn.q_lora_rank
+    rows = {"q_proj" if rank is None else "q_a_proj": query_rows if rank is None else rank}
+    rows["kv_a_proj_with_mqa"] = attn.kv_lora_rank + attn.qk_rope_dim
+    key_up, value_up = _load_up(spec, read, name("kv_b_proj.weight"))
+    return MlaWeights(
+        down=read.stacked((name(f"{part}.weight"), (n, d_model)) for part, n in rows.items()),
+        down_bias=_load_down_bias(spec, read, layer) if attn.qkv_bias else None,
+        q_norm=None if rank is None else read(name("q_a_layernorm.weight"), (rank,)),
+        q_up=None if rank is None else read(name("q_b_proj.weight"), (query_rows, rank)),
+        latent_norm=read(name("kv_a_layernorm.weight"), (attn.kv_lora_rank,)),
+        key_up=key_up,
+        value_up=value_up,
+        out=read(name("o_proj.weight"), (d_model, attn.heads * attn.v_dim)),
+        out_bias=read(name("o_proj.bias"), (d_model,)) if attn.o_bias else None,
+    )
+
+
+def _load_up(spec: MoEDecoderSpec, read: TensorReader, name: str) -> tuple[Tensor, Tensor]:
+    """kv_b_proj, whose rows are per head [k_nope | v], as W_UK [H, dn, r] and transposed W_UV [H, r, dv]."""
+    attn = spec.attn
+    up = read(name, (attn.heads * (attn.qk_nope_dim + attn.v_dim), attn.kv_lora_rank))
+    key_up, value_up = up.unflatten(0, (attn.heads, -1)).split((attn.qk_nope_dim, attn.v_dim), dim=1)
+    return key_up.contiguous(), value_up.transpose(1, 2).contiguous()
+
+
+def _load_down_bias(spec: MoEDecoderSpec, read: TensorReader, layer: int) -> Tensor:
+    """The biases of q_a_proj and kv_a_proj_with_mqa. A q_proj without low rank never has one: zeros."""
+    attn = spec.attn
+    kv = read(spec.names.attention(layer, "kv_a_proj_with_mqa.bias"), (attn.kv_lora_rank + attn.qk_rope_dim,))
+    if attn.q_lora_rank is None:
+        return torch.cat((kv.new_zeros(attn.heads * attn.head_dim), kv))
+    return torch.cat((read(spec.names.attention(layer, "q_a_proj.bias"), (attn.q_lora_rank,)), kv))

@@ -1,0 +1,103 @@
+"""Rotary position embedding: frequencies, the cos/sin table, and the two ways of pairing elements.
+
+Follows transformers' ``modeling_rope_utils``; YaRN is arXiv 2309.00071, ``mscale`` is DeepSeek's addition to
+it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .spec import RopeSpec
+
+
+class RopeTable:
+    """cos and sin of every position, [max_positions, dim/2] in the activation dtype.
+
+    Computed once, in fp32 and scaled there, then cast, as transformers does before it rotates. A table
+    (instead of cos and sin of each step's positions) makes a row's angles independent of its batch mates.
+    """
+
+    def __init__(
+        self, spec: RopeSpec, max_positions: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        frequencies, scaling = inverse_frequencies(spec)
+        angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
+        self._cos = (angles.cos() * scaling).to(device, dtype)
+        self._sin = (angles.sin() * scaling).to(device, dtype)
+        self._rotate = rotate_interleaved if spec.interleaved else rotate_half
+        self._dim = spec.dim
+
+    def apply(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate the first ``dim`` elements of every head. x: [T, H, d], positions: int64 [T]; returns [T, H,
+        d].
+
+        Raises IndexError for a position outside the table.
+        """
+        cos, sin = self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+        if x.shape[-1] == self._dim:
+            return self._rotate(x, cos, sin)
+        rotated = self._rotate(x[..., : self._dim], cos, sin)
+        return torch.cat((rotated, x[..., self._dim :]), dim=-1)
+
+
+def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (j, j + d/2). x: [..., d], cos and sin: [..., d/2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (2j, 2j+1); the result is laid out as all first elements, then all second ones.
+
+    Queries and keys share that order, so scores are those of the interleaved layout (DeepSeek-V3 in
+    transformers).
+    """
+    first, second = x[..., 0::2], x[..., 1::2]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def inverse_frequencies(spec: RopeSpec) -> tuple[Tensor, float]:
+    """fp32 [dim/2] frequencies in radians per position, and the factor on cos and sin."""
+    exponents = torch.arange(0, spec.dim, 2, dtype=torch.float32) / spec.dim
+    powers = spec.theta**exponents
+    if spec.type == "default":
+        return 1.0 / powers, 1.0
+    keep = 1 - _ramp(*_correction_range(spec), spec.dim // 2)
+    frequencies = (1.0 / (spec.factor * powers)) * (1 - keep) + (1.0 / powers) * keep
+    return frequencies, _attention_scaling(spec)
+
+
+def magnitude(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's growth of the logits with the context's growth: 0.1 mscale ln(factor) + 1, never below 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _attention_scaling(spec: RopeSpec) -> float:
+    if spec.attention_factor is not None:
+        return spec.attention_factor
+    if spec.mscale and spec.mscale_all_dim:
+        return magnitude(spec.factor, spec.mscale) / magnitude(spec.factor, spec.mscale_all_dim)
+    return magnitude(spec.factor)
+
+
+def _correction_range(spec: RopeSpec) -> tuple[float, float]:
+    """Between which frequency indices YaRN goes over from extrapolation to interpolation."""
+
+    def index(rotations: float) -> float:
+        turns = math.log(spec.original_max_positions / (rotations * 2 * math.pi))
+        return spec.dim * turns / (2 * math.log(spec.theta))
+
+    low, high = index(spec.beta_fast), index(spec.beta_slow)
+    if spec.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    return max(low, 0), min(high, spec.dim - 1)
+
+
+def _ramp(low: float, high: float, count: int) -> Tensor:
+    if low == high:
+        high += 0.001
+    return torch.clamp((torch.arange(count, dtype=torch.float32) - low) / (high - low), 0, 1)

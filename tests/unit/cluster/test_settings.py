@@ -1,0 +1,58 @@
+"""From the configuration to what each actor is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ConfigError, load_config
+from cluster.fleet import Bundle
+from cluster.settings import ROW_BLOCK, SettingsFactory
+from tests.checkpoints import write_deepseek_v3
+
+TOKEN_BYTES = 3 * (32 + 8) * 4
+"""3 layers, a latent of 32 and a rotated key of 8, fp32."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    write_deepseek_v3(path)
+    return path
+
+
+def factory(checkpoint: Path, **keys: object) -> SettingsFactory:
+    return SettingsFactory(load_config(None, {"model": str(checkpoint), **keys}), {"a": checkpoint, "b": checkpoint})
+
+
+def test_the_context_is_what_model_and_cache_allow(checkpoint: Path) -> None:
+    assert factory(checkpoint).context_length("a") == 512
+    assert factory(checkpoint, **{"attention.kv_memory": TOKEN_BYTES * 100}).context_length("a") == 96
+    assert factory(checkpoint, context_length=77).engine(Bundle("attention-0", "a")).context_length == 77
+
+
+def test_more_than_there_is_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="context_length: 513 is over the model's 512"):
+        factory(checkpoint, context_length=513).context_length("a")
+    small = {"attention.kv_memory": TOKEN_BYTES * 100, "context_length": 97}
+    with pytest.raises(ConfigError, match=r"attention\.kv_memory: 48000 bytes hold 96 tokens .* context_length is 97"):
+        factory(checkpoint, **small).context_length("a")
+    with pytest.raises(ConfigError, match="hold 0 tokens"):
+        factory(checkpoint, **{"attention.kv_memory": 10}).context_length("a")
+
+
+def test_shards_of_one_node_share_its_cores(checkpoint: Path) -> None:
+    bundles = [Bundle("expert-0", "a"), Bundle("expert-1", "a"), Bundle("expert-2", "b")]
+    settings = factory(checkpoint)
+    assert [settings.expert(bundle, bundles).sharing for bundle in bundles] == [2, 2, 1]
+    assert settings.expert(bundles[0], bundles).thread_count >= 1
+    assert factory(checkpoint, **{"experts.threads": 3}).expert(bundles[0], bundles).thread_count == 3
+
+
+def test_deterministic_mode_and_dtype(checkpoint: Path) -> None:
+    bundle = Bundle("attention-0", "a")
+    assert factory(checkpoint).attention(bundle, [bundle]).row_block == ROW_BLOCK
+    relaxed = factory(checkpoint, deterministic=False, dtype="bfloat16").attention(bundle, [bundle])
+    assert (relaxed.row_block, relaxed.dtype) == (0, "bfloat16")
+    assert factory(checkpoint).attention(bundle, [bundle]).dtype == "float32"

@@ -1,0 +1,99 @@
+"""With row_block > 0 a token's logits are the same bits, whatever is computed beside it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.checkpoints import DEFAULT_ROPE, write_deepseek_v3, write_glm4_moe
+from tests.paged_runner import PagedRunner, random_ids
+
+ROW_BLOCK = 8
+SIZES = {
+    "moe_intermediate_size": 27,
+    "intermediate_size": 75,
+    "hidden_size": 52,
+    "vocab_size": 203,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+}
+HEADS = {
+    write_deepseek_v3: {"qk_nope_head_dim": 11, "qk_rope_head_dim": 6, "v_head_dim": 13, "kv_lora_rank": 29},
+    write_glm4_moe: {"head_dim": 10, "rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.6}},
+}
+
+
+@pytest.fixture(scope="module", params=[write_deepseek_v3, write_glm4_moe], ids=["deepseek_v3", "glm4_moe"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Widths that are no multiples of a vector, so that every row ends in the middle of one."""
+    path: Path = tmp_path_factory.mktemp("odd")
+    request.param(path, seed=6, **SIZES, **HEADS[request.param])
+    return path
+
+
+def alone(folder: Path, ids: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    runner = PagedRunner(folder, dtype, ROW_BLOCK)
+    return runner.step([(runner.add(ids), len(ids))])[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mates_do_not_change_a_bit(folder: Path, dtype: torch.dtype) -> None:
+    ids = random_ids(13, seed=0, vocab=203)
+    want = alone(folder, ids, dtype)
+    rng = random.Random(1)
+    for mates in (1, 3, 31):
+        runner = PagedRunner(folder, dtype, ROW_BLOCK, n_blocks=256)
+        numbers = [runner.add(random_ids(rng.randint(1, 9), seed=50 + i, vocab=203)) for i in range(mates)]
+        work = [(number, len(runner.tokens[number])) for number in numbers]
+        place = rng.randint(0, mates)
+        work.insert(place, (runner.add(ids), len(ids)))
+        assert torch.equal(runner.step(work)[place], want)
+
+
+def test_chunks_do_not_change_a_bit(folder: Path) -> None:
+    ids = random_ids(29, seed=2, vocab=203)
+    want = alone(folder, ids)
+    for chunk in (1, 4, 10):
+        runner = PagedRunner(folder, row_block=ROW_BLOCK)
+        number = runner.add(ids)
+        got = [runner.step([(number, min(chunk, len(ids) - i))])[0] for i in range(0, len(ids), chunk)]
+        assert torch.equal(torch.cat(got), want)
+
+
+def test_replay_of_decoded_tokens_does_not_change_a_bit(folder: Path) -> None:
+    prompts = [random_ids(count, seed=count, vocab=203) for count in (5, 12, 1, 8)]
+    runner = PagedRunner(folder, row_block=ROW_BLOCK)
+    produced = runner.greedy(prompts, 12, chunk=6)
+    for prompt, tokens in zip(prompts, produced, strict=True):
+        logits = alone(folder, prompt + tokens[:-1])
+        assert logits[len(prompt) - 1 :].argmax(-1).tolist() == tokens
+        single = PagedRunner(folder, row_block=ROW_BLOCK)
+        assert single.greedy([prompt], 12) == [tokens]
+
+
+def test_thread_count_does_not_change_a_bit(folder: Path) -> None:
+    ids = random_ids(13, seed=0, vocab=203)
+    want = alone(folder, ids)
+    torch.set_num_threads(2)
+    try:
+        got = alone(folder, ids)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(got, want)
+
+
+def test_the_plain_mode_does_depend_on_mates(glm: tuple[Path, Any]) -> None:
+    """Or the tests above would prove nothing on this machine."""
+    runner = PagedRunner(glm[0])
+    ids = random_ids(9, seed=0)
+    numbers = [runner.add(ids), runner.add(ids), runner.add(random_ids(31, seed=1))]
+    single = runner.step([(numbers[0], 9)])[0]
+    batched = runner.step([(numbers[1], 9), (numbers[2], 31)])[0]
+    if torch.equal(single, batched):
+        pytest.skip("this machine's plain products happen to be independent of the batch")
+    assert (single - batched).abs().max() < 1e-5 * single.abs().max()

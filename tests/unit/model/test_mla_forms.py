@@ -1,0 +1,43 @@
+"""Absorbed and expanded attention are the same function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoints import DEFAULT_ROPE, write_deepseek_v3
+from tests.paged_runner import PagedRunner, random_ids
+
+
+@pytest.mark.parametrize("overrides", [{}, {"rope_parameters": DEFAULT_ROPE}, {"q_lora_rank": None, "v_head_dim": 20}])
+def test_absorbed_equals_expanded_at_every_position(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    write_deepseek_v3(tmp_path, seed=4, **overrides)
+    ids = random_ids(37, seed=8)
+    logits = {}
+    for form in ("rows", "block"):
+        runner = PagedRunner(tmp_path)
+        runner.model.attention.form = form
+        logits[form] = runner.step([(runner.add(ids), len(ids))])[0]
+    assert not torch.equal(logits["rows"], logits["block"]), "both forms took one path"
+    assert (logits["rows"] - logits["block"]).abs().max() < 1e-5 * logits["rows"].abs().max()
+
+
+def test_decode_is_absorbed_and_equals_an_expanded_decode(deepseek: tuple[Path, Any]) -> None:
+    ids = random_ids(20, seed=8)
+    logits = {}
+    for form in ("auto", "rows", "block"):
+        runner = PagedRunner(deepseek[0])
+        number = runner.add(ids)
+        runner.step([(number, 19)])
+        runner.model.attention.form = form
+        logits[form] = runner.step([(number, 1)])[0]
+    assert torch.equal(logits["auto"], logits["rows"])
+    assert (logits["auto"] - logits["block"]).abs().max() < 1e-5 * logits["auto"].abs().max()
+
+
+def test_cache_holds_the_latent_alone(deepseek: tuple[Path, Any]) -> None:
+    spec = PagedRunner(deepseek[0]).spec
+    assert spec.kv_floats_per_token == 3 * (32 + 8)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
+
+from actors.model.mlp import SwiGLU
+from actors.model.norm import rms_norm
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("row_block", [0, 8])
+def test_swiglu(row_block: int) -> None:
+    gate, up, down = draw(27, 16, seed=1), draw(27, 16, seed=2), draw(16, 27, seed=3)
+    x = draw(11, 16)
+    want = (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    got = SwiGLU(torch.cat((gate, up)), down)(x, row_block)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_deterministic_swiglu_does_not_look_at_mates(threads: int) -> None:
+    """Rows enough that several threads share the work, and a width that ends in the middle of a vector."""
+    mlp = SwiGLU(draw(54, 16, seed=1), draw(16, 27, seed=2))
+    x = draw(4001, 16, seed=3)
+    torch.set_num_threads(threads)
+    try:
+        whole = mlp(x, row_block=8)
+        for row in [*range(0, 4001, 59), 1999, 2000, 2001]:
+            assert torch.equal(mlp(x[row : row + 1], row_block=8)[0], whole[row])
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_is_bit_equal_to_the_reference(dtype: torch.dtype) -> None:
+    theirs = DeepseekV3RMSNorm(48, eps=1e-3).to(dtype)
+    with torch.no_grad():
+        theirs.weight.copy_(1 + draw(48, seed=4))
+        x = draw(9, 48, seed=5).to(dtype) * 0.1
+        assert torch.equal(rms_norm(x, theirs.weight, 1e-3), theirs(x))
+
+
+def test_norm_does_not_look_at_mates() -> None:
+    x, weight = draw(700, 75, seed=6), draw(75, seed=7)
+    whole = rms_norm(x, weight, 1e-6)
+    for row in range(0, 700, 9):
+        assert torch.equal(rms_norm(x[row : row + 1], weight, 1e-6)[0], whole[row])

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import DeepseekV3Config, Glm4MoeConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3RotaryEmbedding,
+    apply_rotary_pos_emb_interleave,
+)
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding, apply_rotary_pos_emb
+
+from actors.model.families import spec_from_config
+from actors.model.rope import RopeTable, inverse_frequencies
+from tests.checkpoints import DEEPSEEK_V3, DEFAULT_ROPE, GLM4_MOE, YARN
+
+POSITIONS = torch.tensor([0, 1, 7, 63, 64, 300, 511])
+
+
+def heads(width: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(len(POSITIONS), 3, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("rope", [YARN, DEFAULT_ROPE, {**YARN, "factor": 4.0, "beta_fast": 8, "truncate": False}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interleaved_is_the_reference(rope: dict[str, object], dtype: torch.dtype) -> None:
+    settings = {**DEEPSEEK_V3, "qk_rope_head_dim": 32, "rope_parameters": rope}
+    theirs = DeepseekV3RotaryEmbedding(DeepseekV3Config(**{**settings, "rope_parameters": dict(rope)}))
+    spec = spec_from_config({**settings, "model_type": "deepseek_v3"})
+    torch.testing.assert_close(inverse_frequencies(spec.rope)[0], theirs.inv_freq, rtol=0, atol=0)
+    x = heads(32, dtype)
+    cos, sin = theirs(x, POSITIONS[None])
+    want = apply_rotary_pos_emb_interleave(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)[0]
+    got = RopeTable(spec.rope, 512, dtype).apply(x, POSITIONS)
+    torch.testing.assert_close(got, want[0].transpose(0, 1), rtol=0, atol=2e-6 if dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize("partial", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_partial_half_rotated_is_the_reference(partial: float, dtype: torch.dtype) -> None:
+    rope = {**DEFAULT_ROPE, "partial_rotary_factor": partial}
+    theirs = Glm4MoeRotaryEmbedding(Glm4MoeConfig(**{**GLM4_MOE, "rope_parameters": dict(rope)}))
+    spec = spec_from_config({**GLM4_MOE, "rope_parameters": rope, "model_type": "glm4_moe"})
+    assert spec.attn.rotary_dim == int(32 * partial)
+    x = heads(32, dtype)
+    cos, sin = theirs(x, POSITIONS[None])
+    want = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)[0]
+    got = RopeTable(spec.rope, 512, dtype).apply(x, POSITIONS)
+    torch.testing.assert_close(got, want[0].transpose(0, 1), rtol=0, atol=2e-6 if dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "scaling"),
+    [
+        ({}, 1.0),
+        ({"mscale": 1.0, "mscale_all_dim": 0.5}, (0.1 * math.log(40) + 1) / (0.05 * math.log(40) + 1)),
+        ({"mscale": None, "mscale_all_dim": None}, 0.1 * math.log(40) + 1),
+        ({"mscale_all_dim": 0}, 0.1 * math.log(40) + 1),
+        ({"attention_factor": 0.75}, 0.75),
+        ({"factor": 1.0, "mscale": None}, 1.0),
+        ({"factor": None, "mscale": None}, 0.1 * math.log(512 / 64) + 1),
+    ],
+)
+def test_attention_scaling(change: dict[str, object], scaling: float) -> None:
+    spec = spec_from_config({**DEEPSEEK_V3, "model_type": "deepseek_v3", "rope_parameters": {**YARN, **change}})
+    assert inverse_frequencies(spec.rope)[1] == pytest.approx(scaling)
+
+
+def test_yarn_bends_the_slow_frequencies_alone() -> None:
+    config = {**DEEPSEEK_V3, "model_type": "deepseek_v3", "qk_rope_head_dim": 32}
+    yarn = inverse_frequencies(spec_from_config(config).rope)[0]
+    plain = inverse_frequencies(spec_from_config({**config, "rope_parameters": DEFAULT_ROPE}).rope)[0]
+    assert yarn[0] == plain[0]
+    torch.testing.assert_close(yarn[-1], plain[-1] / 40)
+
+
+def test_positions_outside_the_table_are_refused() -> None:
+    spec = spec_from_config({**GLM4_MOE, "model_type": "glm4_moe"})
+    with pytest.raises(IndexError):
+        RopeTable(spec.rope, 16, torch.float32).apply(torch.zeros(1, 1, 32), torch.tensor([16]))
