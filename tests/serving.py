@@ -47,6 +47,15 @@ def swap_experts(source: Path, target: Path, layer: int, first: int, second: int
         save_file(swapped, file, metadata={"format": "pt"})
 
 
+def drop_tensor(source: Path, target: Path, name: str) -> None:
+    """Copy a checkpoint of one file without the tensor ``name``."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    file = target / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 @dataclass(frozen=True)
 class Reference:
     """Greedy tokens of one prompt, and how many of them stand clear of a near-tie."""

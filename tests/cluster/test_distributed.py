@@ -11,11 +11,12 @@ import grpc
 import pytest
 from expertmesh.v1 import control_pb2
 
+from actors.model.errors import CheckpointError
 from cluster.config import load_config
 from cluster.launch import running_cluster
 from placement.bundles import NoRoom
 from tests.cluster.conftest import COUNT, PROMPTS, ROLE, agreement, distributed, kv_in_use
-from tests.serving import Client, Reference, greedy, ids_request, tiny_model
+from tests.serving import Client, Reference, drop_tensor, greedy, ids_request, tiny_model
 from tests.waiting import until
 
 SHM = Path("/dev/shm")
@@ -84,5 +85,17 @@ def test_no_room_says_what_was_wanted(ray_address: str, deepseek: tuple[Path, An
     with (
         pytest.raises(NoRoom, match=r"bundle expert-0: no node with 0.25 CPU and labels .*nowhere.*nodes: .*CPU free"),
         running_cluster(distributed(ray_address, deepseek[0], **keys)),
+    ):
+        pass
+
+
+def test_a_missing_tensor_ends_the_start_with_its_name(
+    ray_address: str, deepseek: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Only the expert shard that owns it notices; everything that had been started is gone again."""
+    drop_tensor(deepseek[0], tmp_path, "model.layers.2.mlp.experts.7.up_proj.weight")
+    with (
+        pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.experts\.7\.up_proj\.weight"),
+        running_cluster(distributed(ray_address, tmp_path)),
     ):
         pass

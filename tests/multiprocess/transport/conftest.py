@@ -1,0 +1,79 @@
+"""A bench of wires: our end here, the other end in a thread (local) or a process of its own (shm, tcp)."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from actors.transport.base import Medium, Wire
+from actors.transport.endpoint import Endpoint
+from actors.transport.local import LocalNetwork
+from tests.multiprocess.transport.remote import NODE, PATIENCE, SECRET, Remote, in_process, in_thread, soon
+
+
+class Link(NamedTuple):
+    """Our end of a wire, and whoever is at the other."""
+
+    wire: Wire
+    remote: Remote
+
+
+class Bench:
+    """Makes links and takes all of them down again."""
+
+    def __init__(self) -> None:
+        self._wires: queue.Queue[Wire] = queue.Queue()
+        self._endpoint = Endpoint("here", NODE, SECRET, on_wire=self._wires.put)
+        self._network = LocalNetwork()
+        self._local = self._network.endpoint("here", self._wires.put)
+        self._links: list[Link] = []
+
+    def link(self, medium: Medium, name: str = "there", ring_bytes: int = 4 << 20) -> Link:
+        """A new wire of this medium to a new remote called ``name``."""
+        if medium is Medium.LOCAL:
+            other = self._network.endpoint(name)
+            remote = in_thread(lambda: other.connect(self._local.address, soon()))
+        else:
+            remote = in_process(name, self._endpoint.address, medium, ring_bytes)
+        link = Link(self._wires.get(timeout=PATIENCE), remote)
+        self._links.append(link)
+        assert link.wire.peer == name
+        assert link.wire.medium is medium
+        return link
+
+    def close(self) -> None:
+        """Every wire, remote and endpoint."""
+        for link in self._links:
+            link.wire.close()
+            link.remote.close()
+        self._endpoint.close()
+        self._local.close()
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """A bench that leaves nothing behind: no descriptor, no thread, nothing in /dev/shm."""
+    before = (len(os.listdir("/proc/self/fd")), threading.active_count(), set(os.listdir("/dev/shm")))
+    bench = Bench()
+    yield bench
+    bench.close()
+    after = (len(os.listdir("/proc/self/fd")), threading.active_count(), set(os.listdir("/dev/shm")))
+    assert after[:2] == before[:2], "descriptors or threads were left behind"
+    assert not {name for name in after[2] - before[2] if "expertmesh" in name}
+
+
+@pytest.fixture(params=list(Medium))
+def medium(request: pytest.FixtureRequest) -> Medium:
+    """Every medium in turn."""
+    return Medium(request.param)
+
+
+@pytest.fixture(params=[Medium.SHM, Medium.TCP])
+def far(request: pytest.FixtureRequest) -> Medium:
+    """The media between processes, for what only a process can suffer."""
+    return Medium(request.param)
