@@ -94,6 +94,7 @@ class LoopThread:
                     self._turn()
         except BaseException as error:
             self.failure = error
+            self._stopping = True  # wires that come from now on are closed: their peers shall not wait for nothing
             log.exception("the data-plane loop ended by an error; its wires are closed")
             self._close_all()
 

@@ -65,8 +65,10 @@ def _join(address: str) -> bool:
 
 
 def _start_local(config: ServerConfig) -> None:
-    """A cluster of this machine alone, on loopback, that ends with this process. Its CPUs are bookkeeping."""
+    """A cluster of this machine alone that ends with this process. Its CPUs are bookkeeping."""
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 would starve us beside anything else
+    # it would only tell that token authentication is on, which is what we want, in the place of our own first line
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     wanted = config.attention.replicas * config.attention.cpus + config.experts.shards * config.experts.cpus
     ray.init(
         address="local",
@@ -77,5 +79,4 @@ def _start_local(config: ServerConfig) -> None:
         log_to_driver=False,
         logging_level="WARNING",
         object_store_memory=_OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
     )
