@@ -49,7 +49,7 @@ class AttentionConfig(_Section):
 
     replicas: int = Field(1, ge=1, le=1024)
     cpus: float = Field(0.25, gt=0, description="logical CPUs of a bundle, for Ray's bookkeeping")
-    threads: int = Field(0, ge=0, description="torch threads; 0: as many as the machine has cores")
+    threads: int = Field(0, ge=0, description="torch threads; 0: one for small matrices, else one a core")
     node_labels: Labels = Field(default_factory=dict, description="nodes that may hold this fleet")
     kv_memory: ByteSize = Field(2**30, ge=1, description="KV cache of each replica")
     block_size: int = Field(16, ge=1, le=1024, description="tokens of a KV block")
@@ -69,7 +69,7 @@ class ExpertsConfig(_Section):
 
     shards: int = Field(2, ge=1, le=4096)
     cpus: float = Field(0.25, gt=0, description="logical CPUs of a bundle, for Ray's bookkeeping")
-    threads: int = Field(0, ge=0, description="torch threads; 0: the machine's cores shared among the shards")
+    threads: int = Field(0, ge=0, description="torch threads; 0: one for small matrices, else the cores shared")
     node_labels: Labels = Field(default_factory=dict, description="nodes that may hold this fleet")
 
 

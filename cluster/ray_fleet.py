@@ -39,6 +39,19 @@ class RayEndpoints:
         return Endpoint(name, node_id, self.secret, host=ray.util.get_node_ip_address(), on_wire=on_wire)
 
 
+class Hosted:
+    """The Ray actor around a plain object. Ray wraps every method of an actor's class for tracing, inherited and
+    private ones too: held like this, the object's own calls, several at each layer, stay plain.
+    """
+
+    def __init__(self, role: type, *args: Any) -> None:
+        self._role = role(*args)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a public method of the object."""
+        return getattr(self._role, method)(*args)
+
+
 class RayHandle(ActorHandle):
     """A Ray actor by its plain class's methods."""
 
@@ -49,7 +62,8 @@ class RayHandle(ActorHandle):
     def begin(self, method: str, *args: Any) -> Future[Any]:
         """See ActorHandle."""
         result: Future[Any] = Future()
-        getattr(self.actor, method).remote(*args).future().add_done_callback(lambda done: self._settle(done, result))
+        call = self.actor.call.options(name=f"{self.name}.{method}").remote(method, *args)
+        call.future().add_done_callback(lambda done: self._settle(done, result))
         return result
 
     def _settle(self, done: Future[Any], result: Future[Any]) -> None:
@@ -77,7 +91,8 @@ def start_actor(role: type, name: str, strategy: Any, cpus: float, *args: Any) -
         "max_restarts": 0,
         "scheduling_strategy": strategy,
     }
-    return RayHandle(name, ray.remote(role).options(**options).remote(*args))
+    actor_class = ray.remote(type(role.__name__, (Hosted,), {}))
+    return RayHandle(name, actor_class.options(**options).remote(role, *args))
 
 
 class RayController(Controller):

@@ -2,38 +2,42 @@
 
 A *wire* joins two processes (or two threads, for ``local``) and carries *frames* both ways. The rules:
 
-* **Order and loss.** Frames of one direction arrive whole, once, and in the order in which they were sent. A frame
-  is lost only together with its wire. There is no order between different wires.
+* **Order and loss.** Frames of one direction arrive whole, once, and in the order in which they were sent. A
+  frame is lost only together with its wire. There is no order between different wires.
 * **Pairwise.** A wire knows one peer. A dead, stopped or slow peer breaks its own wire and no other.
-* **Deadlines.** Every call that can wait takes ``deadline``, an absolute ``time.monotonic()`` in seconds, and raises
-  :class:`WireTimeout` when it passes. A send that timed out has left the wire torn: it is closed, and later
-  calls raise :class:`PeerGone`. A receive that timed out has lost nothing and may be called again.
+* **Deadlines.** Every call that can wait takes ``deadline``, an absolute ``time.monotonic()`` in seconds, and
+  raises :class:`WireTimeout` when it passes. A send that timed out has left the wire torn: it is closed, and
+  later calls raise :class:`PeerGone`. A receive that timed out has lost nothing and may be called again.
 * **Death.** When the peer closes, or dies (kill -9 included), every waiting and every later ``recv`` raises
-  :class:`PeerGone` once the frames that had arrived whole are consumed; ``send`` raises it at the latest when it
-  would have to wait. EOF of a socket tells it within milliseconds.
-* **Both may send first.** ``send`` of any frame up to ``MAX_FRAME_BYTES`` makes progress while the peer is in a
-  ``send`` itself: it takes in what arrives meanwhile, so that two sends towards each other never lock.
-* **Buffers.** ``send`` has copied or written the parts when it returns: they are the caller's again. The parts of a
-  received :class:`Frame` are views of memory owned by the wire and are valid until the next ``recv`` on that wire.
-  In the steady state (frames no larger than those before) neither direction allocates payload memory.
-* **Stale frames.** Each frame carries (epoch, step, micro-batch, layer, attempt). ``fence(tag)`` makes the wire drop,
-  and count in ``stats.dropped``, received frames whose ``tag.fence_key`` is below that of ``tag``.
-* **Threads.** One thread at a time uses a wire; ``close`` alone may come from another thread, at any time, any
-  number of times.
-* **Waiting** never burns a core: a bounded, adaptive few tens of microseconds of yielding polls, then a blocking
-  wait in the kernel.
+  :class:`PeerGone` once the frames that had arrived whole are consumed; ``send`` raises it at the latest when
+  it would have to wait. EOF of a socket tells it within milliseconds.
+* **Both may send first.** ``send`` of any frame up to ``MAX_FRAME_BYTES`` makes progress while the peer is in
+  a ``send`` itself: it takes in what arrives meanwhile, so that two sends towards each other never lock. What
+  it took in waits for ``recv``; beyond ``MAX_BACKLOG_BYTES`` of such frames it takes in no more and the peer
+  has to wait.
+* **Buffers.** ``send`` has copied or written the parts when it returns: they are the caller's again. The
+  parts of a received :class:`Frame` are views of memory owned by the wire, start at multiples of 64 bytes,
+  and are valid until the next ``recv`` on that wire (no other call touches them, so they may be sent on, over
+  the same wire too). In the steady state (frames no larger than those before) neither direction allocates
+  payload memory.
+* **Stale frames.** Each frame carries (epoch, step, micro-batch, layer, attempt). ``fence(tag)`` makes the
+  wire drop, and count in ``stats.dropped``, received frames whose ``tag.fence_key`` is below that of ``tag``.
+* **Threads.** One thread at a time uses a wire; ``close`` alone may come from another thread, at any time,
+  any number of times.
+* **Waiting** never burns a core: a bounded, adaptive few tens of microseconds of yielding polls, then a
+  blocking wait in the kernel.
 
-Sources: design follows the pairwise "M2N" library of MegaScale-Infer (arXiv 2504.02263) in what is promised, not in
-how it is done.
+Sources: design follows the pairwise "M2N" library of MegaScale-Infer (arXiv 2504.02263) in what is promised,
+not in how it is done.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 Buffer = bytes | bytearray | memoryview
 """Anything contiguous; memoryviews are sent as their bytes."""
@@ -42,6 +46,9 @@ MAX_FRAME_BYTES = 256 << 20
 """Largest sum of a frame's parts, in bytes. A larger announcement from a peer is a protocol error."""
 
 MAX_PARTS = 8
+
+MAX_BACKLOG_BYTES = 2 * MAX_FRAME_BYTES
+"""A send that waits stops taking in once this many unreceived bytes have piled up: memory is bounded."""
 
 
 class Medium(StrEnum):
@@ -69,7 +76,7 @@ class ProtocolError(TransportError):
 
 
 class HandshakeRefused(TransportError):
-    """The hello was not answered as it must be: wrong secret, wrong node for shm, or a stranger on the port."""
+    """The hello was not answered as it must be: wrong secret, wrong node for shm, a stranger on the port."""
 
 
 class FrameTag(NamedTuple):
@@ -83,7 +90,7 @@ class FrameTag(NamedTuple):
 
     @property
     def fence_key(self) -> tuple[int, int, int]:
-        """(epoch, step, attempt): what makes a frame stale. Layers and micro-batches of one step interleave."""
+        """(epoch, step, attempt) makes a frame stale. Layers and micro-batches of a step interleave."""
         return (self.epoch, self.step, self.attempt)
 
 
@@ -111,8 +118,8 @@ class WireStats:
 class Address:
     """How to reach an endpoint. Plain data: it travels through Ray calls.
 
-    ``node_id`` is the Ray node id (or any string that is equal exactly where memory can be shared), ``unix_name`` the
-    abstract Unix socket without its leading NUL, ``host:port`` the TCP listener.
+    ``node_id`` is the Ray node id (or any string that is equal exactly where memory can be shared),
+    ``unix_name`` the abstract Unix socket without its leading NUL, ``host:port`` the TCP listener.
     """
 
     name: str
@@ -131,26 +138,64 @@ class Wire(ABC):
 
     @abstractmethod
     def send(self, kind: int, tag: FrameTag, parts: Sequence[Buffer], deadline: float) -> None:
-        """Send one frame of at most MAX_PARTS parts. Errors: WireTimeout, PeerGone, ValueError (too large)."""
+        """Send one frame of at most MAX_PARTS parts. Errors: WireTimeout, PeerGone, ValueError (a limit)."""
 
     @abstractmethod
     def recv(self, deadline: float) -> Frame:
-        """Next frame that is not stale. Errors: WireTimeout, PeerGone, ProtocolError (the wire is closed then)."""
+        """Next frame that is not stale.
+
+        Errors: WireTimeout, PeerGone, ProtocolError (the wire is closed then).
+        """
 
     @abstractmethod
     def ready(self) -> bool:
         """True when ``recv`` would not wait: a whole frame is here, or the peer is gone. Never blocks."""
 
     @abstractmethod
+    def buffered(self) -> bool:
+        """True when ``recv`` would not wait, judged without a system call.
+
+        A call on the wire may have taken in a frame and emptied its descriptors: look here before waiting on
+        those. False says nothing about them.
+        """
+
+    @abstractmethod
     def filenos(self) -> tuple[int, ...]:
-        """Descriptors that become readable when ``ready`` may have changed; for the :class:`~.poller.Poller`."""
+        """Descriptors that are readable when ``ready`` may have changed; for the :class:`~.poller.Poller`."""
 
     @abstractmethod
     def fence(self, tag: FrameTag) -> None:
-        """From now on drop received frames older than ``tag`` (see ``FrameTag.fence_key``)."""
+        """From now on drop received frames older than ``tag`` (see ``FrameTag.fence_key``).
+
+        A fence never goes down: one below the current one changes nothing.
+        """
 
     @abstractmethod
     def close(self) -> None:
         """Free everything; the peer sees PeerGone. Idempotent, from any thread."""
 
 
+class EndpointLike(Protocol):
+    """Where wires come from: listens under an address and connects to others.
+
+    Incoming wires are handed to the ``on_wire`` callback given at construction, with ``wire.peer`` set to the
+    name of the endpoint that connected. A wire belongs to whoever got it; closing the endpoint leaves its
+    wires open.
+    """
+
+    @property
+    def address(self) -> Address:
+        """How others reach this endpoint."""
+
+    def connect(self, address: Address, deadline: float, medium: Medium | None = None) -> Wire:
+        """A wire to the endpoint at ``address``; ``medium`` None picks the best that both can use.
+
+        Errors: WireTimeout, PeerGone (nobody is there), HandshakeRefused (also: the two cannot use it).
+        """
+
+    def close(self) -> None:
+        """Stop listening and free everything but the wires. Idempotent."""
+
+
+EndpointFactory = Callable[[str, Callable[[Wire], None]], EndpointLike]
+"""``(name, on_wire) -> endpoint``: how an actor gets its endpoint without knowing where it runs."""

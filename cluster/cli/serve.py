@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,18 +45,22 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: they interrupt the start, and end the serving in order. A second one changes nothing."""
+    """SIGINT and SIGTERM: they interrupt the start, and end the serving in order. A second one changes nothing.
+
+    The handler may interrupt anything, itself included, so it takes no lock: an eventfd wakes ``wait``.
+    """
 
     def __init__(self) -> None:
-        self._serving = threading.Event()
-        self._stop = threading.Event()
+        self._serving = False
+        self._stopped = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._install()
 
     def wait(self) -> None:
         """From now on signals mean "stop serving"; returns when one has come."""
-        self._serving.set()
+        self._serving = True
         self._install()
-        self._stop.wait()
+        os.eventfd_read(self._wake)
 
     def _install(self) -> None:
         """Again after the start: Ray puts a SIGTERM handler of its own."""
@@ -64,9 +68,9 @@ class StopSignals:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        first = not self._stop.is_set()
-        self._stop.set()
-        if first and not self._serving.is_set():
+        first, self._stopped = not self._stopped, True
+        os.eventfd_write(self._wake, 1)
+        if first and not self._serving:
             raise Stopped
 
 

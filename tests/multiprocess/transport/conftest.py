@@ -14,6 +14,7 @@ from actors.transport.base import Medium, Wire
 from actors.transport.endpoint import Endpoint
 from actors.transport.local import LocalNetwork
 from tests.multiprocess.transport.remote import NODE, PATIENCE, SECRET, Remote, in_process, in_thread, soon
+from tests.multiprocess.transport.servers import Server
 
 
 class Link(NamedTuple):
@@ -77,3 +78,14 @@ def medium(request: pytest.FixtureRequest) -> Medium:
 def far(request: pytest.FixtureRequest) -> Medium:
     """The media between processes, for what only a process can suffer."""
     return Medium(request.param)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A server and a client, which leave nothing behind."""
+    before = len(os.listdir("/proc/self/fd"))
+    server = Server()
+    yield server
+    server.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert threading.active_count() == 1

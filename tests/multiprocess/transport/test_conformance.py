@@ -105,13 +105,14 @@ def test_received_parts_stay_until_the_next_recv(bench: Bench, medium: Medium) -
     wire, remote = bench.link(medium)
     remote.call("send", (1, TAG, (300_000,), 5))
     frame = wire.recv(soon())
-    remote.tell("echo", 1)
-    # Sending, and taking in what arrives meanwhile, touch other memory.
-    wire.send(1, TAG, frame.parts, soon())
-    remote.hear()
+    # Neither taking in what arrives nor sending, even the very same memory, touches it.
+    remote.call("send", (2, TAG, (300_000,), 6))
     become_ready(wire)
+    remote.tell("recv")
+    wire.send(1, TAG, frame.parts, soon())
+    assert remote.hear() == digest(1, TAG, [payload(300_000, 5)])
     assert frame.parts[0] == payload(300_000, 5)
-    assert wire.recv(soon()).parts[0] == payload(300_000, 5)
+    assert wire.recv(soon()).parts[0] == payload(300_000, 6)
 
 
 def test_limits_are_refused_and_hurt_nobody(bench: Bench, medium: Medium) -> None:
@@ -163,6 +164,20 @@ def test_a_send_that_times_out_tears_the_wire(bench: Bench, medium: Medium) -> N
         wire.recv(soon())
     answers = [remote.call("recv"), remote.call("recv")]
     assert answers[-1] == "PeerGone"
+
+
+def test_a_waiting_send_goes_on_once_the_peer_receives(bench: Bench, medium: Medium) -> None:
+    wire, remote = bench.link(medium)
+
+    def receive() -> None:
+        for _ in range(4):
+            remote.tell("recv")
+
+    later = threading.Timer(0.1, receive)
+    later.start()
+    sent = [send_shape(wire, (1, TAG, (8 * MIB,), step)) for step in range(4)]
+    later.join()
+    assert [remote.hear() for _ in sent] == sent
 
 
 def test_both_may_send_sixty_four_mebibytes_first(bench: Bench, medium: Medium) -> None:

@@ -1,0 +1,83 @@
+"""The wire between nodes: one TCP connection, vectored writes, reads straight into the frame's memory."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+
+from actors.transport.base import Medium, PeerGone
+from actors.transport.sockets import shutdown
+from actors.transport.stream import StreamWire, poll_on
+
+_STAGE_BYTES = 64 << 10
+"""Small reads go through a stage, so that a header and a small payload cost one system call together."""
+
+
+class TcpWire(StreamWire):
+    """Takes over a connected, non-blocking, authenticated socket."""
+
+    def __init__(self, peer: str, sock: socket.socket, spin_us: float) -> None:
+        super().__init__(peer, Medium.TCP, spin_us)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self._stage = memoryview(bytearray(_STAGE_BYTES))
+        self._staged = self._stage[:0]
+        fd = sock.fileno()
+        self._poll_recv = poll_on((fd,))
+        self._poll_send = poll_on((fd,), (fd,))
+        self._poll_room = poll_on((), (fd,))
+
+    def filenos(self) -> tuple[int, ...]:
+        """See :meth:`Wire.filenos`."""
+        return () if self._freed else (self._sock.fileno(),)
+
+    def _push(self, outgoing: deque[memoryview]) -> bool:
+        try:
+            count = self._sock.sendmsg(outgoing, (), socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._set_end(PeerGone, f"sending to {self.peer!r} over tcp: {error}")
+            return False
+        while count:
+            view = outgoing.popleft()
+            if len(view) > count:
+                outgoing.appendleft(view[count:])
+                return True
+            count -= len(view)
+        return True
+
+    def _pull(self, target: memoryview) -> int:
+        if not self._staged:
+            if len(target) >= _STAGE_BYTES // 2:
+                return self._read(target)
+            self._staged = self._stage[: self._read(self._stage)]
+        count = min(len(self._staged), len(target))
+        target[:count] = self._staged[:count]
+        self._staged = self._staged[count:]
+        return count
+
+    def _in_hand(self) -> bool:
+        return bool(self._staged)
+
+    def _read(self, target: memoryview) -> int:
+        try:
+            count = self._sock.recv_into(target)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            # Timeouts of the network and resets alike: the connection is over, and the reason is in the text.
+            self._set_end(PeerGone, f"receiving from {self.peer!r} over tcp: {error}")
+            return 0
+        if count == 0:
+            self._set_end(PeerGone, f"{self.peer!r} closed its tcp wire or died")
+        return count
+
+    def _look_for_end(self) -> None:
+        """Nothing to do: ``_read`` has met the end of the stream if it is there."""
+
+    def _interrupt(self) -> None:
+        shutdown(self._sock)
+
+    def _free(self) -> None:
+        self._sock.close()
