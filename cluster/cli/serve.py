@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import signal
 import socket
@@ -29,6 +30,7 @@ def run_serve(model: str | None, config_file: Path | None, grpc_port: int | None
     try:
         config = load_config(config_file, {key: value for key, value in flags.items() if value is not None})
         check_port(config)
+        warn_if_open(config)
         with ready_cluster(config, weight_bytes(config)):
             signals.wait()
             print("stopping", file=sys.stderr, flush=True)
@@ -91,6 +93,15 @@ def check_port(config: ServerConfig) -> None:
             raise ConfigError(f"gateway.host: cannot listen on {host}:{port}: {error.strerror}") from None
 
 
+def warn_if_open(config: ServerConfig) -> None:
+    """Say what an address off loopback means."""
+    host = config.gateway.host
+    addresses = {info[4][0] for info in socket.getaddrinfo(host, config.gateway.port, type=socket.SOCK_STREAM)}
+    if not all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        text = "plaintext, without accounts: whoever reaches that address can use it"
+        print(f"warning: gateway.host: {host} is not loopback; the gateway is {text}", file=sys.stderr)
+
+
 def weight_bytes(config: ServerConfig) -> int:
     """Open the checkpoint and the tokenizer, so that what is wrong with them is said before anything starts.
 
@@ -110,14 +121,17 @@ def weight_bytes(config: ServerConfig) -> int:
 def expected_errors() -> tuple[type[Exception], ...]:
     """What a user can cause; anything else is a bug and shows its traceback."""
     from actors.model.errors import CheckpointError, UnsupportedModelError
+    from actors.transport.base import TransportError
     from cluster.controller import StartFailed
     from cluster.default_model import DefaultModelError
+    from cluster.fleet import ActorUnreachable
     from cluster.gateway.server import PortInUse
     from cluster.gateway.tokenizer import TokenizerError
     from cluster.ray_session import AlreadyServing
     from placement.bundles import NoRoom
 
     return (
+        ActorUnreachable,
         AlreadyServing,
         CheckpointError,
         ConfigError,
@@ -126,6 +140,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
         PortInUse,
         StartFailed,
         TokenizerError,
+        TransportError,
         UnsupportedModelError,
     )
 
