@@ -55,6 +55,12 @@ def blocks_in_use(client: Client) -> int:
     return sum(load.kv_blocks - load.kv_blocks_free + load.running + load.waiting for load in loads)
 
 
+def queue_of(client: Client) -> tuple[int, int]:
+    """(running, waiting) of the only attention shard."""
+    (actor,) = client.load(control_pb2.ROLE_ATTENTION)
+    return actor.attention.running, actor.attention.waiting
+
+
 def error_of(call: Any) -> tuple[grpc.StatusCode, dict[str, Any]]:
     """Status code and the details by their type's name."""
     with pytest.raises(grpc.RpcError) as caught:
@@ -206,9 +212,10 @@ def test_a_request_that_never_fits_the_cache_is_refused(checkpoint: tuple[Path, 
 def test_a_full_queue_says_when_to_come_back(checkpoint: tuple[Path, Any]) -> None:
     config = local(checkpoint[0], **{"attention.max_running": 1, "attention.max_waiting": 1})
     with running_cluster(config) as address, Client(address) as client:
-        held = [client.inference.Generate(ids_request([5], 500)) for _ in range(2)]
-        until(lambda: client.load(control_pb2.ROLE_GATEWAY)[0].gateway.streams == 2)
-        until(lambda: sum(a.attention.running + a.attention.waiting for a in client.load(3)) == 2)
+        held = []
+        for waiting in (0, 1):  # one after the other: the first must run before the second takes its place in the queue
+            held.append(client.inference.Generate(ids_request([5], 500)))
+            until(lambda expected=waiting: queue_of(client) == (1, expected))
         code, details = error_of(lambda: client.generate(ids_request([5], 4)))
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert details["ErrorInfo"].reason == "QUEUE_FULL"
