@@ -27,6 +27,7 @@ def running_cluster(config: ServerConfig, on_progress: OnProgress = lambda _: No
     """
     launch = _local_controller if config.transport == "local" else _ray_controller
     with launch(config) as controller:
+        on_progress(Progress())
         start = controller.begin("start", controller)
         _await_start(controller, start, config.start_timeout_s, on_progress)
         yield start.result()

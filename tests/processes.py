@@ -30,8 +30,9 @@ def run(*arguments: str, timeout_s: float = 60, **environment: str) -> subproces
 class Serving:
     """A running ``expertmesh serve``."""
 
-    def __init__(self, process: subprocess.Popen[str], ready: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], ready: str, errors: list[str]) -> None:
         self.process = process
+        self.errors = errors
         self.ready = ready
         self.address = ready.split(" at ")[1].split(";")[0]
 
@@ -66,7 +67,7 @@ def serving(*arguments: str, timeout_s: float = 90, **environment: str) -> Itera
             ready = lines.get(timeout=timeout_s)
         except queue.Empty:
             raise AssertionError(f"no ready line within {timeout_s:g} s: {''.join(errors)}") from None
-        yield Serving(process, ready)
+        yield Serving(process, ready, errors)
     finally:
         if process.poll() is None:
             process.terminate()

@@ -14,13 +14,16 @@ from cluster.config import load_config
 def run_demo(text: str) -> int:
     """One attention shard, one router, two expert shards, one gateway on a free port; the exit status."""
     config = load_config(None, {"gateway.port": 0})
-    StopSignals()
+    signals = StopSignals()
     try:
-        with ready_cluster(config, weight_bytes(config)) as address:
+        with ready_cluster(config, weight_bytes(config), signals) as address:
+            signals.check()
+            signals.interrupting = True
             print()
             status = run_status(address)
             print(f"\n> {text}", flush=True)
             status |= run_generate(text, address, True, None, Sampling(None, None, None, None), [])
+            signals.interrupting = False
             print("\nstopping", file=sys.stderr, flush=True)
     except (Stopped, SystemExit):
         print("stopped", file=sys.stderr)

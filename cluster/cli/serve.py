@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import select
 import signal
 import socket
 import sys
@@ -31,11 +32,11 @@ def run_serve(model: str | None, config_file: Path | None, grpc_port: int | None
         config = load_config(config_file, {key: value for key, value in flags.items() if value is not None})
         check_port(config)
         warn_if_open(config)
-        with ready_cluster(config, weight_bytes(config)):
+        with ready_cluster(config, weight_bytes(config), signals):
             signals.wait()
             print("stopping", file=sys.stderr, flush=True)
         return 0
-    except (Stopped, SystemExit):  # SystemExit: Ray's own SIGTERM handler, which is in force while it starts
+    except (Stopped, SystemExit):  # SystemExit: Ray's own SIGTERM handler, in force while ray.init runs
         print("stopped before it was ready", file=sys.stderr)
         return 130
     except expected_errors() as error:
@@ -43,36 +44,45 @@ def run_serve(model: str | None, config_file: Path | None, grpc_port: int | None
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM came while the cluster was being started."""
+    """SIGINT or SIGTERM came before there was something to serve."""
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: they interrupt the start, and end the serving in order. A second one changes nothing.
+    """SIGINT and SIGTERM: they end whatever is done in order. A second one changes nothing.
 
+    While ``interrupting``, the first raises Stopped wherever the main thread is. While Ray is started or used that is
+    not safe (it crashes in the middle of its own C++ calls): then a signal is only noted, and ``check`` raises.
     The handler may interrupt anything, itself included, so it takes no lock: an eventfd wakes ``wait``.
     """
 
     def __init__(self) -> None:
-        self._serving = False
+        self.interrupting = True
         self._stopped = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._install()
 
-    def wait(self) -> None:
-        """From now on signals mean "stop serving"; returns when one has come."""
-        self._serving = True
+    def check(self) -> None:
+        """Raise Stopped if a signal has come."""
         self._install()
-        os.eventfd_read(self._wake)
+        if self._stopped:
+            raise Stopped
+
+    def wait(self) -> None:
+        """Return when a signal comes, or at once if one has come."""
+        self._install()
+        arrived = select.poll()  # resumed by itself when a signal interrupts it, which eventfd_read is not
+        arrived.register(self._wake, select.POLLIN)
+        arrived.poll()
 
     def _install(self) -> None:
-        """Again after the start: Ray puts a SIGTERM handler of its own."""
+        """Again and again: Ray puts a SIGTERM handler of its own when it starts."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         first, self._stopped = not self._stopped, True
         os.eventfd_write(self._wake, 1)
-        if first and not self._serving:
+        if first and self.interrupting:
             raise Stopped
 
 
@@ -146,16 +156,21 @@ def expected_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def ready_cluster(config: ServerConfig, expected_bytes: int) -> Iterator[str]:
+def ready_cluster(config: ServerConfig, expected_bytes: int, signals: StopSignals) -> Iterator[str]:
     """A running cluster, with a progress bar until it is up and then one line that says so."""
+    from cluster.controller import Progress as StartProgress
     from cluster.launch import running_cluster
 
+    signals.interrupting = False
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting Ray", total=expected_bytes)
-        with running_cluster(
-            config, lambda now: bar.update(task, description=now.phase, completed=now.loaded_bytes)
-        ) as address:
+
+        def on_progress(now: StartProgress) -> None:
+            signals.check()
+            bar.update(task, description=now.phase, completed=now.loaded_bytes)
+
+        with running_cluster(config, on_progress) as address:
             bar.stop()
             print(f"expertmesh is ready: {_summary(config)} at {address}; Ctrl-C stops it", flush=True)
             yield address

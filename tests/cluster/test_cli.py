@@ -135,7 +135,7 @@ def test_sigterm_leaves_nothing_behind(server: Serving) -> None:
     segments = set(Path("/dev/shm").glob("*expertmesh*"))
     for _ in range(5):
         server.process.send_signal(signal.SIGINT)  # an impatient operator
-    assert server.stop(signal.SIGTERM) == 0
+    assert server.stop(signal.SIGTERM) == 0, server.errors
     until(lambda: not any(map(alive, pids)))
     assert set(Path("/dev/shm").glob("*expertmesh*")) == segments == set()
     assert run("generate", "x", "--target", server.address).returncode == 1
@@ -152,4 +152,4 @@ def test_what_a_killed_server_left_is_swept_by_the_next(config: Path) -> None:
     with serving("--config", str(config), "--grpc-port", "0") as second, Client(second.address) as client:
         until(lambda: not any(map(alive, actors.values())))
         assert len(client.tokens(PROMPTS[0], 4)) == 4
-        assert second.stop(signal.SIGINT) == 0
+        assert second.stop(signal.SIGINT) == 0, second.errors
