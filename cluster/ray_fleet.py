@@ -154,7 +154,10 @@ class RayFleet(Fleet):
             ).remote(*args)
             for node_id in node_ids
         }
-        return {node_id: ray.get(call) for node_id, call in calls.items()}
+        try:
+            return {node_id: ray.get(call) for node_id, call in calls.items()}
+        except RayTaskError as error:
+            raise error.cause from None
 
     def spawn(self, role: type, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
         """The bundle's CPUs are reserved by the group; the actors inside ask for none of their own."""
