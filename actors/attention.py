@@ -40,6 +40,10 @@ from actors.transport.base import (
 log = logging.getLogger(__name__)
 
 
+class NoMemory(RuntimeError):
+    """The node does not have the memory that the configuration gives to the KV cache."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why a request was not admitted. ``field`` is set when the request itself is at fault."""
@@ -81,6 +85,7 @@ class AttentionShard:
         self._moe: MoEClient | None = None
         self._loaded_bytes = 0
         self._steps = self._tokens = 0
+        self._kv_bytes = engine.kv_bytes
         block_bytes = engine.block_size * KVCache.bytes_per_token(self._spec, model.torch_dtype)
         self._blocks = BlockAllocator(engine.kv_bytes // block_bytes, engine.block_size)
         limits = SchedulerLimits(engine.context_length, engine.max_running, engine.token_budget, engine.max_waiting)
@@ -105,7 +110,11 @@ class AttentionShard:
                 row_block=self._settings.row_block,
                 progress=self._count,
             )
-        self._cache = KVCache(self._spec, self._blocks.n_blocks, self._blocks.block_size, self._settings.torch_dtype)
+        n_blocks, block_size = self._blocks.n_blocks, self._blocks.block_size
+        try:
+            self._cache = KVCache(self._spec, n_blocks, block_size, self._settings.torch_dtype)
+        except MemoryError as error:
+            raise NoMemory(f"attention.kv_memory: {self._kv_bytes} bytes cannot be allocated: {error}") from error
         return self._endpoint.address
 
     def loaded_bytes(self) -> int:
@@ -177,6 +186,8 @@ class AttentionShard:
             self._steps += 1
         if events:
             self._publish(events)
+        if self._moe is None:
+            self._leave_gateways()
 
     def _compute(self, plan: StepPlan) -> list[TokenEvent]:
         assert self._model is not None
@@ -197,6 +208,8 @@ class AttentionShard:
             return self._scheduler.update(plan, sampled)
 
     def _void(self, plan: StepPlan, reason: FinishReason, message: str) -> list[TokenEvent]:
+        if self._moe is not None:
+            self._moe.abandon()
         with self._lock:
             return self._scheduler.fail(plan, reason, message)
 
@@ -230,8 +243,16 @@ class AttentionShard:
         if self._moe is not None and wire is self._moe.wire:
             log.error("the router of %s is gone: %s", self.name, error)
             self._moe = None
+            with self._lock:
+                for request_id in self._owner:
+                    self._scheduler.abort(request_id, FinishReason.UNAVAILABLE, "the attention shard lost its router")
         elif self._gateways.get(wire.peer) is wire:
             self._abort_all(wire.peer)
+
+    def _leave_gateways(self) -> None:
+        """A shard that can serve nothing must not look idle: gateways go elsewhere once its wires are closed."""
+        for wire in list(self._gateways.values()):
+            self._loop.drop(wire, PeerGone("the attention shard lost its router"))
 
     def _abort_all(self, gateway: str) -> None:
         """Nobody is left to receive these tokens."""

@@ -96,7 +96,10 @@ class LoopThread:
             self.failure = error
             self._stopping = True  # wires that come from now on are closed: their peers shall not wait for nothing
             log.exception("the data-plane loop ended by an error; its wires are closed")
+            lost = list(self._wires)
             self._close_all()
+            for wire in lost:
+                self._on_gone(wire, PeerGone("the data-plane loop ended by an error"))
 
     def _turn(self) -> None:
         with self._lock:

@@ -41,6 +41,10 @@ class MoEClient:
         self._deadline = time.monotonic() + self._timeout_s
         self.wire.fence(FrameTag(step=self._step))
 
+    def abandon(self) -> None:
+        """The step is void: what still comes for it is stale."""
+        self.wire.fence(FrameTag(step=self._step + 1))
+
     def start(self, layer: int, rows: Tensor) -> RowsSent:
         """Send ``rows`` [T, D] of ``layer`` to the router. Raises MoEUnavailable."""
         tag = FrameTag(step=self._step, layer=layer)

@@ -36,6 +36,7 @@ from actors.transport.base import (
     Medium,
     PeerGone,
     ProtocolError,
+    TransportError,
     Wire,
     WireTimeout,
 )
@@ -89,7 +90,8 @@ class Router:
         self._staged: _Fleet | None = None
         self._committed = threading.Event()
         self._pending: dict[int, DispatchHandle] = {}
-        self._mid_step: set[Wire] = set()
+        self._mid_step: dict[Wire, float] = {}  # sources inside a step, and until when to believe it
+        self._staging = threading.Lock()
         self._sequence = 0
         self._loaded_bytes = 0
         self._rows_per_shard: dict[str, int] = {}
@@ -116,17 +118,39 @@ class Router:
         Returns once the new map is in force. Errors: TransportError when a shard cannot be reached in time.
         """
         deadline = time.monotonic() + timeout_s
-        wires = [self._endpoint.connect(shards[name], deadline, medium) for name in expert_map.shards]
+        wires = self._connect_all([shards[name] for name in expert_map.shards], deadline, medium)
         number = {name: at for at, name in enumerate(expert_map.shards)}
         homes = {
             layer: np.array([number[s] for s in expert_map.homes(layer)], np.int64) for layer in expert_map.replicas
         }
         self._committed.clear()
-        self._staged = _Fleet(expert_map, wires, homes)
         for wire in wires:
             self._loop.add(wire)
-        if not self._committed.wait(max(0.0, deadline - time.monotonic())):
+        with self._staging:
+            self._staged = _Fleet(expert_map, wires, homes)
+        self._loop.wake()
+        if not self._committed.wait(max(0.0, deadline - time.monotonic())) and self._withdraw():
+            for wire in wires:
+                wire.close()
             raise WireTimeout(f"router {self.name}: a step in flight kept epoch {expert_map.epoch} from its commit")
+
+    def _connect_all(self, addresses: list[Address], deadline: float, medium: Medium | None) -> list[Wire]:
+        """A wire to each address, or none at all."""
+        wires: list[Wire] = []
+        try:
+            for address in addresses:
+                wires.append(self._endpoint.connect(address, deadline, medium))
+        except TransportError:
+            for wire in wires:
+                wire.close()
+            raise
+        return wires
+
+    def _withdraw(self) -> bool:
+        """Take back what was staged; False if the loop has committed it meanwhile."""
+        with self._staging:
+            withdrawn, self._staged = self._staged is not None, None
+        return withdrawn
 
     def stats(self) -> RouterStats:
         """The map in force, load counters, and traffic."""
@@ -160,7 +184,7 @@ class Router:
         if self._fleet is None:
             self._fail(source, frame.tag, f"router {self.name} has no expert map yet")
             return
-        self._mid_step.add(source)
+        self._mid_step[source] = time.monotonic() + self._model.step_timeout_s
         chosen, weight = self._gate.route(frame.tag.layer, rows)
         try:
             handle = self.dispatch(source, frame.tag, rows, chosen, weight)
@@ -220,8 +244,12 @@ class Router:
             self._give_up(frame.tag.step, failure_text(frame))
             return
         (part,) = expect_parts(frame, 1)
-        share = handle.waiting.pop(wire)
+        share = handle.waiting.get(wire)
         results = tensor_from(part, self._model.torch_dtype, self._spec.d_model)
+        if share is None or results.shape[0] != share.pair_slot.size:
+            wanted = 0 if share is None else share.pair_slot.size
+            raise ProtocolError(f"expert shard {wire.peer} sent {results.shape[0]} rows, owed are {wanted}")
+        del handle.waiting[wire]
         handle.out[torch.from_numpy(share.pair_slot)] = results
         if not handle.waiting:
             self._reply(frame.tag.step, handle)
@@ -229,7 +257,7 @@ class Router:
     def _reply(self, sequence: int, handle: DispatchHandle) -> None:
         del self._pending[sequence]
         if handle.tag.layer == self._spec.moe_layers[-1]:
-            self._mid_step.discard(handle.source)
+            self._mid_step.pop(handle.source, None)
         combined = self.combine(handle)
         self._scratch.give(handle.out)
         try:
@@ -239,24 +267,26 @@ class Router:
 
     def _give_up(self, sequence: int, reason: str) -> None:
         """The batch cannot be completed: its attention shard is told, the late answers will be ignored."""
-        handle = self._pending.pop(sequence)
+        handle = self._pending.pop(sequence, None)
+        if handle is None:
+            return  # telling an earlier batch's source lost that source, and with it this batch
         self._scratch.give(handle.out)
         self._fail(handle.source, handle.tag, reason)
 
     def _fail(self, source: Wire, tag: FrameTag, reason: str) -> None:
-        self._mid_step.discard(source)
+        self._mid_step.pop(source, None)
         try:
             source.send(Kind.FAILED, tag, [reason.encode()], time.monotonic() + self._model.step_timeout_s)
         except (PeerGone, WireTimeout) as error:
             self._loop.drop(source, PeerGone(str(error)))
 
     def _on_gone(self, wire: Wire, error: PeerGone) -> None:
-        self._mid_step.discard(wire)
+        self._mid_step.pop(wire, None)
         for sequence, handle in list(self._pending.items()):
             if wire in handle.waiting:
                 self._give_up(sequence, f"expert shard {wire.peer} is gone: {error}")
-            elif wire is handle.source:
-                self._scratch.give(self._pending.pop(sequence).out)
+            elif wire is handle.source and self._pending.pop(sequence, None) is not None:
+                self._scratch.give(handle.out)
 
     def _on_tick(self) -> None:
         now = time.monotonic()
@@ -264,13 +294,17 @@ class Router:
             if handle.deadline <= now:
                 late = ", ".join(wire.peer for wire in handle.waiting)
                 self._give_up(sequence, f"no answer within {self._model.step_timeout_s:g} s from {late}")
-        if self._staged is not None and not self._pending and not self._mid_step:
-            self._commit(self._staged)
+        self._mid_step = {wire: until for wire, until in self._mid_step.items() if until > now}
+        if not self._pending and not self._mid_step:
+            with self._staging:
+                staged, self._staged = self._staged, None
+            if staged is not None:
+                self._commit(staged)
 
     def _commit(self, fleet: _Fleet) -> None:
         for wire in fleet.wires:
             wire.fence(FrameTag(epoch=fleet.map.epoch))
-        old, self._fleet, self._staged = self._fleet, fleet, None
+        old, self._fleet = self._fleet, fleet
         self._committed.set()
         for wire in old.wires if old else ():
             self._loop.drop(wire, PeerGone("the expert map no longer uses this wire"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -34,6 +34,12 @@ def _byte_size(value: Any) -> Any:
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError("write a size as a number of bytes or like 512MiB, 2GiB, 1.5GB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _not_one(value: int) -> int:
+    if value == 1:
+        raise ValueError("a context of 1 has no room for an answer; write at least 2, or 0 for the model's own")
+    return value
 
 
 ByteSize = Annotated[int, BeforeValidator(_byte_size)]
@@ -96,7 +102,9 @@ class ServerConfig(_Section):
 
     model: str = Field("default", description="default, or the folder of a checkpoint")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    context_length: int = Field(0, ge=0, description="tokens, prompt and answer; 0: what the model allows")
+    context_length: Annotated[int, AfterValidator(_not_one)] = Field(
+        0, ge=0, description="tokens, prompt and answer; 0: what the model allows"
+    )
     deterministic: bool = Field(True, description="a row's result does not depend on its batch mates")
     transport: Literal["auto", "shm", "tcp", "local"] = "auto"
     step_timeout_s: float = Field(30.0, gt=0, le=3600)

@@ -20,7 +20,7 @@ from actors.model.families import load_spec
 from actors.router import Router
 from actors.transport.base import Address, Medium
 from cluster.config import ServerConfig
-from cluster.fleet import ActorHandle, ActorUnreachable, Bundle, Fleet
+from cluster.fleet import ActorHandle, Bundle, Fleet
 from cluster.gateway.server import AttentionPeer, Gateway
 from cluster.model_source import model_name, resolve_model
 from cluster.settings import SettingsFactory
@@ -77,6 +77,7 @@ class Controller:
         self._members = _Members()
         self._map: ExpertMap | None = None
         self._progress = Progress()
+        self._stopping = False
         self._asked: dict[str, Future[int]] = {}
         self._loaded: dict[str, int] = {}
         self._medium = None if config.transport in ("auto", "local") else Medium(config.transport)
@@ -88,6 +89,9 @@ class Controller:
         """
         try:
             return self._start(own)
+        except TimeoutError as error:
+            self.stop()
+            raise StartFailed(self._late()) from error
         except BaseException:
             self.stop()
             raise
@@ -117,7 +121,8 @@ class Controller:
         return view.SerializeToString()
 
     def stop(self) -> None:
-        """Drain the gateways, stop every actor, release every bundle. Idempotent."""
+        """Drain the gateways, stop every actor, release every bundle; a start that still runs ends. Idempotent."""
+        self._stopping = True
         members, self._members = self._members, _Members()
         for role in _STOP_ORDER:
             for handle in members.of(role):
@@ -146,6 +151,9 @@ class Controller:
         self._connect(gateway, own, shards, pairs, addresses, deadline)
         return str(gateway.call("serve", timeout_s=_left(deadline)))
 
+    def _late(self) -> str:
+        return f"not up within start_timeout_s ({self._config.start_timeout_s:g} s); last: {self._progress.phase}"
+
     def _place(self, deadline: float) -> tuple[list[Bundle], list[Bundle]]:
         attention, experts = self._config.attention, self._config.experts
         requests = [
@@ -171,6 +179,8 @@ class Controller:
         return _Pair(shard, router)
 
     def _spawn(self, role: Role, cls: type, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
+        if self._stopping:
+            raise StartFailed("the cluster was stopped while it started")
         handle = self._fleet.spawn(cls, name, bundle, *args)
         self._members.handles.append((role, handle, bundle))
         return handle
@@ -204,20 +214,20 @@ class Controller:
             router = addresses[pair.router.name]
             pair.shard.call("connect", router, self._medium, _left(deadline), timeout_s=_left(deadline))
         peers = [AttentionPeer(pair.shard, addresses[pair.shard.name]) for pair in pairs]
-        gateway.call("connect", peers, own, _left(deadline), timeout_s=_left(deadline))
+        gateway.call("connect", peers, own, self._medium, _left(deadline), timeout_s=_left(deadline))
 
     def _end(self, handle: ActorHandle) -> None:
         """Ask an actor to stop in order, then end its process; a dead one is only forgotten."""
         try:
             handle.call("stop", timeout_s=_STOP_TIMEOUT_S)
-        except (ActorUnreachable, TimeoutError) as error:
-            log.warning("%s did not stop in order: %s", handle.name, error)
+        except Exception as error:  # the others have to be stopped all the same
+            log.warning("%s did not stop in order: %r", handle.name, error)
         self._fleet.kill(handle)
 
 
 def _left(deadline: float) -> float:
-    """Seconds until ``deadline``; StartFailed when it has passed."""
+    """Seconds until ``deadline``; TimeoutError when it has passed."""
     left = deadline - time.monotonic()
     if left <= 0:
-        raise StartFailed("the cluster was not up within start_timeout_s")
+        raise TimeoutError
     return left

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from cluster.config import ServerConfig
-from cluster.controller import Controller, Progress
+from cluster.controller import Controller, Progress, StartFailed
 from cluster.fleet import ActorHandle, ActorUnreachable
+
+log = logging.getLogger(__name__)
 
 _PROGRESS_S = 0.25
 _STOP_TIMEOUT_S = 60.0
@@ -40,11 +43,12 @@ def _await_start(controller: ActorHandle, start: Future[Any], timeout_s: float, 
             start.result(_PROGRESS_S)
         except FutureTimeout:
             if start.done():
-                raise
+                start.result()
+                return
             on_progress(controller.call("progress", timeout_s=_STOP_TIMEOUT_S))
         else:
             return
-    raise TimeoutError("the controller did not finish its start")
+    raise StartFailed(f"the controller did not finish its start within start_timeout_s ({timeout_s:g} s)")
 
 
 @contextmanager
@@ -63,10 +67,12 @@ def _local_controller(config: ServerConfig) -> Iterator[ActorHandle]:
 @contextmanager
 def _ray_controller(config: ServerConfig) -> Iterator[ActorHandle]:
     from cluster.ray_fleet import start_controller
-    from cluster.ray_session import CONTROLLER, ray_session, sweep
+    from cluster.ray_session import CONTROLLER, ray_session, refuse_if_serving, sweep
 
     with ray_session(config):
-        sweep()
+        refuse_if_serving()
+        if left := sweep():
+            log.warning("removed what an earlier cluster had left: %s", ", ".join(left))
         controller = start_controller(CONTROLLER, config, secrets.token_bytes(32))
         try:
             yield controller
@@ -75,12 +81,11 @@ def _ray_controller(config: ServerConfig) -> Iterator[ActorHandle]:
 
 
 def _stop(controller: ActorHandle) -> None:
-    import ray
+    """In order if the controller answers; whatever is left then (it may be dead, or in the middle of a start) goes."""
+    from cluster.ray_session import sweep
 
-    from cluster.ray_fleet import RayHandle
-
-    assert isinstance(controller, RayHandle)
-    # one that does not answer any more leaves its actors to the next start's sweep; those of a local Ray end with it
-    with suppress(ActorUnreachable, FutureTimeout):
+    try:
         controller.call("stop", timeout_s=_STOP_TIMEOUT_S)
-    ray.kill(controller.actor, no_restart=True)
+    except (ActorUnreachable, FutureTimeout) as error:
+        log.warning("the controller did not stop in order: %r", error)
+    sweep()

@@ -16,9 +16,12 @@ def resolve_model(model: str, progress: bool = False) -> Path:
     Raises ConfigError when there is no such folder.
     """
     if model == DEFAULT_MODEL:
-        from cluster.default_model import ensure_default_model
+        from cluster.default_model import cache_dir, ensure_default_model
 
-        return ensure_default_model(progress=progress)
+        try:
+            return ensure_default_model(progress=progress)
+        except OSError as error:
+            raise ConfigError(f"model: the default model cannot be made in {cache_dir()}: {error}") from error
     path = Path(model).expanduser()
     if not path.is_dir():
         raise ConfigError(f"model: {model!r} is not a folder; give the folder of a checkpoint, or {DEFAULT_MODEL!r}")

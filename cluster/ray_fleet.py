@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.transport.base import EndpointLike, Wire
@@ -95,6 +96,10 @@ def start_actor(role: type, name: str, strategy: Any, cpus: float, *args: Any) -
     return RayHandle(name, actor_class.options(**options).remote(role, *args))
 
 
+class AlreadyServing(RuntimeError):
+    """The Ray cluster has a controller already."""
+
+
 class RayController(Controller):
     """The controller as an actor: its fleet is made in its own process."""
 
@@ -103,9 +108,12 @@ class RayController(Controller):
 
 
 def start_controller(name: str, config: ServerConfig, secret: bytes) -> RayHandle:
-    """Start the controller on the node of this process."""
+    """Start the controller on the node of this process. Raises AlreadyServing when another one was quicker."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return start_actor(RayController, name, here, 0, config, secret)
+    try:
+        return start_actor(RayController, name, here, 0, config, secret)
+    except ValueError as error:
+        raise AlreadyServing(f"this Ray cluster has a controller already: {error}") from error
 
 
 class RayFleet(Fleet):
@@ -127,11 +135,10 @@ class RayFleet(Fleet):
     def reserve(self, requests: Sequence[BundleRequest], timeout_s: float) -> list[Bundle]:
         """Create the groups all at once, then wait for each."""
         chosen = spread(requests, self.nodes())
-        groups = [
-            create_group(GROUP_PREFIX + request.name, request, node)
-            for request, node in zip(requests, chosen, strict=True)
-        ]
+        groups: list[PlacementGroup] = []
         try:
+            for request, node in zip(requests, chosen, strict=True):
+                groups.append(create_group(GROUP_PREFIX + request.name, request, node))
             for group, request in zip(groups, requests, strict=True):
                 wait_for_group(group, request, timeout_s)
         except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,16 +14,13 @@ from ray.util import list_named_actors, placement_group_table
 from ray.util.placement_group import get_placement_group, remove_placement_group
 
 from cluster.config import ConfigError, ServerConfig
-from cluster.ray_fleet import GROUP_PREFIX, NAMESPACE
+from cluster.ray_fleet import GROUP_PREFIX, NAMESPACE, AlreadyServing
 
 log = logging.getLogger(__name__)
 
 CONTROLLER = "controller"
+_PROBE_S = 5.0
 _OBJECT_STORE_BYTES = 128 * 2**20  # nothing of ours travels through it
-
-
-class AlreadyServing(RuntimeError):
-    """The Ray cluster has a controller already."""
 
 
 @contextmanager
@@ -30,9 +28,9 @@ def ray_session(config: ServerConfig) -> Iterator[None]:
     """Connect to the Ray cluster that the configuration names, or run one for as long as the block lasts."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.ray.address
-    if address == "local" or (address == "auto" and not _join("auto")):
+    if address == "local" or (address == "auto" and not join(address)):
         _start_local(config)
-    elif address not in ("auto", "local") and not _join(address):
+    elif address not in ("auto", "local") and not join(address):
         raise ConfigError(f"ray.address: no Ray cluster answers at {address!r}; allowed: auto, local, or HOST:PORT")
     try:
         yield
@@ -40,26 +38,53 @@ def ray_session(config: ServerConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def sweep() -> None:
-    """Remove actors and placement groups of a cluster whose controller is gone. Raises AlreadyServing if it is not."""
-    names = [entry["name"] for entry in list_named_actors(all_namespaces=True) if entry["namespace"] == NAMESPACE]
-    if CONTROLLER in names:
-        raise AlreadyServing(
-            "this Ray cluster is serving already; `expertmesh status` shows what, Ctrl-C there ends it"
-        )
+def refuse_if_serving() -> None:
+    """Raises AlreadyServing when this Ray cluster has a controller."""
+    if CONTROLLER in _our_actors():
+        raise AlreadyServing("this Ray cluster is serving already; end that one with Ctrl-C, or with `expertmesh stop`")
+
+
+def sweep() -> list[str]:
+    """Remove every actor and placement group of ours, whoever left them; returns their names."""
+    names = _our_actors()
     for name in names:
-        log.warning("removing the left-over actor %s", name)
         ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
     for group in placement_group_table().values():
         if group["name"].startswith(GROUP_PREFIX) and group["state"] != "REMOVED":
-            log.warning("removing the left-over placement group %s", group["name"])
             remove_placement_group(get_placement_group(group["name"]))
+            names.append(group["name"])
+    return names
 
 
-def _join(address: str) -> bool:
+def _our_actors() -> list[str]:
+    return [entry["name"] for entry in list_named_actors(all_namespaces=True) if entry["namespace"] == NAMESPACE]
+
+
+def join(address: str) -> bool:
+    """Connect to the Ray cluster at "HOST:PORT", or for "auto" to the one that RAY_ADDRESS names or that runs here.
+
+    False when nobody is there. Raises ConfigError for what is not an address, and for a RAY_ADDRESS that is dead.
+    """
+    named = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
+    if named not in ("auto", "local") and not _answers(named):
+        if address == "auto":
+            raise ConfigError(f"RAY_ADDRESS: no Ray cluster answers at {named!r}")
+        return False
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="WARNING")
     except ConnectionError:
+        return False
+    return True
+
+
+def _answers(address: str) -> bool:
+    """True if somebody listens at "HOST:PORT": Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"ray.address: {address!r}; allowed: auto, local, or HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()
+    except OSError:
         return False
     return True
 
@@ -69,12 +94,19 @@ def _start_local(config: ServerConfig) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 would starve us beside anything else
     # it would only tell that token authentication is on, which is what we want, in the place of our own first line
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    attention, experts = config.attention.node_labels, config.experts.node_labels
+    for key in attention.keys() & experts.keys():
+        if attention[key] != experts[key]:
+            raise ConfigError(
+                f"experts.node_labels.{key}: {experts[key]!r}, but attention.node_labels has {attention[key]!r}: "
+                "the fleets want different nodes, and a local Ray has one"
+            )
     wanted = config.attention.replicas * config.attention.cpus + config.experts.shards * config.experts.cpus
     ray.init(
         address="local",
         namespace=NAMESPACE,
         num_cpus=max(os.cpu_count() or 1, math.ceil(wanted)),
-        labels={**config.attention.node_labels, **config.experts.node_labels},
+        labels={**attention, **experts},
         include_dashboard=False,
         log_to_driver=False,
         logging_level="WARNING",

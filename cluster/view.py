@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from typing import Any
 
 from expertmesh.v1 import control_pb2 as pb
 
-from cluster.fleet import ActorHandle, ActorUnreachable, Bundle, Fleet
+from cluster.fleet import ActorHandle, Bundle, Fleet
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,21 @@ def cluster_view(
         node_id=fleet.home(),
         pid=os.getpid(),
     )
+    deadline = time.monotonic() + timeout_s
     calls = [(member, member.handle.begin("stats")) for member in members]
     for member, call in calls:
         actor = view.actors.add(name=member.handle.name, role=member.role, node_id=fleet.node_id(member.handle))
         if member.bundle is not None:
             actor.placement_group, actor.bundle = member.bundle.group, member.bundle.index
-        _fill(view, actor, call, timeout_s)
+        _fill(view, actor, call, deadline)
     return view
 
 
-def _fill(view: pb.GetClusterResponse, actor: pb.Actor, call: Future[Any], timeout_s: float) -> None:
+def _fill(view: pb.GetClusterResponse, actor: pb.Actor, call: Future[Any], deadline: float) -> None:
     try:
-        stats = call.result(timeout_s)
-    except (FutureTimeout, ActorUnreachable):
+        stats = call.result(max(0.0, deadline - time.monotonic()))
+    except Exception as error:  # whatever keeps it from telling its figures, the others' are still wanted
+        log.warning("%s does not answer: %r", actor.name, error)
         actor.state = pb.ACTOR_STATE_UNREACHABLE
         return
     actor.state = pb.ACTOR_STATE_READY

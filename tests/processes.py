@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 EXPERTMESH = str(Path(sys.executable).with_name("expertmesh"))
 
@@ -43,8 +45,8 @@ class Serving:
 
 
 @contextmanager
-def serving(*arguments: str, timeout_s: float = 90, **environment: str) -> Iterator[Serving]:
-    """``expertmesh serve ARGUMENTS`` from its ready line on."""
+def starting(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """``expertmesh serve ARGUMENTS`` from its first moment on."""
     process = subprocess.Popen(
         [EXPERTMESH, "serve", *arguments],
         stdout=subprocess.PIPE,
@@ -52,22 +54,8 @@ def serving(*arguments: str, timeout_s: float = 90, **environment: str) -> Itera
         text=True,
         env={**os.environ, **environment},
     )
-    lines: queue.Queue[str] = queue.Queue()
-    assert process.stdout is not None
-    assert process.stderr is not None
-    errors: list[str] = []
-    readers = [
-        threading.Thread(target=lambda out=process.stdout: [lines.put(line) for line in out] and None),
-        threading.Thread(target=lambda err=process.stderr: errors.extend(err)),
-    ]
-    for reader in readers:
-        reader.start()
     try:
-        try:
-            ready = lines.get(timeout=timeout_s)
-        except queue.Empty:
-            raise AssertionError(f"no ready line within {timeout_s:g} s: {''.join(errors)}") from None
-        yield Serving(process, ready, errors)
+        yield process
     finally:
         if process.poll() is None:
             process.terminate()
@@ -75,7 +63,33 @@ def serving(*arguments: str, timeout_s: float = 90, **environment: str) -> Itera
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
-        for reader in readers:
-            reader.join()
-        process.stdout.close()
-        process.stderr.close()
+            process.wait()
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()
+
+
+@contextmanager
+def serving(*arguments: str, timeout_s: float = 90, **environment: str) -> Iterator[Serving]:
+    """``expertmesh serve ARGUMENTS`` from its ready line on."""
+    lines: queue.Queue[str] = queue.Queue()
+    errors: list[str] = []
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(starting(*arguments, **environment))
+        for stream, take in ((process.stdout, lines.put), (process.stderr, errors.append)):
+            reader = threading.Thread(target=_read, args=(stream, take))
+            reader.start()
+            stack.callback(reader.join)
+        stack.callback(process.terminate)
+        try:
+            ready = lines.get(timeout=timeout_s)
+        except queue.Empty:
+            raise AssertionError(f"no ready line within {timeout_s:g} s: {''.join(errors)}") from None
+        assert ready, f"it ended before it was ready: {''.join(errors)}"
+        yield Serving(process, ready, errors)
+
+
+def _read(stream: IO[str], take: Callable[[str], object]) -> None:
+    for line in stream:
+        take(line)
+    take("")

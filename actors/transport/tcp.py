@@ -9,6 +9,9 @@ from actors.transport.base import Medium, PeerGone
 from actors.transport.sockets import shutdown
 from actors.transport.stream import StreamWire, poll_on
 
+_PROBE_AFTER_S = 5
+_VANISHED_AFTER_S = 20
+
 _STAGE_BYTES = 64 << 10
 """Small reads go through a stage, so that a header and a small payload cost one system call together."""
 
@@ -19,6 +22,11 @@ class TcpWire(StreamWire):
     def __init__(self, peer: str, sock: socket.socket, spin_us: float) -> None:
         super().__init__(peer, Medium.TCP, spin_us)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A host that vanished sends no FIN: probes, and data that stays unacknowledged, end the wire instead.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_AFTER_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_AFTER_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _VANISHED_AFTER_S * 1000)
         self._sock = sock
         self._stage = memoryview(bytearray(_STAGE_BYTES))
         self._staged = self._stage[:0]

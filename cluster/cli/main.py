@@ -61,6 +61,18 @@ def status(target: Target = DEFAULT_TARGET) -> None:
 
 
 @app.command()
+def stop(
+    ray_address: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="The Ray cluster; auto: this machine's.")
+    ] = "auto",
+) -> None:
+    """End a cluster whose `expertmesh serve` is gone (killed, or its terminal closed)."""
+    from cluster.cli.stop import run_stop
+
+    raise typer.Exit(run_stop(ray_address))
+
+
+@app.command()
 def demo(
     text: Annotated[str, typer.Argument(help="The user's message.")] = "What is the capital of France?",
 ) -> None:

@@ -48,7 +48,7 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: they end whatever is done in order. A second one changes nothing.
+    """SIGINT, SIGTERM and SIGHUP: they end whatever is done in order. A second one changes nothing.
 
     While ``interrupting``, the first raises Stopped wherever the main thread is. While Ray is started or used that is
     not safe (it crashes in the middle of its own C++ calls): then a signal is only noted, and ``check`` raises.
@@ -76,7 +76,7 @@ class StopSignals:
 
     def _install(self) -> None:
         """Again and again: Ray puts a SIGTERM handler of its own when it starts."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -130,6 +130,7 @@ def weight_bytes(config: ServerConfig) -> int:
 
 def expected_errors() -> tuple[type[Exception], ...]:
     """What a user can cause; anything else is a bug and shows its traceback."""
+    from actors.attention import NoMemory
     from actors.model.errors import CheckpointError, UnsupportedModelError
     from actors.transport.base import TransportError
     from cluster.controller import StartFailed
@@ -137,7 +138,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
     from cluster.fleet import ActorUnreachable
     from cluster.gateway.server import PortInUse
     from cluster.gateway.tokenizer import TokenizerError
-    from cluster.ray_session import AlreadyServing
+    from cluster.ray_fleet import AlreadyServing
     from placement.bundles import NoRoom
 
     return (
@@ -146,6 +147,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
         CheckpointError,
         ConfigError,
         DefaultModelError,
+        NoMemory,
         NoRoom,
         PortInUse,
         StartFailed,
@@ -187,7 +189,9 @@ def _who(host: str, port: int) -> str:
     from expertmesh.v1.inference_pb2 import GetModelInfoRequest
     from expertmesh.v1.inference_pb2_grpc import InferenceStub
 
-    with grpc.insecure_channel(f"{host}:{port}") as channel:
+    from cluster.gateway.settings import host_port
+
+    with grpc.insecure_channel(host_port(host, port)) as channel:
         try:
             info = InferenceStub(channel).GetModelInfo(GetModelInfoRequest(), timeout=_WHO_TIMEOUT_S)
         except grpc.RpcError:

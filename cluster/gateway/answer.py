@@ -51,12 +51,13 @@ class Answer:
                     tokens.append(event.token)
                     texts.append(text)
             if stop is not None or event.finish is not None:
-                self._check(event if stop is None else None)
-                rest = "" if stop is not None else self._rest()
-                reason = FinishReason.STOP if stop is not None else event.finish
-                assert reason is not None
-                messages += self._tokens(tokens, "".join(texts) + rest) or self._start()
-                messages.append(self._end(reason, stop or ""))
+                if stop is None:
+                    self._check(event)
+                    rest, stop = self._rest()
+                    if self._generated > self._request.next_index:
+                        texts.append(rest)
+                messages += self._tokens(tokens, "".join(texts)) or self._start()
+                messages.append(self._end(event.finish if stop is None else FinishReason.STOP, stop or ""))
                 return messages
         return messages + self._tokens(tokens, "".join(texts))
 
@@ -64,13 +65,13 @@ class Answer:
         self._generated += 1
         return self._stops.push(self._detokenizer.push([token]))
 
-    def _rest(self) -> str:
-        """What was held back, now that nothing more comes; a stop string may still complete in it."""
+    def _rest(self) -> tuple[str, str | None]:
+        """What was held back, now that nothing more comes, and the stop string that completed in it, if one did."""
         text, stop = self._stops.push(self._detokenizer.flush())
-        return text if stop is not None else text + self._stops.flush()
+        return (text, stop) if stop is not None else (text + self._stops.flush(), None)
 
-    def _check(self, event: TokenEvent | None) -> None:
-        error = _failure(event) if event is not None else None
+    def _check(self, event: TokenEvent) -> None:
+        error = _failure(event)
         if error is not None:
             raise error
 
@@ -94,7 +95,8 @@ class Answer:
             )
         ]
 
-    def _end(self, reason: FinishReason, stop: str) -> pb.GenerateResponse:
+    def _end(self, reason: FinishReason | None, stop: str) -> pb.GenerateResponse:
+        assert reason is not None
         self.finished = True
         usage = pb.Usage(prompt_tokens=len(self._request.prompt_ids), completion_tokens=self._generated)
         return self._message(finished=pb.Finished(reason=_REASONS[reason], stop=stop, usage=usage))

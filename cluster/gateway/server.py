@@ -20,18 +20,20 @@ from grpc_reflection.v1alpha import reflection
 from actors.loop import LoopThread
 from actors.messages import Kind, decode_tokens
 from actors.model.families import load_spec
-from actors.transport.base import Address, EndpointFactory, Frame, PeerGone, ProtocolError, Wire
+from actors.transport.base import Address, EndpointFactory, Frame, Medium, PeerGone, ProtocolError, Wire
+from cluster.config import ConfigError
 from cluster.fleet import ActorHandle
 from cluster.gateway.chat import ChatTemplate
 from cluster.gateway.served_model import ServedModel, default_sampling, stop_ids
 from cluster.gateway.service import ControlService, InferenceService
-from cluster.gateway.settings import GatewaySettings
+from cluster.gateway.settings import GatewaySettings, host_port
 from cluster.gateway.streams import AttentionPeer, Streams
 from cluster.gateway.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 _DRAIN_S = 5.0
+_CLOSE_S = 0.5
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 CONTROL = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
 
@@ -62,6 +64,7 @@ class Gateway:
         self._controller: ActorHandle | None = None
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
+        self._health_task: asyncio.Task[None] | None = None
         self._address = ""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"{name}-grpc", daemon=True)
@@ -75,13 +78,17 @@ class Gateway:
         self._data.start()
         return self._endpoint.address
 
-    def connect(self, peers: Sequence[AttentionPeer], controller: ActorHandle, timeout_s: float) -> None:
+    def connect(
+        self, peers: Sequence[AttentionPeer], controller: ActorHandle, medium: Medium | None, timeout_s: float
+    ) -> None:
         """Connect to the attention shards. Raises TransportError."""
         deadline = time.monotonic() + timeout_s
         self._controller = controller
         for peer in peers:
-            self._data.add(self._endpoint.connect(peer.address, deadline))
+            wire = self._endpoint.connect(peer.address, deadline, medium)
+            # told first: should the wire die at once, its loss must find the peer
             self._loop.call_soon_threadsafe(self._streams.add_peer, peer)
+            self._data.add(wire)
 
     def serve(self) -> str:
         """Open the door. Returns "HOST:PORT"; raises PortInUse."""
@@ -119,26 +126,30 @@ class Gateway:
         if settings.reflection:
             reflection.enable_server_reflection(names, self._server)
         try:
-            port = self._server.add_insecure_port(f"{settings.host}:{settings.port}")
+            port = self._server.add_insecure_port(host_port(settings.host, settings.port))
         except RuntimeError as error:
             raise PortInUse(f"gateway: {settings.host}:{settings.port} cannot be opened; is it in use?") from error
         await self._server.start()
-        await self._tell_health()
-        return f"{settings.host}:{port}"
+        self._health_task = self._loop.create_task(self._watch_health())
+        return host_port(settings.host, port)
 
-    async def _tell_health(self) -> None:
-        """ "" is live; each service is ready while there is an attention shard to serve it."""
-        ready = health_pb2.HealthCheckResponse.SERVING
-        if not self._streams.ready:
-            ready = health_pb2.HealthCheckResponse.NOT_SERVING
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
-        for name in (INFERENCE, CONTROL):
-            await self._health.set(name, ready)
+    async def _watch_health(self) -> None:
+        """ "" and Control are live; Inference is ready while steps can be computed."""
+        serving = health_pb2.HealthCheckResponse.SERVING
+        await self._health.set("", serving)
+        await self._health.set(CONTROL, serving)
+        while True:
+            ready = self._streams.ready
+            await self._health.set(INFERENCE, serving if ready else health_pb2.HealthCheckResponse.NOT_SERVING)
+            await self._streams.readiness_changed(ready)
 
     async def _close(self) -> None:
+        if self._health_task is not None:
+            self._health_task.cancel()
         await self._health.enter_graceful_shutdown()
+        await self._streams.drain(_DRAIN_S)
         if self._server is not None:
-            await self._server.stop(_DRAIN_S)
+            await self._server.stop(_CLOSE_S)
 
     def _await(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -152,19 +163,19 @@ class Gateway:
 
     def _on_gone(self, wire: Wire, error: PeerGone) -> None:
         log.error("attention shard %s is gone: %s", wire.peer, error)
-        self._loop.call_soon_threadsafe(self._lose, wire.peer)
-
-    def _lose(self, peer: str) -> None:
-        self._streams.lose_peer(peer)
-        self._health_task = self._loop.create_task(self._tell_health())
+        self._loop.call_soon_threadsafe(self._streams.lose_peer, wire.peer)
 
 
 def served_model(settings: GatewaySettings) -> ServedModel:
-    """What the checkpoint says of itself. Raises CheckpointError, TokenizerError, ValueError."""
+    """What the checkpoint says of itself. Raises CheckpointError, TokenizerError, ConfigError."""
     spec = load_spec(settings.model_path)
     tokenizer = Tokenizer.load(settings.model_path)
     generation = settings.model_path / "generation_config.json"
-    config = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {}
+    try:
+        config = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {}
+        sampling, stops = default_sampling(config), stop_ids(config, tokenizer)
+    except ValueError as error:
+        raise ConfigError(f"{generation}: {error}") from error
     return ServedModel(
         name=settings.model_name,
         model_type=spec.model_type,
@@ -175,8 +186,8 @@ def served_model(settings: GatewaySettings) -> ServedModel:
         moe_layers=len(spec.moe_layers),
         experts_per_layer=spec.moe.n_experts,
         experts_per_token=spec.moe.top_k,
-        stop_ids=stop_ids(config, tokenizer) | frozenset(spec.eos_token_ids),
-        default_sampling=default_sampling(config),
+        stop_ids=stops | frozenset(spec.eos_token_ids),
+        default_sampling=sampling,
         tokenizer=tokenizer,
         chat=ChatTemplate.of(tokenizer),
     )

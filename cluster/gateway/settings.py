@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def host_port(host: str, port: int) -> str:
+    """ "HOST:PORT", with the brackets that an IPv6 address needs."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 @dataclass(frozen=True)
 class GatewaySettings:
     """``port`` 0 takes any free one. ``max_message`` in bytes, both directions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from cluster.gateway.validation import ValidRequest
 
 SHARDS_DOWN = "SHARDS_DOWN"
 QUEUE_FULL = "QUEUE_FULL"
+DRAINING = "DRAINING"
+_SUSPECT_S = 10.0
 _RETRY_S = 1.0
 
 
@@ -57,22 +60,42 @@ class Streams:
         self._open: dict[str, Stream] = {}
         self._by_client_id: dict[str, Stream] = {}
         self._numbers = itertools.count()
+        self._suspects: set[str] = set()
+        self._draining = False
+        self._changed = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._open)
 
     @property
     def ready(self) -> bool:
-        """True while at least one attention shard is connected."""
-        return bool(self._peers)
+        """True while some attention shard is connected whose last step could be computed."""
+        return bool(self._peers.keys() - self._suspects)
+
+    async def readiness_changed(self, known: bool) -> None:
+        """Return when ``ready`` is not ``known`` any more."""
+        while self.ready == known:
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests; return when the running ones are done, or after ``timeout_s``."""
+        self._draining = True
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self._open and (left := deadline - asyncio.get_running_loop().time()) > 0:
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)
 
     def add_peer(self, peer: AttentionPeer) -> None:
         """A shard whose wire is up: requests may go there."""
         self._peers[peer.address.name] = peer
+        self._changed.set()
 
     def lose_peer(self, name: str) -> None:
         """A shard's wire is gone: its streams end, nothing new goes there."""
         self._peers.pop(name, None)
+        self._changed.set()
         for stream in list(self._open.values()):
             if stream.peer.address.name == name:
                 reason, text = FinishReason.UNAVAILABLE, f"attention shard {name} is gone"
@@ -106,6 +129,7 @@ class Streams:
         for event in events:
             stream = self._open.get(event.request_id)
             if stream is not None:
+                self._judge(stream.peer.address.name, event)
                 stream.ended = stream.ended or event.finish is not None
                 stream.events.put_nowait(event)
 
@@ -121,15 +145,35 @@ class Streams:
     def close(self, stream: Stream) -> None:
         """The call is over. If the engine still works on it, that ends within two steps. Idempotent."""
         self._open.pop(stream.engine_id, None)
+        self._changed.set()
         if self._by_client_id.get(stream.request.request_id) is stream:
             del self._by_client_id[stream.request.request_id]
         self._abort_engine(stream)
 
+    def _judge(self, peer: str, event: TokenEvent) -> None:
+        """A step that could not be computed makes its shard a suspect: until the next good one, or for a while.
+
+        For a while only: nobody sends requests to a gateway that is not ready, so it must try again by itself.
+        """
+        if event.finish == FinishReason.UNAVAILABLE:
+            self._suspects.add(peer)
+            asyncio.get_running_loop().call_later(_SUSPECT_S, self._acquit, peer)
+            self._changed.set()
+        elif event.token is not None:
+            self._acquit(peer)
+
+    def _acquit(self, peer: str) -> None:
+        if peer in self._suspects:
+            self._suspects.discard(peer)
+            self._changed.set()
+
     def _least_loaded(self) -> AttentionPeer:
+        if self._draining:
+            raise Unavailable(DRAINING, _RETRY_S)
         if not self._peers:
             raise Unavailable(SHARDS_DOWN, _RETRY_S)
         load = Counter(stream.peer.address.name for stream in self._open.values())
-        return self._peers[min(self._peers, key=lambda name: (load[name], name))]
+        return self._peers[min(self._peers, key=lambda name: (name in self._suspects, load[name], name))]
 
     async def _submit(self, stream: Stream, timeout_s: float | None) -> None:
         request = stream.request

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from expertmesh.v1 import control_pb2
+from ray.util import list_named_actors, placement_group_table
 
 from cluster.config import ServerConfig, load_config
+from cluster.ray_fleet import GROUP_PREFIX, NAMESPACE
 from tests.paged_runner import random_ids
 from tests.serving import VOCABULARY, Client, Reference, greedy, tiny_model
 
@@ -72,3 +76,23 @@ def distributed(address: str, path: Path, **overrides: Any) -> ServerConfig:
         "experts.node_labels": {ROLE: "experts"},
     }
     return load_config(None, {**keys, **overrides})
+
+
+def nothing_of_ours(address: str) -> bool:
+    """True if the Ray cluster has neither an actor nor a placement group of expertmesh."""
+    ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+    try:
+        actors = [entry for entry in list_named_actors(all_namespaces=True) if entry["namespace"] == NAMESPACE]
+        groups = [group for group in placement_group_table().values() if group["name"].startswith(GROUP_PREFIX)]
+        return not actors and all(group["state"] == "REMOVED" for group in groups)
+    finally:
+        ray.shutdown()
+
+
+def rings_mapped() -> int:
+    """Processes of this machine that hold a shared-memory ring (a memfd: it has no name anywhere else)."""
+    count = 0
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            count += "memfd:expertmesh" in maps.read_text()
+    return count

@@ -15,8 +15,8 @@ import yaml
 from google.protobuf import descriptor_pool, json_format, message_factory
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from tests.cluster.conftest import PROMPTS, ROLE, kv_in_use
-from tests.processes import Serving, run, serving
+from tests.cluster.conftest import PROMPTS, ROLE, kv_in_use, nothing_of_ours, rings_mapped
+from tests.processes import Serving, run, serving, starting
 from tests.serving import Client
 from tests.waiting import until
 
@@ -127,17 +127,18 @@ def test_a_foreign_client_streams_two_chats_while_a_third_is_cancelled(server: S
     client.channel.close()
 
 
-def test_sigterm_leaves_nothing_behind(server: Serving) -> None:
+def test_sigterm_leaves_nothing_behind(server: Serving, ray_address: str) -> None:
     """Last in this file: it ends the module's server."""
     with Client(server.address) as client:
         assert len(client.tokens(PROMPTS[0], 4)) == 4
         pids = [actor.pid for actor in client.cluster().actors]
-    segments = set(Path("/dev/shm").glob("*expertmesh*"))
+    assert rings_mapped() > 0
     for _ in range(5):
         server.process.send_signal(signal.SIGINT)  # an impatient operator
     assert server.stop(signal.SIGTERM) == 0, server.errors
     until(lambda: not any(map(alive, pids)))
-    assert set(Path("/dev/shm").glob("*expertmesh*")) == segments == set()
+    until(lambda: rings_mapped() == 0)
+    assert nothing_of_ours(ray_address)
     assert run("generate", "x", "--target", server.address).returncode == 1
 
 
@@ -153,3 +154,39 @@ def test_what_a_killed_server_left_is_swept_by_the_next(config: Path) -> None:
         until(lambda: not any(map(alive, actors.values())))
         assert len(client.tokens(PROMPTS[0], 4)) == 4
         assert second.stop(signal.SIGINT) == 0, second.errors
+
+
+def test_stop_ends_a_cluster_whose_serve_is_gone(config: Path, ray_address: str) -> None:
+    with serving("--config", str(config), "--grpc-port", "0") as server:
+        server.process.kill()
+        server.process.wait()
+    assert "serving already" in run("serve", "--config", str(config), "--grpc-port", "0").stderr
+    stopped = run("stop", "--ray-address", ray_address)
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    assert "controller" in stopped.stdout
+    assert "expertmesh-expert-0" in stopped.stdout
+    assert nothing_of_ours(ray_address)
+    assert "nothing of expertmesh runs there" in run("stop", "--ray-address", ray_address).stdout
+
+
+def test_addresses_of_ray_that_lead_nowhere(config: Path, tmp_path: Path) -> None:
+    for address, message in (("127.0.0.1:1", "no Ray cluster answers"), ("nonsense", "allowed: auto, local, or HOST:")):
+        file = tmp_path / "a.yaml"
+        file.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "ray": {"address": address}}))
+        refused = run("serve", "--config", str(file), "--grpc-port", "0")
+        assert refused.returncode == 1
+        assert "Traceback" not in refused.stderr
+        assert message in refused.stderr
+
+
+def test_ctrl_c_while_there_is_no_room(config: Path, ray_address: str, tmp_path: Path) -> None:
+    """The bundles that wait for a node go too."""
+    tree = yaml.safe_load(config.read_text())
+    tree["experts"]["node_labels"] = {ROLE: "nowhere"}
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    with starting("--config", str(file), "--grpc-port", "0") as process:
+        until(lambda: not nothing_of_ours(ray_address))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert nothing_of_ours(ray_address)

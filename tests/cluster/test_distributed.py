@@ -15,7 +15,16 @@ from actors.model.errors import CheckpointError
 from cluster.config import load_config
 from cluster.launch import running_cluster
 from placement.bundles import NoRoom
-from tests.cluster.conftest import COUNT, PROMPTS, ROLE, agreement, distributed, kv_in_use
+from tests.cluster.conftest import (
+    COUNT,
+    PROMPTS,
+    ROLE,
+    agreement,
+    distributed,
+    kv_in_use,
+    nothing_of_ours,
+    rings_mapped,
+)
 from tests.serving import Client, Reference, drop_tensor, greedy, ids_request, tiny_model
 from tests.waiting import until
 
@@ -64,7 +73,7 @@ def test_glm4_moe_over_two_shards(ray_address: str, tmp_path: Path) -> None:
 
 
 def test_a_killed_expert_shard_is_a_typed_error(ray_address: str, deepseek: tuple[Path, Any]) -> None:
-    segments = set(SHM.iterdir())
+    segments, rings = set(SHM.iterdir()), rings_mapped()
     with running_cluster(distributed(ray_address, deepseek[0])) as address, Client(address) as client:
         call = client.inference.Generate(ids_request(PROMPTS[0], 480))
         next(call)
@@ -77,7 +86,10 @@ def test_a_killed_expert_shard_is_a_typed_error(ray_address: str, deepseek: tupl
         states = {actor.name: actor.state for actor in client.cluster().actors}
         assert states.pop(victim.name) == control_pb2.ACTOR_STATE_UNREACHABLE
         assert set(states.values()) == {control_pb2.ACTOR_STATE_READY}
+        assert rings_mapped() > rings
     assert set(SHM.iterdir()) == segments
+    until(lambda: rings_mapped() == rings)
+    assert nothing_of_ours(ray_address)
 
 
 def test_no_room_says_what_was_wanted(ray_address: str, deepseek: tuple[Path, Any]) -> None:
@@ -87,6 +99,7 @@ def test_no_room_says_what_was_wanted(ray_address: str, deepseek: tuple[Path, An
         running_cluster(distributed(ray_address, deepseek[0], **keys)),
     ):
         pass
+    assert nothing_of_ours(ray_address)
 
 
 def test_a_missing_tensor_ends_the_start_with_its_name(
@@ -99,3 +112,4 @@ def test_a_missing_tensor_ends_the_start_with_its_name(
         running_cluster(distributed(ray_address, tmp_path)),
     ):
         pass
+    assert nothing_of_ours(ray_address)

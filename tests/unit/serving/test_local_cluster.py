@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-import torch
 from expertmesh.v1 import control_pb2
 from expertmesh.v1 import inference_pb2 as pb
 from google.rpc import error_details_pb2
@@ -18,31 +17,20 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from actors.model.experts import ExpertBank
-from cluster.config import load_config
+from cluster.config import ServerConfig
 from cluster.launch import running_cluster
 from tests.paged_runner import random_ids
 from tests.serving import VOCABULARY, Client, greedy, ids_request, swap_experts, tiny_model
 from tests.waiting import until
 
 PROMPTS = [random_ids(length, seed=length, vocab=VOCABULARY) for length in (1, 3, 17, 40, 64, 90)]
+Local = Callable[..., ServerConfig]
 CHUNKED = {"attention.token_budget": 48, "attention.max_running": 16}
 """The longest prompt takes two steps."""
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    torch.set_num_threads(1)
-    path = tmp_path_factory.mktemp("v3")
-    return path, tiny_model(path)
-
-
-def local(path: Path, **overrides: Any) -> Any:
-    keys = {"model": str(path), "transport": "local", "gateway.port": 0, "attention.threads": 1, "experts.threads": 1}
-    return load_config(None, {**keys, "attention.kv_memory": "4MiB", **overrides})
-
-
-@pytest.fixture(scope="module")
-def client(checkpoint: tuple[Path, Any]) -> Iterator[Client]:
+def client(checkpoint: tuple[Path, Any], local: Local) -> Iterator[Client]:
     path, _ = checkpoint
     config = local(path, **{"experts.shards": 3, "attention.replicas": 2, **CHUNKED})
     with running_cluster(config) as address, Client(address) as client:
@@ -76,7 +64,7 @@ def error_of(call: Any) -> tuple[grpc.StatusCode, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
-def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path, local: Local) -> None:
     """Six prompts of different length in one running batch, chunked prefill and all."""
     model = tiny_model(tmp_path, family, seed=3)
     wanted = [greedy(model, prompt, 32) for prompt in PROMPTS]
@@ -85,7 +73,7 @@ def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path) ->
     assert [w.agrees(g) for w, g in zip(wanted, got, strict=True)] == [True] * len(PROMPTS)
 
 
-def test_swapped_experts_are_noticed(checkpoint: tuple[Path, Any], tmp_path: Path) -> None:
+def test_swapped_experts_are_noticed(checkpoint: tuple[Path, Any], tmp_path: Path, local: Local) -> None:
     path, model = checkpoint
     swap_experts(path, tmp_path, layer=1, first=0, second=5)
     with running_cluster(local(tmp_path)) as address, Client(address) as client:
@@ -93,7 +81,9 @@ def test_swapped_experts_are_noticed(checkpoint: tuple[Path, Any], tmp_path: Pat
     assert not all(greedy(model, p, 32).agrees(g) for p, g in zip(PROMPTS, got, strict=True))
 
 
-def test_swapped_replies_are_noticed(checkpoint: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapped_replies_are_noticed(
+    checkpoint: tuple[Path, Any], local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, model = checkpoint
     honest = ExpertBank.forward
     monkeypatch.setattr(ExpertBank, "forward", lambda *args: honest(*args).flip(0))
@@ -198,7 +188,7 @@ def test_bad_requests_are_refused_with_the_field(
         assert details["BadRequest"].field_violations[0].field == field
 
 
-def test_a_request_that_never_fits_the_cache_is_refused(checkpoint: tuple[Path, Any]) -> None:
+def test_a_request_that_never_fits_the_cache_is_refused(checkpoint: tuple[Path, Any], local: Local) -> None:
     config = local(checkpoint[0], **{"attention.kv_memory": "100KiB", "attention.block_size": 16})
     with running_cluster(config) as address, Client(address) as client:
         room = client.load(control_pb2.ROLE_ATTENTION)[0].attention.kv_blocks * 16
@@ -209,7 +199,7 @@ def test_a_request_that_never_fits_the_cache_is_refused(checkpoint: tuple[Path, 
         assert len(client.tokens([5] * (room - 8), 4)) == 4
 
 
-def test_a_full_queue_says_when_to_come_back(checkpoint: tuple[Path, Any]) -> None:
+def test_a_full_queue_says_when_to_come_back(checkpoint: tuple[Path, Any], local: Local) -> None:
     config = local(checkpoint[0], **{"attention.max_running": 1, "attention.max_waiting": 1})
     with running_cluster(config) as address, Client(address) as client:
         held = []
@@ -285,7 +275,7 @@ def test_health_and_status(client: Client) -> None:
     assert sent == sum(e.rows for e in experts)
 
 
-def test_a_dead_expert_shard_is_a_typed_error(checkpoint: tuple[Path, Any]) -> None:
+def test_a_dead_expert_shard_is_a_typed_error(checkpoint: tuple[Path, Any], local: Local) -> None:
     """Nothing is dropped silently: the stream that needed it ends with UNAVAILABLE and a hint when to retry."""
     from cluster.launch import _local_controller
 

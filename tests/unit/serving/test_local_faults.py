@@ -1,0 +1,188 @@
+"""What fails inside a cluster: each request ends with its tokens or a typed error, and what is sound goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from expertmesh.v1 import control_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from actors.attention import AttentionShard, NoMemory
+from actors.model import kv_cache
+from actors.model.experts import ExpertBank
+from cluster.config import ServerConfig
+from cluster.controller import StartFailed
+from cluster.gateway import streams
+from cluster.launch import _local_controller, running_cluster
+from tests.serving import Client, greedy, ids_request
+from tests.waiting import until
+
+Local = Callable[..., ServerConfig]
+PROMPT = [7, 11, 13]
+
+
+def code_of(client: Client, count: int = 8) -> grpc.StatusCode:
+    """How a small request ends."""
+    try:
+        client.tokens(PROMPT, count)
+    except grpc.RpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+def health_of(client: Client) -> int:
+    request = health_pb2.HealthCheckRequest(service="expertmesh.v1.Inference")
+    return health_pb2_grpc.HealthStub(client.channel).Check(request).status
+
+
+def test_an_answer_that_comes_too_late_hurts_its_step_alone(
+    checkpoint: tuple[Path, Any], local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert shard hangs for longer than a step may take, and answers after the step was given up."""
+    release, hang, honest = threading.Event(), threading.Event(), ExpertBank.forward
+    monkeypatch.setattr(streams, "_SUSPECT_S", 3600.0)
+
+    def forward(*args: Any) -> torch.Tensor:
+        if hang.is_set():
+            release.wait(30)
+        return honest(*args)
+
+    monkeypatch.setattr(ExpertBank, "forward", forward)
+    with running_cluster(local(checkpoint[0], step_timeout_s=0.5)) as address, Client(address) as client:
+        wanted = greedy(checkpoint[1], PROMPT, 8)
+        assert wanted.agrees(client.tokens(PROMPT, 8))
+        hang.set()
+        assert code_of(client) == grpc.StatusCode.UNAVAILABLE
+        assert health_of(client) == health_pb2.HealthCheckResponse.NOT_SERVING
+        hang.clear()
+        release.set()
+        until(lambda: code_of(client) == grpc.StatusCode.OK)
+        assert wanted.agrees(client.tokens(PROMPT, 8))
+        until(lambda: health_of(client) == health_pb2.HealthCheckResponse.SERVING)
+
+
+def test_a_replica_without_its_router_gets_no_requests(checkpoint: tuple[Path, Any], local: Local) -> None:
+    with _local_controller(local(checkpoint[0], **{"attention.replicas": 2})) as controller:
+        address = controller.call("start", controller, timeout_s=60)
+        with Client(address) as client:
+            router = controller.actor._members.of(control_pb2.ROLE_ROUTER)[0].actor
+            held = [client.inference.Generate(ids_request(PROMPT, 480)) for _ in range(2)]
+            for call in held:
+                next(call)
+            router.stop()
+            ends = []
+            for call in held:
+                try:
+                    ends.append(sum(len(message.token_ids) for message in call))
+                except grpc.RpcError as error:
+                    ends.append(error.code())
+            assert grpc.StatusCode.UNAVAILABLE in ends
+            assert [code_of(client) for _ in range(6)] == [grpc.StatusCode.OK] * 6
+            assert health_of(client) == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_without_any_router_health_says_so(checkpoint: tuple[Path, Any], local: Local) -> None:
+    with _local_controller(local(checkpoint[0])) as controller:
+        address = controller.call("start", controller, timeout_s=60)
+        with Client(address) as client:
+            assert health_of(client) == health_pb2.HealthCheckResponse.SERVING
+            controller.actor._members.of(control_pb2.ROLE_ROUTER)[0].actor.stop()
+            until(lambda: health_of(client) == health_pb2.HealthCheckResponse.NOT_SERVING)
+            assert code_of(client) == grpc.StatusCode.UNAVAILABLE
+
+
+def test_results_of_the_wrong_shape_are_an_error_not_wrong_tokens(
+    checkpoint: tuple[Path, Any], local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = ExpertBank.forward
+    monkeypatch.setattr(ExpertBank, "forward", lambda *args: honest(*args)[:1])
+    with running_cluster(local(checkpoint[0])) as address, Client(address) as client:
+        assert code_of(client) == grpc.StatusCode.UNAVAILABLE
+
+
+def test_an_error_in_the_engine_ends_the_step_alone(
+    checkpoint: tuple[Path, Any], local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import actors.attention
+
+    broken, honest = threading.Event(), actors.attention.sample_plan
+
+    def sample_plan(*args: Any) -> Any:
+        if broken.is_set():
+            raise RuntimeError("a bug")
+        return honest(*args)
+
+    monkeypatch.setattr(actors.attention, "sample_plan", sample_plan)
+    with running_cluster(local(checkpoint[0])) as address, Client(address) as client:
+        broken.set()
+        with pytest.raises(grpc.RpcError) as caught:
+            client.tokens(PROMPT, 8)
+        assert caught.value.code() == grpc.StatusCode.INTERNAL
+        assert "a bug" not in caught.value.details()
+        broken.clear()
+        assert code_of(client) == grpc.StatusCode.OK
+
+
+def test_logits_that_are_not_finite_end_their_request_alone(
+    checkpoint: tuple[Path, Any], local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two requests of a batch gets a NaN; the other's tokens are as ever."""
+    import actors.attention
+
+    honest = actors.attention.sample_plan
+
+    def sample_plan(plan: Any, logits: torch.Tensor) -> Any:
+        poisoned = logits.clone()
+        for row, chunk in enumerate(plan.sampled):
+            if chunk.sampling.top_k == 1:
+                poisoned[row, 5] = float("nan")
+        return honest(plan, poisoned)
+
+    monkeypatch.setattr(actors.attention, "sample_plan", sample_plan)
+    with running_cluster(local(checkpoint[0])) as address, Client(address) as client:
+        sound = client.inference.Generate(ids_request(PROMPT, 100))
+        next(sound)
+        marked = ids_request(PROMPT, 8)
+        marked.sampling.top_k = 1
+        with pytest.raises(grpc.RpcError) as caught:
+            client.generate(marked)
+        assert caught.value.code() == grpc.StatusCode.INTERNAL
+        assert sum(len(message.token_ids) for message in sound) == 100
+
+
+def test_a_start_that_takes_too_long_says_where_it_was(
+    checkpoint: tuple[Path, Any], local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped, honest = threading.Event(), AttentionShard.stop
+
+    def stop(shard: AttentionShard) -> None:
+        stopped.set()
+        honest(shard)
+
+    monkeypatch.setattr(AttentionShard, "load", lambda _: stopped.wait(30))
+    monkeypatch.setattr(AttentionShard, "stop", stop)
+    with (
+        pytest.raises(StartFailed, match=r"not up within start_timeout_s \(0.5 s\); last: reading weights"),
+        running_cluster(local(checkpoint[0], start_timeout_s=0.5)),
+    ):
+        pass
+
+
+def test_more_kv_memory_than_there_is(
+    checkpoint: tuple[Path, Any], local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise MemoryError("Unable to allocate")
+
+    monkeypatch.setattr(kv_cache, "_zeros", refuse)
+    with (
+        pytest.raises(NoMemory, match=r"attention\.kv_memory: 4194304 bytes cannot be allocated: Unable to allocate"),
+        running_cluster(local(checkpoint[0])),
+    ):
+        pass
