@@ -6,8 +6,9 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import ray
 from ray.util import list_named_actors, placement_group_table
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 CONTROLLER = "controller"
 _PROBE_S = 5.0
+_SWEEP_S = 10.0
+_SWEEP_AGAIN_S = 0.1
 _OBJECT_STORE_BYTES = 128 * 2**20  # nothing of ours travels through it
 
 
@@ -45,15 +48,31 @@ def refuse_if_serving() -> None:
 
 
 def sweep() -> list[str]:
-    """Remove every actor and placement group of ours, whoever left them; returns their names."""
-    names = _our_actors()
-    for name in names:
-        ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
-    for group in placement_group_table().values():
-        if group["name"].startswith(GROUP_PREFIX) and group["state"] != "REMOVED":
-            remove_placement_group(get_placement_group(group["name"]))
-            names.append(group["name"])
-    return names
+    """Remove every actor and placement group of ours, whoever left them; returns their names.
+
+    Looks again until nothing is left, for some seconds: Ray ends actors and registers groups in its own time, and a
+    controller that is ended in the middle of a start may have asked for one more.
+    """
+    removed: dict[str, None] = {}
+    deadline = time.monotonic() + _SWEEP_S
+    while found := _our_actors() + _our_groups():
+        removed.update(dict.fromkeys(found))
+        for name in _our_actors():
+            with suppress(ValueError):  # gone meanwhile
+                ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+        for name in _our_groups():
+            with suppress(ValueError):
+                remove_placement_group(get_placement_group(name))
+        if time.monotonic() > deadline:
+            log.warning("still there after %g s: %s", _SWEEP_S, ", ".join(found))
+            break
+        time.sleep(_SWEEP_AGAIN_S)
+    return list(removed)
+
+
+def _our_groups() -> list[str]:
+    groups = placement_group_table().values()
+    return [g["name"] for g in groups if g["name"].startswith(GROUP_PREFIX) and g["state"] != "REMOVED"]
 
 
 def _our_actors() -> list[str]:
