@@ -52,13 +52,15 @@ class StopSignals:
 
     While ``interrupting``, the first raises Stopped wherever the main thread is. While Ray is started or used that is
     not safe (it crashes in the middle of its own C++ calls): then a signal is only noted, and ``check`` raises.
-    The handler may interrupt anything, itself included, so it takes no lock: an eventfd wakes ``wait``.
+    The kernel may hand a signal to any thread, Ray's included, which interrupts nothing in the main thread: so the
+    interpreter is told to write each one to a pipe, and ``wait`` waits for that.
     """
 
     def __init__(self) -> None:
         self.interrupting = True
         self._stopped = False
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._arrived, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self._install()
 
     def check(self) -> None:
@@ -70,9 +72,8 @@ class StopSignals:
     def wait(self) -> None:
         """Return when a signal comes, or at once if one has come."""
         self._install()
-        arrived = select.poll()  # resumed by itself when a signal interrupts it, which eventfd_read is not
-        arrived.register(self._wake, select.POLLIN)
-        arrived.poll()
+        while not self._stopped:
+            select.select([self._arrived], [], [])
 
     def _install(self) -> None:
         """Again and again: Ray puts a SIGTERM handler of its own when it starts."""
@@ -81,7 +82,6 @@ class StopSignals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         first, self._stopped = not self._stopped, True
-        os.eventfd_write(self._wake, 1)
         if first and self.interrupting:
             raise Stopped
 
