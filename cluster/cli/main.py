@@ -76,7 +76,7 @@ def stop(
 def demo(
     text: Annotated[str, typer.Argument(help="The user's message.")] = "What is the capital of France?",
 ) -> None:
-    """Start a cluster on this machine, show what runs where, stream one chat answer, stop it."""
+    """Start a cluster on this machine, stream one chat answer, show what runs where, stop it."""
     from cluster.cli.demo import run_demo
 
     raise typer.Exit(run_demo(text))
