@@ -1,4 +1,4 @@
-"""``expertmesh demo``: a cluster on this machine, one streamed answer, what ran where for it, and all of it gone again."""
+"""``expertmesh demo``: a cluster on this machine, one streamed answer, what ran where for it, and all of it gone."""
 
 from __future__ import annotations
 
