@@ -294,8 +294,10 @@ class Router:
             if handle.deadline <= now:
                 late = ", ".join(wire.peer for wire in handle.waiting)
                 self._give_up(sequence, f"no answer within {self._model.step_timeout_s:g} s from {late}")
+        if self._staged is None or self._pending:
+            return
         self._mid_step = {wire: until for wire, until in self._mid_step.items() if until > now}
-        if not self._pending and not self._mid_step:
+        if not self._mid_step:
             with self._staging:
                 staged, self._staged = self._staged, None
             if staged is not None:
