@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/control.proto\x12\rexpertmesh.v1\"\x13\n\x11GetClusterRequest\"\xab\x01\n\x12GetClusterResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x18\n\x10\x65xpert_map_epoch\x18\x02 \x01(\x04\x12\"\n\x05nodes\x18\x03 \x03(\x0b\x32\x13.expertmesh.v1.Node\x12$\n\x06\x61\x63tors\x18\x04 \x03(\x0b\x32\x14.expertmesh.v1.Actor\x12\"\n\x05wires\x18\x05 \x03(\x0b\x32\x13.expertmesh.v1.Wire\"\x97\x01\n\x04Node\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x61live\x18\x03 \x01(\x08\x12/\n\x06labels\x18\x04 \x03(\x0b\x32\x1f.expertmesh.v1.Node.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x83\x03\n\x05\x41\x63tor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x04role\x18\x02 \x01(\x0e\x32\x13.expertmesh.v1.Role\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.expertmesh.v1.ActorState\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x17\n\x0fplacement_group\x18\x06 \x01(\t\x12\x0e\n\x06\x62undle\x18\x07 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x04\x12\x31\n\tattention\x18\t \x01(\x0b\x32\x1c.expertmesh.v1.AttentionLoadH\x00\x12+\n\x06router\x18\n \x01(\x0b\x32\x19.expertmesh.v1.RouterLoadH\x00\x12+\n\x06\x65xpert\x18\x0b \x01(\x0b\x32\x19.expertmesh.v1.ExpertLoadH\x00\x12-\n\x07gateway\x18\x0c \x01(\x0b\x32\x1a.expertmesh.v1.GatewayLoadH\x00\x42\x06\n\x04load\"{\n\rAttentionLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x11\n\tkv_blocks\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\"\xa0\x01\n\nRouterLoad\x12\x18\n\x10\x65xpert_map_epoch\x18\x01 \x01(\x04\x12\x43\n\x0erows_per_shard\x18\x02 \x03(\x0b\x32+.expertmesh.v1.RouterLoad.RowsPerShardEntry\x1a\x33\n\x11RowsPerShardEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"T\n\nExpertLoad\x12\x18\n\x10\x65xpert_map_epoch\x18\x01 \x01(\x04\x12\x0f\n\x07\x65xperts\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\r\n\x05pairs\x18\x04 \x01(\x04\"A\n\x0bGatewayLoad\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0f\n\x07streams\x18\x02 \x01(\r\x12\x10\n\x08requests\x18\x03 \x01(\x04\"\\\n\x04Wire\x12\x0c\n\x04\x66rom\x18\x01 \x01(\t\x12\n\n\x02to\x18\x02 \x01(\t\x12\x0e\n\x06medium\x18\x03 \x01(\t\x12\x12\n\nbytes_sent\x18\x04 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x05 \x01(\x04*y\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fROLE_CONTROLLER\x10\x01\x12\x10\n\x0cROLE_GATEWAY\x10\x02\x12\x12\n\x0eROLE_ATTENTION\x10\x03\x12\x0f\n\x0bROLE_ROUTER\x10\x04\x12\x0f\n\x0bROLE_EXPERT\x10\x05*]\n\nActorState\x12\x1b\n\x17\x41\x43TOR_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x43TOR_STATE_READY\x10\x01\x12\x1b\n\x17\x41\x43TOR_STATE_UNREACHABLE\x10\x02\x32\\\n\x07\x43ontrol\x12Q\n\nGetCluster\x12 .expertmesh.v1.GetClusterRequest\x1a!.expertmesh.v1.GetClusterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/control.proto\x12\rexpertmesh.v1\x1a\x1fgoogle/protobuf/timestamp.proto\",\n\x11GetClusterRequest\x12\x17\n\x0finclude_experts\x18\x01 \x01(\x08\"$\n\x13WatchClusterRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\"B\n\x14WatchClusterResponse\x12*\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.ClusterEvent\"\xb3\x01\n\x0c\x43lusterEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x04kind\x18\x03 \x01(\x0e\x32\x1f.expertmesh.v1.ClusterEventKind\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\x12\x18\n\x10\x65xpert_map_epoch\x18\x05 \x01(\x04\x12\x0f\n\x07message\x18\x06 \x01(\t\"%\n\x13ScaleExpertsRequest\x12\x0e\n\x06shards\x18\x01 \x01(\r\"V\n\x14ScaleExpertsResponse\x12\x18\n\x10\x65xpert_map_epoch\x18\x01 \x01(\x04\x12\x0e\n\x06shards\x18\x02 \x03(\t\x12\x14\n\x0c\x65xperts_read\x18\x03 \x01(\r\")\n\x15ScaleAttentionRequest\x12\x10\n\x08replicas\x18\x01 \x01(\r\"*\n\x16ScaleAttentionResponse\x12\x10\n\x08replicas\x18\x01 \x03(\t\"\x12\n\x10RebalanceRequest\"v\n\x11RebalanceResponse\x12\x18\n\x10\x65xpert_map_epoch\x18\x01 \x01(\x04\x12\x14\n\x0c\x65xperts_read\x18\x02 \x01(\r\x12\x18\n\x10imbalance_before\x18\x03 \x01(\x01\x12\x17\n\x0fimbalance_after\x18\x04 \x01(\x01\"9\n\x0c\x44rainRequest\x12\x0f\n\x05\x61\x63tor\x18\x01 \x01(\tH\x00\x12\x0e\n\x04node\x18\x02 \x01(\tH\x00\x42\x08\n\x06target\"1\n\rDrainResponse\x12\x0f\n\x07stopped\x18\x01 \x03(\t\x12\x0f\n\x07started\x18\x02 \x03(\t\"\xde\x02\n\x12GetClusterResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x18\n\x10\x65xpert_map_epoch\x18\x02 \x01(\x04\x12\"\n\x05nodes\x18\x03 \x03(\x0b\x32\x13.expertmesh.v1.Node\x12$\n\x06\x61\x63tors\x18\x04 \x03(\x0b\x32\x14.expertmesh.v1.Actor\x12\"\n\x05wires\x18\x05 \x03(\x0b\x32\x13.expertmesh.v1.Wire\x12\x1c\n\x14\x65xpert_shards_wanted\x18\x06 \x01(\r\x12!\n\x19\x61ttention_replicas_wanted\x18\x07 \x01(\r\x12\x1a\n\x12\x65xpert_autoscaling\x18\x08 \x01(\t\x12+\n\x06\x65vents\x18\t \x03(\x0b\x32\x1b.expertmesh.v1.ClusterEvent\x12\'\n\x06layers\x18\n \x03(\x0b\x32\x17.expertmesh.v1.MoELayer\"J\n\x08MoELayer\x12\r\n\x05layer\x18\x01 \x01(\r\x12/\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x1e.expertmesh.v1.ExpertPlacement\"/\n\x0f\x45xpertPlacement\x12\x0e\n\x06shards\x18\x01 \x03(\t\x12\x0c\n\x04rows\x18\x02 \x01(\x04\"\x97\x01\n\x04Node\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x61live\x18\x03 \x01(\x08\x12/\n\x06labels\x18\x04 \x03(\x0b\x32\x1f.expertmesh.v1.Node.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x83\x03\n\x05\x41\x63tor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x04role\x18\x02 \x01(\x0e\x32\x13.expertmesh.v1.Role\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.expertmesh.v1.ActorState\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x17\n\x0fplacement_group\x18\x06 \x01(\t\x12\x0e\n\x06\x62undle\x18\x07 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x04\x12\x31\n\tattention\x18\t \x01(\x0b\x32\x1c.expertmesh.v1.AttentionLoadH\x00\x12+\n\x06router\x18\n \x01(\x0b\x32\x19.expertmesh.v1.RouterLoadH\x00\x12+\n\x06\x65xpert\x18\x0b \x01(\x0b\x32\x19.expertmesh.v1.ExpertLoadH\x00\x12-\n\x07gateway\x18\x0c \x01(\x0b\x32\x1a.expertmesh.v1.GatewayLoadH\x00\x42\x06\n\x04load\"\x8b\x01\n\rAttentionLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x11\n\tkv_blocks\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x07 \x01(\x01\"\xca\x01\n\nRouterLoad\x12\x18\n\x10\x65xpert_map_epoch\x18\x01 \x01(\x04\x12\x43\n\x0erows_per_shard\x18\x02 \x03(\x0b\x32+.expertmesh.v1.RouterLoad.RowsPerShardEntry\x12\x10\n\x08reroutes\x18\x03 \x01(\x04\x12\x16\n\x0elongest_wait_s\x18\x04 \x01(\x01\x1a\x33\n\x11RowsPerShardEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"d\n\nExpertLoad\x12\x18\n\x10\x65xpert_map_epoch\x18\x01 \x01(\x04\x12\x0f\n\x07\x65xperts\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\r\n\x05pairs\x18\x04 \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x05 \x01(\x01\"R\n\x0bGatewayLoad\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0f\n\x07streams\x18\x02 \x01(\r\x12\x10\n\x08requests\x18\x03 \x01(\x04\x12\x0f\n\x07replays\x18\x04 \x01(\x04\"\\\n\x04Wire\x12\x0c\n\x04\x66rom\x18\x01 \x01(\t\x12\n\n\x02to\x18\x02 \x01(\t\x12\x0e\n\x06medium\x18\x03 \x01(\t\x12\x12\n\nbytes_sent\x18\x04 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x05 \x01(\x04*\x92\x02\n\x10\x43lusterEventKind\x12\"\n\x1e\x43LUSTER_EVENT_KIND_UNSPECIFIED\x10\x00\x12$\n CLUSTER_EVENT_KIND_ACTOR_STARTED\x10\x01\x12$\n CLUSTER_EVENT_KIND_ACTOR_STOPPED\x10\x02\x12!\n\x1d\x43LUSTER_EVENT_KIND_ACTOR_LOST\x10\x03\x12$\n CLUSTER_EVENT_KIND_MAP_COMMITTED\x10\x04\x12&\n\"CLUSTER_EVENT_KIND_SCALING_DECIDED\x10\x05\x12\x1d\n\x19\x43LUSTER_EVENT_KIND_FAILED\x10\x06*y\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fROLE_CONTROLLER\x10\x01\x12\x10\n\x0cROLE_GATEWAY\x10\x02\x12\x12\n\x0eROLE_ATTENTION\x10\x03\x12\x0f\n\x0bROLE_ROUTER\x10\x04\x12\x0f\n\x0bROLE_EXPERT\x10\x05*]\n\nActorState\x12\x1b\n\x17\x41\x43TOR_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x43TOR_STATE_READY\x10\x01\x12\x1b\n\x17\x41\x43TOR_STATE_UNREACHABLE\x10\x02\x32\x83\x04\n\x07\x43ontrol\x12Q\n\nGetCluster\x12 .expertmesh.v1.GetClusterRequest\x1a!.expertmesh.v1.GetClusterResponse\x12Y\n\x0cWatchCluster\x12\".expertmesh.v1.WatchClusterRequest\x1a#.expertmesh.v1.WatchClusterResponse0\x01\x12W\n\x0cScaleExperts\x12\".expertmesh.v1.ScaleExpertsRequest\x1a#.expertmesh.v1.ScaleExpertsResponse\x12]\n\x0eScaleAttention\x12$.expertmesh.v1.ScaleAttentionRequest\x1a%.expertmesh.v1.ScaleAttentionResponse\x12N\n\tRebalance\x12\x1f.expertmesh.v1.RebalanceRequest\x1a .expertmesh.v1.RebalanceResponse\x12\x42\n\x05\x44rain\x12\x1b.expertmesh.v1.DrainRequest\x1a\x1c.expertmesh.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,32 +36,60 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODE_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_ROUTERLOAD_ROWSPERSHARDENTRY']._loaded_options = None
   _globals['_ROUTERLOAD_ROWSPERSHARDENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=1320
-  _globals['_ROLE']._serialized_end=1441
-  _globals['_ACTORSTATE']._serialized_start=1443
-  _globals['_ACTORSTATE']._serialized_end=1536
-  _globals['_GETCLUSTERREQUEST']._serialized_start=46
-  _globals['_GETCLUSTERREQUEST']._serialized_end=65
-  _globals['_GETCLUSTERRESPONSE']._serialized_start=68
-  _globals['_GETCLUSTERRESPONSE']._serialized_end=239
-  _globals['_NODE']._serialized_start=242
-  _globals['_NODE']._serialized_end=393
-  _globals['_NODE_LABELSENTRY']._serialized_start=348
-  _globals['_NODE_LABELSENTRY']._serialized_end=393
-  _globals['_ACTOR']._serialized_start=396
-  _globals['_ACTOR']._serialized_end=783
-  _globals['_ATTENTIONLOAD']._serialized_start=785
-  _globals['_ATTENTIONLOAD']._serialized_end=908
-  _globals['_ROUTERLOAD']._serialized_start=911
-  _globals['_ROUTERLOAD']._serialized_end=1071
-  _globals['_ROUTERLOAD_ROWSPERSHARDENTRY']._serialized_start=1020
-  _globals['_ROUTERLOAD_ROWSPERSHARDENTRY']._serialized_end=1071
-  _globals['_EXPERTLOAD']._serialized_start=1073
-  _globals['_EXPERTLOAD']._serialized_end=1157
-  _globals['_GATEWAYLOAD']._serialized_start=1159
-  _globals['_GATEWAYLOAD']._serialized_end=1224
-  _globals['_WIRE']._serialized_start=1226
-  _globals['_WIRE']._serialized_end=1318
-  _globals['_CONTROL']._serialized_start=1538
-  _globals['_CONTROL']._serialized_end=1630
+  _globals['_CLUSTEREVENTKIND']._serialized_start=2527
+  _globals['_CLUSTEREVENTKIND']._serialized_end=2801
+  _globals['_ROLE']._serialized_start=2803
+  _globals['_ROLE']._serialized_end=2924
+  _globals['_ACTORSTATE']._serialized_start=2926
+  _globals['_ACTORSTATE']._serialized_end=3019
+  _globals['_GETCLUSTERREQUEST']._serialized_start=79
+  _globals['_GETCLUSTERREQUEST']._serialized_end=123
+  _globals['_WATCHCLUSTERREQUEST']._serialized_start=125
+  _globals['_WATCHCLUSTERREQUEST']._serialized_end=161
+  _globals['_WATCHCLUSTERRESPONSE']._serialized_start=163
+  _globals['_WATCHCLUSTERRESPONSE']._serialized_end=229
+  _globals['_CLUSTEREVENT']._serialized_start=232
+  _globals['_CLUSTEREVENT']._serialized_end=411
+  _globals['_SCALEEXPERTSREQUEST']._serialized_start=413
+  _globals['_SCALEEXPERTSREQUEST']._serialized_end=450
+  _globals['_SCALEEXPERTSRESPONSE']._serialized_start=452
+  _globals['_SCALEEXPERTSRESPONSE']._serialized_end=538
+  _globals['_SCALEATTENTIONREQUEST']._serialized_start=540
+  _globals['_SCALEATTENTIONREQUEST']._serialized_end=581
+  _globals['_SCALEATTENTIONRESPONSE']._serialized_start=583
+  _globals['_SCALEATTENTIONRESPONSE']._serialized_end=625
+  _globals['_REBALANCEREQUEST']._serialized_start=627
+  _globals['_REBALANCEREQUEST']._serialized_end=645
+  _globals['_REBALANCERESPONSE']._serialized_start=647
+  _globals['_REBALANCERESPONSE']._serialized_end=765
+  _globals['_DRAINREQUEST']._serialized_start=767
+  _globals['_DRAINREQUEST']._serialized_end=824
+  _globals['_DRAINRESPONSE']._serialized_start=826
+  _globals['_DRAINRESPONSE']._serialized_end=875
+  _globals['_GETCLUSTERRESPONSE']._serialized_start=878
+  _globals['_GETCLUSTERRESPONSE']._serialized_end=1228
+  _globals['_MOELAYER']._serialized_start=1230
+  _globals['_MOELAYER']._serialized_end=1304
+  _globals['_EXPERTPLACEMENT']._serialized_start=1306
+  _globals['_EXPERTPLACEMENT']._serialized_end=1353
+  _globals['_NODE']._serialized_start=1356
+  _globals['_NODE']._serialized_end=1507
+  _globals['_NODE_LABELSENTRY']._serialized_start=1462
+  _globals['_NODE_LABELSENTRY']._serialized_end=1507
+  _globals['_ACTOR']._serialized_start=1510
+  _globals['_ACTOR']._serialized_end=1897
+  _globals['_ATTENTIONLOAD']._serialized_start=1900
+  _globals['_ATTENTIONLOAD']._serialized_end=2039
+  _globals['_ROUTERLOAD']._serialized_start=2042
+  _globals['_ROUTERLOAD']._serialized_end=2244
+  _globals['_ROUTERLOAD_ROWSPERSHARDENTRY']._serialized_start=2193
+  _globals['_ROUTERLOAD_ROWSPERSHARDENTRY']._serialized_end=2244
+  _globals['_EXPERTLOAD']._serialized_start=2246
+  _globals['_EXPERTLOAD']._serialized_end=2346
+  _globals['_GATEWAYLOAD']._serialized_start=2348
+  _globals['_GATEWAYLOAD']._serialized_end=2430
+  _globals['_WIRE']._serialized_start=2432
+  _globals['_WIRE']._serialized_end=2524
+  _globals['_CONTROL']._serialized_start=3022
+  _globals['_CONTROL']._serialized_end=3537
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,11 @@ if _version_not_supported:
 
 
 class ControlStub:
-    """The operator's view.
+    """The operator's view. Where the gateway has tokens, every call needs one with the admin role.
+
+    Calls that change the cluster return when the change is in force; streams run on meanwhile. They are carried out one
+    after the other, and to their end even if the caller goes away. INVALID_ARGUMENT names the field that cannot be;
+    FAILED_PRECONDITION (reason NO_ROOM) says what no node had room for, and nothing was changed.
     """
 
     def __init__(self, channel):
@@ -40,14 +44,79 @@ class ControlStub:
                 request_serializer=expertmesh_dot_v1_dot_control__pb2.GetClusterRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_control__pb2.GetClusterResponse.FromString,
                 _registered_method=True)
+        self.WatchCluster = channel.unary_stream(
+                '/expertmesh.v1.Control/WatchCluster',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.WatchClusterRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.WatchClusterResponse.FromString,
+                _registered_method=True)
+        self.ScaleExperts = channel.unary_unary(
+                '/expertmesh.v1.Control/ScaleExperts',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.ScaleExpertsRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.ScaleExpertsResponse.FromString,
+                _registered_method=True)
+        self.ScaleAttention = channel.unary_unary(
+                '/expertmesh.v1.Control/ScaleAttention',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.ScaleAttentionRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.ScaleAttentionResponse.FromString,
+                _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/expertmesh.v1.Control/Rebalance',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.RebalanceResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/expertmesh.v1.Control/Drain',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
-    """The operator's view.
+    """The operator's view. Where the gateway has tokens, every call needs one with the admin role.
+
+    Calls that change the cluster return when the change is in force; streams run on meanwhile. They are carried out one
+    after the other, and to their end even if the caller goes away. INVALID_ARGUMENT names the field that cannot be;
+    FAILED_PRECONDITION (reason NO_ROOM) says what no node had room for, and nothing was changed.
     """
 
     def GetCluster(self, request, context):
         """Everything that runs, and where. A snapshot: figures of different actors may differ by some milliseconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchCluster(self, request, context):
+        """What happens to the cluster, as it happens; first what happened lately. Ends only when the caller or the gateway does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScaleExperts(self, request, context):
+        """Spreads the experts over another number of shards: new ones are started, filled and connected before the map changes
+        at a step boundary; shards that are no longer needed are drained and go.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScaleAttention(self, request, context):
+        """Another number of attention replicas, each with its router. Streams of a replica that goes are moved.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rebalance(self, request, context):
+        """Spreads the experts anew over the same shards by the load that was counted, when that is worth the moves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Takes one shard out of service (the fleet has one less then), or everything from a node (as many start elsewhere).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +130,31 @@ def add_ControlServicer_to_server(servicer, server):
                     request_deserializer=expertmesh_dot_v1_dot_control__pb2.GetClusterRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_control__pb2.GetClusterResponse.SerializeToString,
             ),
+            'WatchCluster': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchCluster,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.WatchClusterRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.WatchClusterResponse.SerializeToString,
+            ),
+            'ScaleExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleExperts,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.ScaleExpertsRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.ScaleExpertsResponse.SerializeToString,
+            ),
+            'ScaleAttention': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleAttention,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.ScaleAttentionRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.ScaleAttentionResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.RebalanceRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.RebalanceResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'expertmesh.v1.Control', rpc_method_handlers)
@@ -70,7 +164,11 @@ def add_ControlServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Control:
-    """The operator's view.
+    """The operator's view. Where the gateway has tokens, every call needs one with the admin role.
+
+    Calls that change the cluster return when the change is in force; streams run on meanwhile. They are carried out one
+    after the other, and to their end even if the caller goes away. INVALID_ARGUMENT names the field that cannot be;
+    FAILED_PRECONDITION (reason NO_ROOM) says what no node had room for, and nothing was changed.
     """
 
     @staticmethod
@@ -90,6 +188,141 @@ class Control:
             '/expertmesh.v1.Control/GetCluster',
             expertmesh_dot_v1_dot_control__pb2.GetClusterRequest.SerializeToString,
             expertmesh_dot_v1_dot_control__pb2.GetClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchCluster(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertmesh.v1.Control/WatchCluster',
+            expertmesh_dot_v1_dot_control__pb2.WatchClusterRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.WatchClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Control/ScaleExperts',
+            expertmesh_dot_v1_dot_control__pb2.ScaleExpertsRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.ScaleExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleAttention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Control/ScaleAttention',
+            expertmesh_dot_v1_dot_control__pb2.ScaleAttentionRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.ScaleAttentionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Control/Rebalance',
+            expertmesh_dot_v1_dot_control__pb2.RebalanceRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.RebalanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Control/Drain',
+            expertmesh_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,
