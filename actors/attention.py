@@ -39,6 +39,8 @@ from actors.transport.base import (
 
 log = logging.getLogger(__name__)
 
+_GATEWAY_WAIT_S = 1.0
+
 
 class NoMemory(RuntimeError):
     """The node does not have the memory that the configuration gives to the KV cache."""
@@ -60,7 +62,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class AttentionStats:
-    """``tokens`` were published since the start."""
+    """``tokens`` were published since the start, in ``busy_s`` seconds of steps (waiting for experts included)."""
 
     pid: int
     weight_bytes: int
@@ -70,6 +72,7 @@ class AttentionStats:
     kv_blocks_free: int
     steps: int
     tokens: int
+    busy_s: float
     wires: tuple[WireTraffic, ...]
 
 
@@ -85,6 +88,7 @@ class AttentionShard:
         self._moe: MoEClient | None = None
         self._loaded_bytes = 0
         self._steps = self._tokens = 0
+        self._busy_s = 0.0
         self._kv_bytes = engine.kv_bytes
         block_bytes = engine.block_size * KVCache.bytes_per_token(self._spec, model.torch_dtype)
         self._blocks = BlockAllocator(engine.kv_bytes // block_bytes, engine.block_size)
@@ -93,6 +97,7 @@ class AttentionShard:
         self._lock = threading.Lock()  # guards the scheduler: requests come from other threads than the steps
         self._owner: dict[str, str] = {}
         self._gateways: dict[str, Wire] = {}
+        self._gateway_came = threading.Condition(self._lock)
         self._loop = LoopThread(
             name, self._on_frame, self._on_gone, model.thread_count, self._next_deadline, self._step
         )
@@ -129,11 +134,14 @@ class AttentionShard:
         self._loop.start()
 
     def submit(self, request: GenerationRequest) -> Refusal | None:
-        """Admit a request, or say why not. From then on its tokens and its end go to ``request.gateway``."""
+        """Admit a request, or say why not. From then on its tokens and its end go to ``request.gateway``.
+
+        A gateway that has just connected may be quicker here than its wire, which is waited for a moment.
+        """
         if self._moe is None or self._loop.failure is not None:
             return Refusal(Refusal.UNAVAILABLE, "the attention shard has no router", retry_after_s=1.0)
         with self._lock:
-            if request.gateway not in self._gateways:
+            if not self._gateway_came.wait_for(lambda: request.gateway in self._gateways, _GATEWAY_WAIT_S):
                 return Refusal(Refusal.UNAVAILABLE, f"no wire to gateway {request.gateway}", retry_after_s=1.0)
             try:
                 self._scheduler.add(request, time.monotonic())
@@ -166,6 +174,7 @@ class AttentionShard:
             kv_blocks_free=free,
             steps=self._steps,
             tokens=self._tokens,
+            busy_s=self._busy_s,
             wires=traffic(self._loop.wires()),
         )
 
@@ -182,7 +191,9 @@ class AttentionShard:
             plan = self._scheduler.schedule(time.monotonic())
         events = list(plan.events)
         if plan.chunks:
+            begin = time.perf_counter()
             events += self._compute(plan)
+            self._busy_s += time.perf_counter() - begin
             self._steps += 1
         if events:
             self._publish(events)
@@ -233,7 +244,9 @@ class AttentionShard:
                 self._loop.drop(wire, PeerGone(str(error)))
 
     def _on_wire(self, wire: Wire) -> None:
-        self._gateways[wire.peer] = wire
+        with self._lock:
+            self._gateways[wire.peer] = wire
+            self._gateway_came.notify_all()
         self._loop.add(wire)
 
     def _on_frame(self, wire: Wire, frame: Frame) -> None:

@@ -23,22 +23,21 @@ class ShardRows:
     pair_slot: NDArray[np.int64]
 
 
-def split_rows(chosen: NDArray[np.int64], home: NDArray[np.int64], n_shards: int) -> list[ShardRows]:
-    """Split a batch among the shards that hold its experts.
+def split_rows(chosen: NDArray[np.int64], slots: NDArray[np.int64], owner: NDArray[np.int64]) -> list[ShardRows]:
+    """Split the pairs at ``slots`` of a batch among the shards that compute them.
 
-    ``chosen`` int64[T, K]: experts of each row. ``home`` int64[E]: the shard's number for each expert of the layer.
-    Shards that get nothing are absent. Every (row, k) is in exactly one result.
+    ``chosen`` int64[T, K]: experts of each row. ``slots`` int64[S], ascending: indices into the flat ``chosen``; all
+    of them at first, those that have to be sent again later. ``owner`` int64[S]: the shard's number for each slot, or
+    less than 0 for a pair that nobody can compute now. Every slot with an owner is in exactly one result.
     """
     k = chosen.shape[1]
-    flat = chosen.reshape(-1)
-    owner = home[flat]
+    experts = chosen.reshape(-1)[slots]
     result = []
-    for shard in range(n_shards):
-        slot = np.flatnonzero(owner == shard)
-        if slot.size == 0:
+    for shard in np.unique(owner).tolist():
+        if shard < 0:
             continue
+        mine = owner == shard
+        slot = slots[mine]
         rows, pair_row = np.unique(slot // k, return_inverse=True)
-        result.append(
-            ShardRows(shard, rows, pair_row.astype(np.int32), flat[slot].astype(np.int32), slot.astype(np.int64))
-        )
+        result.append(ShardRows(shard, rows, pair_row.astype(np.int32), experts[mine].astype(np.int32), slot))
     return result

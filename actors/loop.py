@@ -64,6 +64,11 @@ class LoopThread:
         """Make the loop run ``on_tick`` soon. From any thread."""
         self._poller.wake()
 
+    def check(self) -> None:
+        """Raise RuntimeError if an error has ended the loop."""
+        if self.failure is not None:
+            raise RuntimeError(f"the data-plane loop ended by an error: {self.failure!r}")
+
     def stop(self) -> None:
         """End the thread and close every wire. Idempotent, from any other thread."""
         with self._lock:

@@ -1,8 +1,10 @@
 """Router: for every row and MoE layer, which experts see it; moves it there and combines what comes back.
 
-The main path: ``_on_rows`` (gate, ``dispatch``) and ``_on_results`` (``combine`` when the last shard has answered).
-Both are events of one loop thread, so that several batches may be in flight at once. The router alone knows the
-expert map: attention shards never see epochs, shards, or replicas.
+The router alone knows the expert map: attention shards never see epochs, shards, replicas, or losses. This file is its
+control side and the step boundaries; ``dispatcher.py`` is what happens to a batch.
+
+A new map comes in two calls, so that a controller can bring all its routers along: ``prepare`` connects to the shards
+that are new in it, ``commit`` puts it in force at the next step boundary. ``withdraw`` takes a prepared map back.
 """
 
 from __future__ import annotations
@@ -11,28 +13,23 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from actors.dispatch import ShardRows, split_rows
+from actors.dispatcher import Dispatcher
 from actors.loop import LoopThread
-from actors.messages import Kind, array_bytes, expect_parts, failure_text, tensor_bytes, tensor_from
-from actors.model.combine import combine_rows
+from actors.messages import Kind, expect_parts, tensor_from
 from actors.model.families import load_spec
 from actors.model.gate import Gate
 from actors.model.weights import Checkpoint
-from actors.scratch import ScratchPool
+from actors.routes import ExpertRoutes
 from actors.settings import ModelSettings
 from actors.stats import WireTraffic, traffic
 from actors.transport.base import (
     Address,
     EndpointFactory,
     Frame,
-    FrameTag,
     Medium,
     PeerGone,
     ProtocolError,
@@ -43,65 +40,45 @@ from actors.transport.base import (
 from placement.expert_map import ExpertMap
 
 
-@dataclass
-class DispatchHandle:
-    """A batch whose rows are out at the expert shards. Made by ``dispatch``; only ``combine`` takes it.
-
-    ``weight`` float32 [T, K]; ``out`` [T * K, D], filled as results come; ``waiting``: what each shard still owes.
-    """
-
-    source: Wire
-    tag: FrameTag
-    weight: Tensor
-    out: Tensor
-    deadline: float
-    waiting: dict[Wire, ShardRows] = field(default_factory=dict)
-
-
-@dataclass
-class _Fleet:
-    """The expert map in force and the wires to its shards, in the order of ``map.shards``."""
-
-    map: ExpertMap
-    wires: list[Wire]
-    homes: dict[int, NDArray[np.int64]]
-
-
 @dataclass(frozen=True)
 class RouterStats:
-    """``rows_per_shard``: rows sent to each expert shard since the start, by name."""
+    """``rows_per_shard``: rows sent to each expert shard since the start, by name. ``reroutes``: batches of rows that
+    were sent again. ``longest_wait_s``: longest time a batch waited for its experts."""
 
     pid: int
     epoch: int
     weight_bytes: int
     rows_per_shard: dict[str, int]
+    reroutes: int
+    longest_wait_s: float
     wires: tuple[WireTraffic, ...]
 
 
 class Router:
-    """One router. ``load``, then ``connect`` to the expert shards of a map; attention shards connect to it."""
+    """One router. ``load``, then ``prepare`` and ``commit`` a map; attention shards connect to it."""
 
     def __init__(self, name: str, model: ModelSettings, make_endpoint: EndpointFactory) -> None:
         self.name = name
         self._model = model
         self._spec = load_spec(model.path)
         self._gate: Gate | None = None
-        self._fleet: _Fleet | None = None
-        self._staged: _Fleet | None = None
-        self._committed = threading.Event()
-        self._pending: dict[int, DispatchHandle] = {}
-        self._mid_step: dict[Wire, float] = {}  # sources inside a step, and until when to believe it
+        self._prepared: ExpertRoutes | None = None
+        self._staged: ExpertRoutes | None = None  # to be put in force by the loop
         self._staging = threading.Lock()
-        self._sequence = 0
+        self._committed = threading.Event()
+        self._losses = threading.Condition()
+        self._stopped = False
         self._loaded_bytes = 0
-        self._rows_per_shard: dict[str, int] = {}
-        self._scratch = ScratchPool(model.torch_dtype)
         self._loop = LoopThread(
             name, self._on_frame, self._on_gone, model.thread_count, self._next_deadline, self._on_tick
         )
+        last_layer = self._spec.moe_layers[-1]
+        self._data = Dispatcher(
+            name, model.torch_dtype, self._spec.d_model, last_layer, model.step_timeout_s, self._loop.drop
+        )
         self._endpoint = make_endpoint(name, self._loop.add)
 
-    # -- control (from the controller's thread) -----------------------------------------------------------------
+    # -- control (from the controller's threads) ------------------------------------------------------------------
 
     def load(self) -> Address:
         """Read the gate weights and start to serve. Returns where attention shards connect."""
@@ -110,70 +87,106 @@ class Router:
         self._loop.start()
         return self._endpoint.address
 
-    def connect(
+    def prepare(
         self, expert_map: ExpertMap, shards: Mapping[str, Address], medium: Medium | None, timeout_s: float
     ) -> None:
-        """Connect to every shard of ``expert_map`` and switch to it at the next step boundary.
+        """Connect to the shards of ``expert_map`` that have no live wire yet. The map in force stays in force.
 
-        Returns once the new map is in force. Errors: TransportError when a shard cannot be reached in time.
+        Errors: TransportError when a shard cannot be reached in time; then nothing has changed.
         """
         deadline = time.monotonic() + timeout_s
-        wires = self._connect_all([shards[name] for name in expert_map.shards], deadline, medium)
-        number = {name: at for at, name in enumerate(expert_map.shards)}
-        homes = {
-            layer: np.array([number[s] for s in expert_map.homes(layer)], np.int64) for layer in expert_map.replicas
-        }
-        self._committed.clear()
-        for wire in wires:
-            self._loop.add(wire)
-        with self._staging:
-            self._staged = _Fleet(expert_map, wires, homes)
-        self._loop.wake()
-        if not self._committed.wait(max(0.0, deadline - time.monotonic())) and self._withdraw():
-            for wire in wires:
-                wire.close()
-            raise WireTimeout(f"router {self.name}: a step in flight kept epoch {expert_map.epoch} from its commit")
-
-    def _connect_all(self, addresses: list[Address], deadline: float, medium: Medium | None) -> list[Wire]:
-        """A wire to each address, or none at all."""
-        wires: list[Wire] = []
+        self.withdraw()
+        now = self._data.routes
+        kept = {s: now.wires[s] for s in expert_map.shards if now and s in now.wires and s not in now.lost}
+        fresh: dict[str, Wire] = {}
         try:
-            for address in addresses:
-                wires.append(self._endpoint.connect(address, deadline, medium))
+            for shard in expert_map.shards:
+                if shard not in kept:
+                    fresh[shard] = self._endpoint.connect(shards[shard], deadline, medium)
         except TransportError:
-            for wire in wires:
+            for wire in fresh.values():
                 wire.close()
             raise
-        return wires
+        self._prepared = ExpertRoutes(expert_map, {**kept, **fresh})
+        for wire in fresh.values():
+            self._loop.add(wire)
 
-    def _withdraw(self) -> bool:
-        """Take back what was staged; False if the loop has committed it meanwhile."""
+    def commit(self, epoch: int, timeout_s: float) -> None:
+        """Put the prepared map in force at the next step boundary; returns when it is.
+
+        Errors: ValueError when no map of this epoch is prepared, WireTimeout when a step in flight kept it from its
+        commit; it is withdrawn then.
+        """
+        prepared = self._prepared
+        if prepared is None or prepared.epoch != epoch:
+            raise ValueError(f"router {self.name}: epoch {epoch} is not prepared")
+        self._committed.clear()
         with self._staging:
-            withdrawn, self._staged = self._staged is not None, None
-        return withdrawn
+            self._staged, self._prepared = prepared, None
+        self._loop.wake()
+        if self._committed.wait(timeout_s):
+            return
+        with self._staging:
+            if self._staged is not prepared:
+                return
+            self._staged, self._prepared = None, prepared
+        self.withdraw()
+        raise WireTimeout(f"router {self.name}: a step in flight kept epoch {epoch} from its commit")
+
+    def withdraw(self) -> None:
+        """Forget a map that was prepared and not committed; the wires made for it are closed."""
+        prepared, self._prepared = self._prepared, None
+        in_force = set(self._data.routes.wires.values()) if self._data.routes else set()
+        for wire in prepared.wires.values() if prepared else ():
+            if wire not in in_force:
+                wire.close()
+
+    def wait_for_loss(self, epoch: int, known: frozenset[str], timeout_s: float) -> tuple[int, frozenset[str]]:
+        """Epoch of the map in force, and its shards whose wires are lost: as soon as that is not (epoch, known), or
+        after ``timeout_s``. Raises RuntimeError once the router is stopped."""
+
+        def now() -> tuple[int, frozenset[str]]:
+            routes = self._data.routes
+            return (routes.epoch, routes.lost) if routes is not None else (0, frozenset())
+
+        with self._losses:
+            self._losses.wait_for(lambda: now() != (epoch, known) or self._stopped, timeout_s)
+            if self._stopped:
+                raise RuntimeError(f"router {self.name} is stopped")
+        return now()
+
+    def expert_rows(self) -> dict[int, np.ndarray]:
+        """int64[E] by layer: (row, expert) pairs that were sent to each expert since the start."""
+        return {layer: rows.copy() for layer, rows in list(self._data.expert_rows.items())}
 
     def stats(self) -> RouterStats:
         """The map in force, load counters, and traffic."""
+        data = self._data
         return RouterStats(
             pid=os.getpid(),
-            epoch=self._fleet.map.epoch if self._fleet else 0,
+            epoch=data.routes.epoch if data.routes else 0,
             weight_bytes=self._loaded_bytes,
-            rows_per_shard=dict(self._rows_per_shard),
+            rows_per_shard=dict(data.rows_per_shard),
+            reroutes=data.reroutes,
+            longest_wait_s=data.longest_wait_s,
             wires=traffic(self._loop.wires()),
         )
 
     def stop(self) -> None:
         """Close every wire and end the loop thread. Idempotent."""
+        with self._losses:
+            self._stopped = True
+            self._losses.notify_all()
         self._endpoint.close()
         self._loop.stop()
 
-    # -- data plane (loop thread) -------------------------------------------------------------------------------
+    # -- data plane (loop thread) ---------------------------------------------------------------------------------
 
     def _on_frame(self, wire: Wire, frame: Frame) -> None:
         if frame.kind == Kind.ROWS:
             self._on_rows(wire, frame)
         elif frame.kind in (Kind.RESULTS, Kind.FAILED):
-            self._on_results(wire, frame)
+            self._data.on_results(wire, frame)
         else:
             raise ProtocolError(f"router {self.name}: unexpected frame of kind {frame.kind} from {wire.peer}")
 
@@ -181,139 +194,45 @@ class Router:
         assert self._gate is not None  # the loop starts after the weights are read
         (part,) = expect_parts(frame, 1)
         rows = tensor_from(part, self._model.torch_dtype, self._spec.d_model)
-        if self._fleet is None:
-            self._fail(source, frame.tag, f"router {self.name} has no expert map yet")
+        if self._data.routes is None:
+            self._data.fail(source, frame.tag, f"router {self.name} has no expert map yet")
             return
-        self._mid_step[source] = time.monotonic() + self._model.step_timeout_s
         chosen, weight = self._gate.route(frame.tag.layer, rows)
-        try:
-            handle = self.dispatch(source, frame.tag, rows, chosen, weight)
-        except PeerGone as error:
-            self._fail(source, frame.tag, str(error))
-            return
-        if not handle.waiting:  # no rows: nothing to wait for
-            self._reply(self._sequence, handle)
-
-    def dispatch(self, source: Wire, tag: FrameTag, rows: Tensor, chosen: Tensor, weight: Tensor) -> DispatchHandle:
-        """Send each row of ``rows`` [T, D] once to each shard that holds any of its experts ``chosen`` int64 [T, K].
-
-        Raises PeerGone naming the shard that is gone.
-        """
-        assert self._fleet is not None
-        fleet = self._fleet
-        deadline = time.monotonic() + self._model.step_timeout_s
-        handle = DispatchHandle(source, tag, weight, self._scratch.take(chosen.numel(), rows.shape[1]), deadline)
-        self._sequence += 1
-        out_tag = FrameTag(fleet.map.epoch, self._sequence, tag.micro_batch, tag.layer, 0)
-        for share in split_rows(chosen.numpy(), fleet.homes[tag.layer], len(fleet.wires)):
-            wire = fleet.wires[share.shard]
-            handle.waiting[wire] = share
-            try:
-                self._send_share(wire, out_tag, rows, share, deadline)
-            except PeerGone:
-                self._scratch.give(handle.out)
-                raise
-            name = fleet.map.shards[share.shard]
-            self._rows_per_shard[name] = self._rows_per_shard.get(name, 0) + share.rows.size
-        self._pending[self._sequence] = handle
-        return handle
-
-    def combine(self, handle: DispatchHandle) -> Tensor:
-        """Weighted sum [T, D] of the results, in the order of k; every shard must have answered."""
-        assert not handle.waiting, "a shard still owes its results"
-        tokens, k = handle.weight.shape
-        return combine_rows(handle.out.view(tokens, k, -1), handle.weight, self._model.torch_dtype)
-
-    def _send_share(self, wire: Wire, tag: FrameTag, rows: Tensor, share: ShardRows, deadline: float) -> None:
-        picked = rows if share.rows.size == rows.shape[0] else rows[torch.from_numpy(share.rows)]
-        parts = [
-            tensor_bytes(picked),
-            array_bytes(share.pair_row),
-            array_bytes(share.pair_expert),
-        ]
-        try:
-            wire.send(Kind.DISPATCH, tag, parts, deadline)
-        except (PeerGone, WireTimeout) as error:
-            raise PeerGone(f"expert shard {wire.peer}: {error}") from error
-
-    def _on_results(self, wire: Wire, frame: Frame) -> None:
-        handle = self._pending.get(frame.tag.step)
-        if handle is None:
-            return  # an answer that came after its batch had failed
-        if frame.kind == Kind.FAILED:
-            self._give_up(frame.tag.step, failure_text(frame))
-            return
-        (part,) = expect_parts(frame, 1)
-        share = handle.waiting.get(wire)
-        results = tensor_from(part, self._model.torch_dtype, self._spec.d_model)
-        if share is None or results.shape[0] != share.pair_slot.size:
-            wanted = 0 if share is None else share.pair_slot.size
-            raise ProtocolError(f"expert shard {wire.peer} sent {results.shape[0]} rows, owed are {wanted}")
-        del handle.waiting[wire]
-        handle.out[torch.from_numpy(share.pair_slot)] = results
-        if not handle.waiting:
-            self._reply(frame.tag.step, handle)
-
-    def _reply(self, sequence: int, handle: DispatchHandle) -> None:
-        del self._pending[sequence]
-        if handle.tag.layer == self._spec.moe_layers[-1]:
-            self._mid_step.pop(handle.source, None)
-        combined = self.combine(handle)
-        self._scratch.give(handle.out)
-        try:
-            handle.source.send(Kind.ROWS_DONE, handle.tag, [tensor_bytes(combined)], handle.deadline)
-        except (PeerGone, WireTimeout) as error:
-            self._loop.drop(handle.source, PeerGone(str(error)))
-
-    def _give_up(self, sequence: int, reason: str) -> None:
-        """The batch cannot be completed: its attention shard is told, the late answers will be ignored."""
-        handle = self._pending.pop(sequence, None)
-        if handle is None:
-            return  # telling an earlier batch's source lost that source, and with it this batch
-        self._scratch.give(handle.out)
-        self._fail(handle.source, handle.tag, reason)
-
-    def _fail(self, source: Wire, tag: FrameTag, reason: str) -> None:
-        self._mid_step.pop(source, None)
-        try:
-            source.send(Kind.FAILED, tag, [reason.encode()], time.monotonic() + self._model.step_timeout_s)
-        except (PeerGone, WireTimeout) as error:
-            self._loop.drop(source, PeerGone(str(error)))
+        self._data.dispatch(source, frame.tag, rows, chosen, weight)
 
     def _on_gone(self, wire: Wire, error: PeerGone) -> None:
-        self._mid_step.pop(wire, None)
-        for sequence, handle in list(self._pending.items()):
-            if wire in handle.waiting:
-                self._give_up(sequence, f"expert shard {wire.peer} is gone: {error}")
-            elif wire is handle.source and self._pending.pop(sequence, None) is not None:
-                self._scratch.give(handle.out)
+        self._data.lose_source(wire)
+        staged = self._staged or self._prepared
+        if staged is not None and staged.wires.get(wire.peer) is wire:
+            staged.lose(wire.peer)
+        routes = self._data.routes
+        if routes is not None and routes.wires.get(wire.peer) is wire:
+            self._data.lose_shard(wire.peer)
+            with self._losses:
+                self._losses.notify_all()
 
     def _on_tick(self) -> None:
         now = time.monotonic()
-        for sequence, handle in list(self._pending.items()):
-            if handle.deadline <= now:
-                late = ", ".join(wire.peer for wire in handle.waiting)
-                self._give_up(sequence, f"no answer within {self._model.step_timeout_s:g} s from {late}")
-        if self._staged is None or self._pending:
-            return
-        self._mid_step = {wire: until for wire, until in self._mid_step.items() if until > now}
-        if not self._mid_step:
+        self._data.end_late(now)
+        if self._staged is not None and self._data.may_switch(now):
             with self._staging:
                 staged, self._staged = self._staged, None
             if staged is not None:
-                self._commit(staged)
+                self._put_in_force(staged)
 
-    def _commit(self, fleet: _Fleet) -> None:
-        for wire in fleet.wires:
-            wire.fence(FrameTag(epoch=fleet.map.epoch))
-        old, self._fleet = self._fleet, fleet
+    def _put_in_force(self, routes: ExpertRoutes) -> None:
+        old = self._data.routes
+        self._data.install(routes)
         self._committed.set()
-        for wire in old.wires if old else ():
-            self._loop.drop(wire, PeerGone("the expert map no longer uses this wire"))
+        with self._losses:
+            self._losses.notify_all()
+        kept = set(routes.wires.values())
+        for wire in old.wires.values() if old else ():
+            if wire not in kept:
+                self._loop.drop(wire, PeerGone("the expert map no longer uses this wire"))
+
+    def _next_deadline(self) -> float:
+        return min(self._data.next_deadline, time.monotonic() + self._model.step_timeout_s)
 
     def _count(self, read: int) -> None:
         self._loaded_bytes += read
-
-    def _next_deadline(self) -> float:
-        soonest = min((handle.deadline for handle in self._pending.values()), default=float("inf"))
-        return min(soonest, time.monotonic() + self._model.step_timeout_s)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -42,8 +43,18 @@ def _not_one(value: int) -> int:
     return value
 
 
+def _hex_digest(value: str) -> str:
+    if not re.fullmatch(r"[0-9A-Fa-f]{64}", value):
+        raise ValueError("write the SHA-256 of the token, 64 hex digits; `expertmesh token` makes both")
+    return value.lower()
+
+
 ByteSize = Annotated[int, BeforeValidator(_byte_size)]
 Labels = dict[str, str]
+PemFile = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+Sha256 = Annotated[str, AfterValidator(_hex_digest)]
+Role = Literal["user", "admin"]
+"""user: may ask the model. admin: may also look at the cluster and change it."""
 
 
 class _Section(BaseModel):
@@ -70,22 +81,93 @@ class AttentionConfig(_Section):
         return self
 
 
+class AutoscaleConfig(_Section):
+    """When the number of expert shards follows the load. All times in seconds."""
+
+    mode: Literal["off", "dry-run", "on"] = "off"
+    minimum: int = Field(1, ge=1, le=4096)
+    maximum: int = Field(8, ge=1, le=4096)
+    target_busy: float = Field(0.6, gt=0, le=1, description="share of its time that a shard should compute")
+    target_rows_per_s: float = Field(0.0, ge=0, description="rows a second that a shard should get; 0: not looked at")
+    tolerance: float = Field(0.1, ge=0, lt=1, description="no change within this share of the target")
+    interval_s: float = Field(5.0, gt=0, le=3600, description="how often the load is looked at")
+    cool_down_s: float = Field(30.0, ge=0, description="after a change, no other for so long")
+    down_after_s: float = Field(300.0, ge=0, description="fewer only when so few were enough for so long")
+
+    @model_validator(mode="after")
+    def _a_range(self) -> AutoscaleConfig:
+        if self.maximum < self.minimum:
+            raise ValueError(f"maximum is {self.maximum}, must be at least minimum ({self.minimum})")
+        return self
+
+
 class ExpertsConfig(_Section):
     """The expert fleet."""
 
     shards: int = Field(2, ge=1, le=4096)
+    min_replicas: int = Field(1, ge=1, le=16, description="shards that hold each expert, at least")
+    slots: int = Field(0, ge=0, description="(layer, expert) weights a shard may hold; 0: what its share needs")
+    spares: int = Field(0, ge=0, le=64, description="warm processes without experts, for quick recovery")
+    autoscale: AutoscaleConfig = Field(default_factory=AutoscaleConfig)
     cpus: float = Field(0.25, gt=0, description="logical CPUs of a bundle, for Ray's bookkeeping")
     threads: int = Field(0, ge=0, description="torch threads; 0: one for small matrices, else the cores shared")
     node_labels: Labels = Field(default_factory=dict, description="nodes that may hold this fleet")
+
+    @model_validator(mode="after")
+    def _replicas_have_shards(self) -> ExpertsConfig:
+        if self.min_replicas > self.shards:
+            raise ValueError(f"min_replicas is {self.min_replicas}, but there are {self.shards} shards to hold them")
+        return self
+
+
+class TlsConfig(_Section):
+    """PEM files on the gateway's node, read when it starts."""
+
+    certificate: PemFile = Field(description="the server's certificate, and the chain under it")
+    key: PemFile = Field(description="its private key, not encrypted")
+    client_ca: PemFile | None = Field(None, description="clients must show a certificate that this authority signed")
 
 
 class GatewayConfig(_Section):
     """The gRPC door."""
 
-    host: str = "127.0.0.1"
+    # min_length: to gRPC an empty host is every address, to the resolver it is loopback
+    host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(50051, ge=0, le=65535, description="0: any free port")
     reflection: bool = True
     max_message: ByteSize = Field(64 * 2**20, ge=2**10)
+    tls: TlsConfig | None = None
+    insecure: bool = Field(False, description="off loopback, serve even without TLS or tokens")
+
+
+class TokenConfig(_Section):
+    """One token: its hash, and who comes with it."""
+
+    sha256: Sha256
+    tenant: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    role: Role = "user"
+    share: float = Field(1.0, gt=0, allow_inf_nan=False, description="the tenant's weight beside other tenants'")
+
+
+class AccessConfig(_Section):
+    """Who may call. Without tokens everybody who reaches the gateway is an admin."""
+
+    tokens: tuple[TokenConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AccessConfig:
+        hashes: dict[str, int] = {}
+        tenants: dict[str, int] = {}
+        for index, token in enumerate(self.tokens):
+            if (same := hashes.setdefault(token.sha256, index)) != index:
+                raise ValueError(f"tokens.{index}.sha256: the same token as tokens.{same}")
+            first = tenants.setdefault(token.tenant, index)
+            if (share := self.tokens[first].share) != token.share:
+                raise ValueError(
+                    f"tokens.{index}.share: {token.share:g} for tenant {token.tenant!r}, but tokens.{first} gives it "
+                    f"{share:g}; a tenant has one share"
+                )
+        return self
 
 
 class RayConfig(_Section):
@@ -108,10 +190,18 @@ class ServerConfig(_Section):
     deterministic: bool = Field(True, description="a row's result does not depend on its batch mates")
     transport: Literal["auto", "shm", "tcp", "local"] = "auto"
     step_timeout_s: float = Field(30.0, gt=0, le=3600)
-    start_timeout_s: float = Field(300.0, gt=0, le=86400)
+    recovery_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        le=3600,
+        description="an admitted stream that lost its attention shard goes on so long without a token",
+    )
+    start_timeout_s: float = Field(300.0, gt=0, le=86400, description="for the start, and for each later change")
+    drain_timeout_s: float = Field(30.0, ge=0, le=86400, description="then the streams of what is drained are moved")
     attention: AttentionConfig = Field(default_factory=AttentionConfig)
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    access: AccessConfig = Field(default_factory=AccessConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
 
 
@@ -151,12 +241,27 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     tree[keys[-1]] = value
 
 
+_SHOWN_OF_ACCESS = {"tenant", "role", "share"}
+
+
 def _explain(error: dict[str, Any]) -> str:
     """One pydantic error as "key: what is wrong (given ...)"; a typo is answered with the keys that exist."""
-    location = [str(part) for part in error["loc"]]
+    location = error["loc"]
+    key = ".".join(map(str, location))
     if error["type"] == "extra_forbidden":
-        section: Any = ServerConfig
-        for part in location[:-1]:
-            section = section.model_fields[part].annotation
-        return f"{'.'.join(location)}: unknown key; allowed here: {', '.join(sorted(section.model_fields))}"
-    return f"{'.'.join(location)}: {error['msg']} (given {error['input']!r})"
+        return f"{key}: unknown key; allowed here: {', '.join(sorted(_section(location[:-1]).model_fields))}"
+    # whoever takes the hash for the token itself must not find it in a log
+    if location[:1] == ("access",) and location[-1] not in _SHOWN_OF_ACCESS:
+        return f"{key}: {error['msg']}"
+    return f"{key}: {error['msg']} (given {error['input']!r})"
+
+
+def _section(location: Sequence[str | int]) -> type[_Section]:
+    """The section at ``location``: through lists of sections, and through those that may be left out."""
+    section: type[_Section] = ServerConfig
+    for key in location:
+        if isinstance(key, str):
+            annotation: Any = section.model_fields[key].annotation
+            kinds = get_args(annotation) or (annotation,)
+            section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, _Section))
+    return section

@@ -33,7 +33,10 @@ class ActorHandle(ABC):
 
     @abstractmethod
     def begin(self, method: str, *args: Any) -> Future[Any]:
-        """Call a method; the future gives its result, its exception, or ActorUnreachable."""
+        """Call a method; the future gives its result, its exception, or ActorUnreachable.
+
+        Callbacks of the future must not wait for anything: they run in a thread that answers come through.
+        """
 
     def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Call and wait. Raises TimeoutError after ``timeout_s`` seconds."""
@@ -52,8 +55,13 @@ class Fleet(ABC):
         """The machines there are."""
 
     @abstractmethod
-    def reserve(self, requests: Sequence[BundleRequest], timeout_s: float) -> list[Bundle]:
-        """One bundle per request, spread over nodes. All or none; raises placement.bundles.NoRoom."""
+    def reserve(
+        self, requests: Sequence[BundleRequest], timeout_s: float, without: frozenset[str] = frozenset()
+    ) -> list[Bundle]:
+        """One bundle per request, spread over nodes, those of the ids ``without`` left out. All or none.
+
+        Raises placement.bundles.NoRoom.
+        """
 
     @abstractmethod
     def on_nodes(self, node_ids: Sequence[str], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
@@ -66,6 +74,10 @@ class Fleet(ABC):
     @abstractmethod
     def node_id(self, handle: ActorHandle) -> str:
         """Where the actor runs."""
+
+    @abstractmethod
+    def watch(self, handle: ActorHandle) -> Future[None]:
+        """Done, with ActorUnreachable, as soon as the actor's process has ended, whoever ended it."""
 
     @abstractmethod
     def kill(self, handle: ActorHandle) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from actors.transport.local import LocalNetwork
-from cluster.fleet import ActorHandle, Bundle, Fleet
+from cluster.fleet import ActorHandle, ActorUnreachable, Bundle, Fleet
+from placement.bundles import NoRoom
 from placement.spec import BundleRequest, Node
 
 LOCAL_NODE = "local"
@@ -19,11 +21,22 @@ class LocalHandle(ActorHandle):
     def __init__(self, name: str, actor: Any, pool: ThreadPoolExecutor) -> None:
         self.name = name
         self.actor = actor
+        self.ended: Future[None] = Future()
         self._pool = pool
 
     def begin(self, method: str, *args: Any) -> Future[Any]:
-        """See ActorHandle."""
+        """See ActorHandle. An actor that has ended is as unreachable as a dead process."""
+        if self.ended.done():
+            unreachable: Future[Any] = Future()
+            unreachable.set_exception(ActorUnreachable(f"{self.name} has ended"))
+            return unreachable
         return self._pool.submit(getattr(self.actor, method), *args)
+
+    def end(self) -> None:
+        """Stop the object; from then on it is unreachable. Idempotent."""
+        self.actor.stop()
+        with suppress(InvalidStateError):
+            self.ended.set_exception(ActorUnreachable(f"{self.name} has ended"))
 
 
 class LocalFleet(Fleet):
@@ -41,8 +54,12 @@ class LocalFleet(Fleet):
         """This process, as one node."""
         return [Node(LOCAL_NODE, "127.0.0.1", cpus_free=float("inf"))]
 
-    def reserve(self, requests: Sequence[BundleRequest], timeout_s: float) -> list[Bundle]:
-        """Always room."""
+    def reserve(
+        self, requests: Sequence[BundleRequest], timeout_s: float, without: frozenset[str] = frozenset()
+    ) -> list[Bundle]:
+        """Always room, on the one node there is."""
+        if LOCAL_NODE in without and requests:
+            raise NoRoom(f"bundle {requests[0].name}: the only node is drained")
         return [Bundle(request.name, LOCAL_NODE) for request in requests]
 
     def on_nodes(self, node_ids: Sequence[str], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
@@ -57,10 +74,15 @@ class LocalFleet(Fleet):
         """The one node."""
         return LOCAL_NODE
 
+    def watch(self, handle: ActorHandle) -> Future[None]:
+        """Done when the object was ended."""
+        assert isinstance(handle, LocalHandle)
+        return handle.ended
+
     def kill(self, handle: ActorHandle) -> None:
         """Stop the object; there is no process of its own to end."""
         assert isinstance(handle, LocalHandle)
-        handle.actor.stop()
+        handle.end()
 
     def release(self, bundle: Bundle) -> None:
         """Nothing was reserved."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -52,6 +53,10 @@ class Hosted:
         """Call a public method of the object."""
         return getattr(self._role, method)(*args)
 
+    def live(self) -> None:
+        """Returns never: the call fails when the process ends, which tells its caller so within milliseconds."""
+        threading.Event().wait()
+
 
 class RayHandle(ActorHandle):
     """A Ray actor by its plain class's methods."""
@@ -62,8 +67,14 @@ class RayHandle(ActorHandle):
 
     def begin(self, method: str, *args: Any) -> Future[Any]:
         """See ActorHandle."""
+        return self._future(self.actor.call.options(name=f"{self.name}.{method}").remote(method, *args))
+
+    def watch(self) -> Future[None]:
+        """Done, with ActorUnreachable, when the actor's process has ended."""
+        return self._future(self.actor.live.remote())
+
+    def _future(self, call: Any) -> Future[Any]:
         result: Future[Any] = Future()
-        call = self.actor.call.options(name=f"{self.name}.{method}").remote(method, *args)
         call.future().add_done_callback(lambda done: self._settle(done, result))
         return result
 
@@ -132,13 +143,15 @@ class RayFleet(Fleet):
         """What Ray knows."""
         return ray_nodes()
 
-    def reserve(self, requests: Sequence[BundleRequest], timeout_s: float) -> list[Bundle]:
+    def reserve(
+        self, requests: Sequence[BundleRequest], timeout_s: float, without: frozenset[str] = frozenset()
+    ) -> list[Bundle]:
         """Create the groups all at once, then wait for each."""
-        chosen = spread(requests, self.nodes())
+        chosen = spread(requests, [node for node in self.nodes() if node.node_id not in without])
         groups: list[PlacementGroup] = []
         try:
             for request, node in zip(requests, chosen, strict=True):
-                groups.append(create_group(GROUP_PREFIX + request.name, request, node))
+                groups.append(create_group(GROUP_PREFIX + request.name, request, node, without))
             for group, request in zip(groups, requests, strict=True):
                 wait_for_group(group, request, timeout_s)
         except BaseException:
@@ -179,6 +192,11 @@ class RayFleet(Fleet):
     def node_id(self, handle: ActorHandle) -> str:
         """Known since it was spawned."""
         return self._placed[handle.name]
+
+    def watch(self, handle: ActorHandle) -> Future[None]:
+        """By a call that never returns."""
+        assert isinstance(handle, RayHandle)
+        return handle.watch()
 
     def kill(self, handle: ActorHandle) -> None:
         """Kill without restart."""

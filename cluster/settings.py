@@ -12,6 +12,7 @@ import torch
 from actors.model.families import load_spec
 from actors.model.kv_cache import KVCache
 from actors.settings import EngineSettings, ModelSettings
+from cluster.access import AccessList, refuse_open_door
 from cluster.config import ConfigError, ServerConfig
 from cluster.fleet import Bundle
 from cluster.gateway.settings import GatewaySettings
@@ -59,8 +60,12 @@ class SettingsFactory:
         )
 
     def gateway(self, node_id: str) -> GatewaySettings:
-        """The door's address and what it must know of the model."""
+        """The door's address, its locks, and what it must know of the model.
+
+        Raises ConfigError for a door that would be open to others: no gateway comes up past this.
+        """
         config = self.config
+        refuse_open_door(config)
         path = self.paths[node_id]
         return GatewaySettings(
             model_path=path,
@@ -71,6 +76,9 @@ class SettingsFactory:
             port=config.gateway.port,
             reflection=config.gateway.reflection,
             max_message=config.gateway.max_message,
+            recovery_timeout_s=config.recovery_timeout_s,
+            tls=config.gateway.tls,
+            access=AccessList(config.access.tokens),
         )
 
     def context_length(self, node_id: str) -> int:

@@ -7,23 +7,14 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from expertmesh.v1 import control_pb2 as pb
 
-from cluster.fleet import ActorHandle, Bundle, Fleet
+from cluster.fleet import Fleet
+from cluster.roster import Member
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Member:
-    """An actor that the controller started."""
-
-    role: pb.Role
-    handle: ActorHandle
-    bundle: Bundle | None
 
 
 def cluster_view(
@@ -70,25 +61,27 @@ def _attention(actor: pb.Actor, stats: Any) -> None:
     load = actor.attention
     load.running, load.waiting = stats.running, stats.waiting
     load.kv_blocks, load.kv_blocks_free = stats.kv_blocks, stats.kv_blocks_free
-    load.steps, load.tokens = stats.steps, stats.tokens
+    load.steps, load.tokens, load.busy_s = stats.steps, stats.tokens, stats.busy_s
 
 
 def _router(actor: pb.Actor, stats: Any) -> None:
     actor.weight_bytes = stats.weight_bytes
     actor.router.expert_map_epoch = stats.epoch
     actor.router.rows_per_shard.update(stats.rows_per_shard)
+    actor.router.reroutes, actor.router.longest_wait_s = stats.reroutes, stats.longest_wait_s
 
 
 def _expert(actor: pb.Actor, stats: Any) -> None:
     actor.weight_bytes = stats.weight_bytes
     load = actor.expert
     load.expert_map_epoch, load.experts = stats.epoch, stats.experts
-    load.rows, load.pairs = stats.rows, stats.pairs
+    load.rows, load.pairs, load.busy_s = stats.rows, stats.pairs, stats.busy_s
 
 
 def _gateway(actor: pb.Actor, stats: Any) -> None:
     load = actor.gateway
     load.address, load.streams, load.requests = stats.address, stats.streams, stats.requests
+    load.replays = stats.replays
 
 
 _LOADS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import ray
 from ray.exceptions import GetTimeoutError
 from ray.util import placement_group_table
@@ -31,9 +33,14 @@ def ray_nodes() -> list[Node]:
     ]
 
 
-def create_group(name: str, request: BundleRequest, node_id: str | None) -> PlacementGroup:
-    """One detached group of one bundle called ``name``, on ``node_id``, or for None on any node with the labels."""
+def create_group(
+    name: str, request: BundleRequest, node_id: str | None, without: Collection[str] = ()
+) -> PlacementGroup:
+    """One detached group of one bundle called ``name``, on ``node_id``, or for None on any node with the labels but
+    those of the ids ``without``."""
     selector = {NODE_ID_LABEL: node_id} if node_id is not None else dict(request.labels)
+    if node_id is None and without:
+        selector[NODE_ID_LABEL] = f"!in({','.join(sorted(without))})"
     return placement_group(
         [{"CPU": request.cpus}],
         strategy="STRICT_PACK",

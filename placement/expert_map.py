@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -65,3 +65,61 @@ def single_replica_map(epoch: int, layers: Iterable[int], n_experts: int, shards
         for turn, layer in enumerate(layers)
     }
     return ExpertMap(epoch=epoch, n_experts=n_experts, replicas=replicas)
+
+
+class NoHome(ValueError):
+    """A map would leave experts without any shard. ``experts`` names them, in (layer, expert) order."""
+
+    def __init__(self, experts: tuple[Expert, ...], gone: Collection[str]) -> None:
+        shown = ", ".join(f"layer {layer} expert {expert}" for layer, expert in experts[:8])
+        more = f" and {len(experts) - 8} more" if len(experts) > 8 else ""
+        super().__init__(f"without {', '.join(sorted(gone))} no shard holds {shown}{more}")
+        self.experts = experts
+
+
+def held_only_by(expert_map: ExpertMap, shards: Collection[str]) -> tuple[Expert, ...]:
+    """The experts whose replicas are all on ``shards`` (a node's, say), in (layer, expert) order: lost if those are."""
+    return tuple(
+        (layer, expert)
+        for layer, experts in sorted(expert_map.replicas.items())
+        for expert, homes in enumerate(experts)
+        if all(home in shards for home in homes)
+    )
+
+
+def without(expert_map: ExpertMap, lost: Collection[str], epoch: int) -> ExpertMap:
+    """The map without the shards ``lost``; names that hold nothing are fine. Errors: NoHome."""
+    orphans = held_only_by(expert_map, lost)
+    if orphans:
+        raise NoHome(orphans, lost)
+    return _renamed(expert_map, epoch, lambda shards: tuple(s for s in shards if s not in lost))
+
+
+def replaced(expert_map: ExpertMap, old: str, new: str, epoch: int) -> ExpertMap:
+    """The map with shard ``new`` in place of ``old``. Errors: ValueError when ``old`` is not in it, or ``new`` is."""
+    if old not in expert_map.shards:
+        raise ValueError(f"old: {old!r} is not in the map; its shards: {', '.join(expert_map.shards)}")
+    if new in expert_map.shards:
+        raise ValueError(f"new: {new!r} is in the map already")
+    return _renamed(expert_map, epoch, lambda shards: tuple(new if s == old else s for s in shards))
+
+
+def moves(old: ExpertMap | None, new: ExpertMap) -> dict[str, tuple[Expert, ...]]:
+    """What each shard must read to go from ``old`` (None: from nothing) to ``new``, in (layer, expert) order.
+
+    Shards that need nothing are left out. ``moves(new, old)`` is what each shard may let go afterwards.
+    """
+    reads: dict[str, list[Expert]] = {}
+    for layer, experts in sorted(new.replicas.items()):
+        before = old.replicas.get(layer, ()) if old else ()
+        for expert, shards in enumerate(experts):
+            had = before[expert] if expert < len(before) else ()
+            for shard in shards:
+                if shard not in had:
+                    reads.setdefault(shard, []).append((layer, expert))
+    return {shard: tuple(reads[shard]) for shard in sorted(reads)}
+
+
+def _renamed(expert_map: ExpertMap, epoch: int, change: Callable[[tuple[str, ...]], tuple[str, ...]]) -> ExpertMap:
+    replicas = {layer: tuple(map(change, experts)) for layer, experts in expert_map.replicas.items()}
+    return ExpertMap(epoch=epoch, n_experts=expert_map.n_experts, replicas=replicas)

@@ -97,10 +97,11 @@ class Result:
 
 
 class Client:
-    """A plain gRPC client, as anybody's would be."""
+    """A gRPC client, as anybody's would be: in plaintext unless ``credentials`` say otherwise."""
 
-    def __init__(self, address: str) -> None:
-        self.channel = grpc.insecure_channel(address)
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        open_channel = grpc.secure_channel if credentials else grpc.insecure_channel
+        self.channel = open_channel(address, *filter(None, [credentials]))
         self.inference = inference_pb2_grpc.InferenceStub(self.channel)
         self.control = control_pb2_grpc.ControlStub(self.channel)
 

@@ -16,7 +16,7 @@ class SchedulerLimits:
     ``context_length``: prompt and generated tokens of one request. ``max_running``: requests that hold KV
     blocks. ``token_budget``: tokens computed in one step, decode and prefill together; at least
     ``max_running``, so that a step has a token for every running request. ``max_waiting``: requests in the
-    queue; above it new ones are refused.
+    queue; above it new ones are refused, replays are not.
     """
 
     context_length: int

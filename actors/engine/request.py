@@ -40,7 +40,8 @@ class GenerationRequest:
     None. ``gateway`` names the endpoint to which the tokens go. ``generated_ids`` are the tokens this request
     generated before, on a shard that was lost: they are computed like the prompt, count towards
     ``max_tokens``, and are not published again, so that the first new token has index ``len(generated_ids)``
-    and is drawn as it would have been.
+    and is drawn as it would have been. ``replay`` marks a request that was admitted before, on such a shard: a full
+    queue does not refuse it.
     """
 
     request_id: str
@@ -51,6 +52,7 @@ class GenerationRequest:
     timeout_s: float | None = None
     gateway: str = ""
     generated_ids: tuple[int, ...] = ()
+    replay: bool = False
 
 
 @dataclass(frozen=True, slots=True)

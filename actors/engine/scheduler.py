@@ -85,12 +85,12 @@ class Scheduler:
         return not len(self._lineup) and not self._events
 
     def add(self, request: GenerationRequest, now: float) -> None:
-        """Admit a request into the queue. Errors: NeverFits, DuplicateRequest, QueueFull."""
+        """Admit a request into the queue. Errors: NeverFits, DuplicateRequest, and QueueFull unless it is a replay."""
         request_id = request.request_id
         if self._lineup.get(request_id) or any(event.request_id == request_id for event in self._events):
             raise DuplicateRequest(request_id)
         check_fits(request, self.limits, self.blocks)
-        if self.n_waiting >= self.limits.max_waiting:
+        if self.n_waiting >= self.limits.max_waiting and not request.replay:
             raise QueueFull(self.n_waiting, self._pace.retry_after_s(now))
         deadline = None if request.timeout_s is None else now + request.timeout_s
         self._lineup.join(Sequence(request, self._n_arrived, deadline))

@@ -51,6 +51,16 @@ class ExpertBank:
             held[layer, expert] = SwiGLU.load(read, spec.names.expert(layer, expert), spec.d_model, spec.moe.inter)
         return cls(held, spec.d_model, dtype, row_block)
 
+    def with_(self, other: ExpertBank) -> ExpertBank:
+        """A bank of what both hold; the weights are shared, not copied."""
+        return ExpertBank({**self._held, **other._held}, self._d_model, self._dtype, self._row_block)
+
+    def only(self, experts: Iterable[tuple[int, int]]) -> ExpertBank:
+        """A bank of those of ``experts`` that this one holds."""
+        kept = set(experts)
+        held = {key: weights for key, weights in self._held.items() if key in kept}
+        return ExpertBank(held, self._d_model, self._dtype, self._row_block)
+
     @property
     def experts(self) -> frozenset[tuple[int, int]]:
         """The (layer, expert) pairs held."""

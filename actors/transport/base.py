@@ -57,6 +57,7 @@ class Medium(StrEnum):
     LOCAL = "local"
     SHM = "shm"
     TCP = "tcp"
+    NCCL = "nccl"
 
 
 class TransportError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from cluster.cli.client import complain
+from cluster.cli.connection import Connection
 from cluster.cli.generate import Sampling, run_generate
 from cluster.cli.serve import Stopped, StopSignals, expected_errors, ready_cluster, weight_bytes
 from cluster.cli.status import run_status
@@ -18,11 +19,12 @@ def run_demo(text: str) -> int:
     try:
         with ready_cluster(config, weight_bytes(config), signals) as address:
             signals.check()
+            connection = Connection(address)
             signals.interrupting = True
             print(f"\n> {text}", flush=True)
-            status = run_generate(text, address, True, None, Sampling(None, None, None, None), [])
+            status = run_generate(text, connection, True, None, Sampling(None, None, None, None), [])
             print()
-            status |= run_status(address)  # after the answer: the rows and bytes that it took are in it
+            status |= run_status(connection)  # after the answer: the rows and bytes that it took are in it
             signals.interrupting = False
             print("\nstopping", file=sys.stderr, flush=True)
     except (Stopped, SystemExit):

@@ -9,7 +9,8 @@ import grpc
 from expertmesh.v1 import inference_pb2 as pb
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
 
-from cluster.cli.client import complain, explain
+from cluster.cli.client import complain, explain, open_channel
+from cluster.cli.connection import Connection
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class Sampling:
 
 
 def run_generate(
-    text: str, target: str, chat: bool, max_tokens: int | None, sampling: Sampling, stop: list[str]
+    text: str, connection: Connection, chat: bool, max_tokens: int | None, sampling: Sampling, stop: list[str]
 ) -> int:
     """Stream the answer to stdout; the exit status."""
     try:
         request = _request(text, chat, max_tokens, sampling, stop)
     except (ValueError, OverflowError, TypeError) as error:
         return complain(str(error))
-    with grpc.insecure_channel(target) as channel:
+    with open_channel(connection) as channel:
         call = InferenceStub(channel).Generate(request)
         try:
             for message in call:
@@ -38,7 +39,7 @@ def run_generate(
                 sys.stdout.flush()
         except grpc.RpcError as error:
             _end_line()
-            return complain(explain(error, target))
+            return complain(explain(error, connection))
         except KeyboardInterrupt:
             call.cancel()
             _end_line()

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cluster.cli.connection import Connection, connecting
+
 app = typer.Typer(
     name="expertmesh",
     help="Serve Mixture-of-Experts language models from separate fleets of attention and expert actors.",
@@ -15,26 +17,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Target = Annotated[str, typer.Option("--target", metavar="HOST:PORT", help="The gateway to talk to.")]
-DEFAULT_TARGET = "127.0.0.1:50051"
-
 
 @app.command()
 def serve(
     model: Annotated[str | None, typer.Option(help="A checkpoint's folder, or 'default'.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="Configuration; flags win over it.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC gateway; 0 takes a free one.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Off loopback, serve even without TLS or tokens.")
+    ] = False,
 ) -> None:
     """Start the cluster and serve until Ctrl-C."""
     from cluster.cli.serve import run_serve
 
-    raise typer.Exit(run_serve(model, config, grpc_port))
+    raise typer.Exit(run_serve(model, config, grpc_port, insecure))
 
 
 @app.command()
+@connecting
 def generate(
+    connection: Connection,
     text: Annotated[str, typer.Argument(help="The user's message, or with --raw the text to continue.")],
-    target: Target = DEFAULT_TARGET,
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="Render the chat template, or take the text as it is.")
     ] = True,
@@ -44,20 +47,69 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens; 0: all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes a sampled answer repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
-) -> None:
+) -> int:
     """Stream one answer to the terminal."""
     from cluster.cli.generate import Sampling, run_generate
 
     sampling = Sampling(temperature, top_p, top_k, seed)
-    raise typer.Exit(run_generate(text, target, chat, max_tokens, sampling, stop or []))
+    return run_generate(text, connection, chat, max_tokens, sampling, stop or [])
 
 
 @app.command()
-def status(target: Target = DEFAULT_TARGET) -> None:
-    """Show actors, nodes, bundles, wires, the expert map's epoch, and rows per expert shard."""
+@connecting
+def status(
+    connection: Connection,
+    experts: Annotated[bool, typer.Option("--experts", help="Also show where each expert is, and its rows.")] = False,
+) -> int:
+    """Show actors, nodes, bundles, wires, the expert map's epoch, rows per expert shard, and what happened lately."""
     from cluster.cli.status import run_status
 
-    raise typer.Exit(run_status(target))
+    return run_status(connection, experts)
+
+
+@app.command()
+@connecting
+def scale(
+    connection: Connection,
+    wanted: Annotated[list[str], typer.Argument(metavar="FLEET=N...", help="experts=N, attention=N, or both.")],
+) -> int:
+    """Change how many expert shards or attention replicas there are; streams run on."""
+    from cluster.cli.operate import run_scale
+
+    return run_scale(connection, wanted)
+
+
+@app.command()
+@connecting
+def rebalance(connection: Connection) -> int:
+    """Spread the experts over the same shards by the load that was counted."""
+    from cluster.cli.operate import run_rebalance
+
+    return run_rebalance(connection)
+
+
+@app.command()
+@connecting
+def drain(
+    connection: Connection,
+    actor: Annotated[str | None, typer.Argument(help="An attention or expert shard; it is not replaced.")] = None,
+    node: Annotated[
+        str | None, typer.Option(metavar="ID", help="Everything on this node; as many start elsewhere.")
+    ] = None,
+) -> int:
+    """Take one shard, or everything on a node, out of service; streams run on."""
+    from cluster.cli.operate import run_drain
+
+    return run_drain(connection, actor, node)
+
+
+@app.command()
+@connecting
+def watch(connection: Connection) -> int:
+    """Print what happens to the cluster, as it happens, until Ctrl-C."""
+    from cluster.cli.operate import run_watch
+
+    return run_watch(connection)
 
 
 @app.command()
@@ -70,6 +122,18 @@ def stop(
     from cluster.cli.stop import run_stop
 
     raise typer.Exit(run_stop(ray_address))
+
+
+@app.command()
+def token(
+    tenant: Annotated[str, typer.Option(help="Whose token it is.")],
+    role: Annotated[str, typer.Option(help="user, or admin: may look at the cluster and change it.")] = "user",
+    share: Annotated[float, typer.Option(help="The tenant's weight beside other tenants'.")] = 1.0,
+) -> None:
+    """Make a token for a tenant: the token itself on stdout, its entry for the configuration on stderr."""
+    from cluster.cli.token import run_token
+
+    raise typer.Exit(run_token(tenant, role, share))
 
 
 @app.command()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import select
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,21 +17,27 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
+from cluster.access import missing_locks, refuse_open_door
 from cluster.cli.client import complain
 from cluster.config import ConfigError, ServerConfig, load_config
 from cluster.model_source import model_name
+from cluster.tls import server_pem
 
 _WHO_TIMEOUT_S = 2.0
+_OPEN = {
+    "gateway.tls": "whoever is on the way can read and change what is sent, tokens too",
+    "access.tokens": "whoever reaches that address can use the model and change the cluster",
+}
 
 
-def run_serve(model: str | None, config_file: Path | None, grpc_port: int | None) -> int:
+def run_serve(model: str | None, config_file: Path | None, grpc_port: int | None, insecure: bool) -> int:
     """Serve until SIGINT or SIGTERM; the exit status."""
     signals = StopSignals()
-    flags = {"model": model, "gateway.port": grpc_port}
+    flags = {"model": model, "gateway.port": grpc_port, "gateway.insecure": insecure or None}
     try:
         config = load_config(config_file, {key: value for key, value in flags.items() if value is not None})
+        check_door(config)
         check_port(config)
-        warn_if_open(config)
         with ready_cluster(config, weight_bytes(config), signals):
             signals.wait()
             print("stopping", file=sys.stderr, flush=True)
@@ -103,13 +109,14 @@ def check_port(config: ServerConfig) -> None:
             raise ConfigError(f"gateway.host: cannot listen on {host}:{port}: {error.strerror}") from None
 
 
-def warn_if_open(config: ServerConfig) -> None:
-    """Say what an address off loopback means."""
-    host = config.gateway.host
-    addresses = {info[4][0] for info in socket.getaddrinfo(host, config.gateway.port, type=socket.SOCK_STREAM)}
-    if not all(ipaddress.ip_address(address).is_loopback for address in addresses):
-        text = "plaintext, without accounts: whoever reaches that address can use it"
-        print(f"warning: gateway.host: {host} is not loopback; the gateway is {text}", file=sys.stderr)
+def check_door(config: ServerConfig) -> None:
+    """Refuse an open door and TLS files that cannot be used; say what an insecure one means. Raises ConfigError."""
+    refuse_open_door(config)
+    if config.gateway.tls is not None:
+        server_pem(config.gateway.tls)
+    for key in missing_locks(config):
+        text = f"{config.gateway.host} is not loopback and {key} is not set: {_OPEN[key]}"
+        print(f"warning: gateway.host: {text}", file=sys.stderr)
 
 
 def weight_bytes(config: ServerConfig) -> int:
@@ -184,16 +191,28 @@ def _summary(config: ServerConfig) -> str:
 
 
 def _who(host: str, port: int) -> str:
-    """If one of us listens there, its name."""
+    """Who listens there, as far as it tells."""
     import grpc
     from expertmesh.v1.inference_pb2 import GetModelInfoRequest
     from expertmesh.v1.inference_pb2_grpc import InferenceStub
 
     from cluster.gateway.settings import host_port
 
+    another = "stop it, or choose another --grpc-port"
     with grpc.insecure_channel(host_port(host, port)) as channel:
         try:
             info = InferenceStub(channel).GetModelInfo(GetModelInfoRequest(), timeout=_WHO_TIMEOUT_S)
-        except grpc.RpcError:
-            return ""
-    return f" by an expertmesh that serves {info.model}; stop it, or choose another --grpc-port"
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                return f" by a gateway that wants a token; {another}"
+        else:
+            return f" by an expertmesh that serves {info.model}; {another}"
+    return f" by a server that speaks TLS; {another}" if _speaks_tls(host, port) else ""
+
+
+def _speaks_tls(host: str, port: int) -> bool:
+    try:
+        ssl.get_server_certificate((host, port), timeout=_WHO_TIMEOUT_S)
+    except OSError:
+        return False
+    return True

@@ -11,20 +11,21 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.cli.client import complain, explain
+from cluster.cli.client import complain, explain, open_channel
+from cluster.cli.connection import Connection
 
 _TIMEOUT_S = 15.0
 _SHOWN_ID = 8
 _PIPED_WIDTH = 140
 
 
-def run_status(target: str) -> int:
+def run_status(connection: Connection, experts: bool = False) -> int:
     """Print the cluster; the exit status is 1 when there is none, or an actor of it does not answer."""
-    with grpc.insecure_channel(target) as channel:
+    with open_channel(connection) as channel:
         try:
-            view = ControlStub(channel).GetCluster(pb.GetClusterRequest(), timeout=_TIMEOUT_S)
+            view = ControlStub(channel).GetCluster(pb.GetClusterRequest(include_experts=experts), timeout=_TIMEOUT_S)
         except grpc.RpcError as error:
-            return complain(explain(error, target))
+            return complain(explain(error, connection))
     print_cluster(view)
     return int(any(actor.state != pb.ACTOR_STATE_READY for actor in view.actors))
 
@@ -32,8 +33,13 @@ def run_status(target: str) -> int:
 def print_cluster(view: pb.GetClusterResponse) -> None:
     """The view as rich tables on stdout."""
     console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
-    console.print(f"model [bold]{view.model}[/bold]   expert map epoch [bold]{view.expert_map_epoch}[/bold]")
-    for table in (_actors(view), _rows(view), _wires(view), _nodes(view)):
+    wanted = f"{view.attention_replicas_wanted} attention, {view.expert_shards_wanted} expert shard(s) wanted"
+    console.print(
+        f"model [bold]{view.model}[/bold]   expert map epoch [bold]{view.expert_map_epoch}[/bold]   {wanted}   "
+        f"expert autoscaling {view.expert_autoscaling}"
+    )
+    tables = [_actors(view), _rows(view), _wires(view), _nodes(view), _events(view)]
+    for table in tables + ([_experts(view)] if view.layers else []):
         console.print(table)
 
 
@@ -56,16 +62,19 @@ def _actors(view: pb.GetClusterResponse) -> Table:
 def _load(actor: pb.Actor) -> str:
     match actor.WhichOneof("load"):
         case "attention":
-            load = actor.attention
-            used = load.kv_blocks - load.kv_blocks_free
-            queue = f"{load.running} running, {load.waiting} waiting"
-            return f"{queue}, KV blocks {used}/{load.kv_blocks}, {load.tokens} tokens"
+            attention = actor.attention
+            used = attention.kv_blocks - attention.kv_blocks_free
+            queue = f"{attention.running} running, {attention.waiting} waiting"
+            return f"{queue}, KV blocks {used}/{attention.kv_blocks}, {attention.tokens} tokens"
         case "router":
-            return f"epoch {actor.router.expert_map_epoch}"
+            router = actor.router
+            waited = f"longest wait {router.longest_wait_s:.2f} s"
+            return f"epoch {router.expert_map_epoch}, {router.reroutes} reroutes, {waited}"
         case "expert":
             return f"{actor.expert.experts} experts, {actor.expert.rows} rows, {actor.expert.pairs} pairs"
         case "gateway":
-            return f"{actor.gateway.address}, {actor.gateway.streams} streams, {actor.gateway.requests} requests"
+            door = actor.gateway
+            return f"{door.address}, {door.streams} streams, {door.requests} requests, {door.replays} replays"
         case _:
             return ""
 
@@ -92,6 +101,21 @@ def _nodes(view: pb.GetClusterResponse) -> Table:
     for node in view.nodes:
         labels = ", ".join(f"{k}={v}" for k, v in sorted(node.labels.items()) if not k.startswith("ray.io/"))
         table.add_row(node.node_id[:_SHOWN_ID], node.address, "yes" if node.alive else "no", labels)
+    return table
+
+
+def _events(view: pb.GetClusterResponse) -> Table:
+    table = _table("Lately", "time (UTC)", "what")
+    for event in view.events:
+        table.add_row(f"{event.time.ToDatetime():%H:%M:%S}", event.message)
+    return table
+
+
+def _experts(view: pb.GetClusterResponse) -> Table:
+    table = _table("Experts", "layer", "expert", "rows", "on")
+    for layer in view.layers:
+        for number, expert in enumerate(layer.experts):
+            table.add_row(str(layer.layer), str(number), str(expert.rows), ", ".join(expert.shards))
     return table
 
 

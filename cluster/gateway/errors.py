@@ -39,6 +39,22 @@ class UnknownModel(ServiceError):
         self.name = name
 
 
+class _Refused(ServiceError):
+    """The caller may not; ``reason`` is from a closed set, in UPPER_SNAKE_CASE."""
+
+    def __init__(self, reason: str, description: str) -> None:
+        super().__init__(description)
+        self.reason = reason
+
+
+class Unauthenticated(_Refused):
+    """Nobody knows who calls (``TOKEN_MISSING``, ``TOKEN_MALFORMED``, ``TOKEN_UNKNOWN``)."""
+
+
+class PermissionDenied(_Refused):
+    """The caller is known and may not do that (``ADMIN_NEEDED``)."""
+
+
 class _RetryLater(ServiceError):
     """Nothing is wrong with the request; ``reason`` is from a closed set and ``retry_after_s`` is in
     seconds."""
@@ -87,7 +103,12 @@ class Conflict(ServiceError):
 
 
 class FailedPrecondition(ServiceError):
-    """The request is well formed, but the state it relies on is not there."""
+    """The request is well formed, but the state it relies on is not there. ``reason`` is from a closed set, in
+    UPPER_SNAKE_CASE (``NO_ROOM``), or empty."""
+
+    def __init__(self, description: str, reason: str = "") -> None:
+        super().__init__(description)
+        self.reason = reason
 
 
 class Unimplemented(ServiceError):

@@ -21,14 +21,18 @@ from actors.loop import LoopThread
 from actors.messages import Kind, decode_tokens
 from actors.model.families import load_spec
 from actors.transport.base import Address, EndpointFactory, Frame, Medium, PeerGone, ProtocolError, Wire
-from cluster.config import ConfigError
+from cluster.config import ConfigError, TlsConfig
 from cluster.fleet import ActorHandle
+from cluster.gateway.auth import Doorkeeper
 from cluster.gateway.chat import ChatTemplate
+from cluster.gateway.control import ControlService
+from cluster.gateway.peers import AttentionPeer
 from cluster.gateway.served_model import ServedModel, default_sampling, stop_ids
-from cluster.gateway.service import ControlService, InferenceService
+from cluster.gateway.service import InferenceService
 from cluster.gateway.settings import GatewaySettings, host_port
-from cluster.gateway.streams import AttentionPeer, Streams
+from cluster.gateway.streams import Streams
 from cluster.gateway.tokenizer import Tokenizer
+from cluster.tls import server_pem
 
 log = logging.getLogger(__name__)
 
@@ -44,21 +48,29 @@ class PortInUse(RuntimeError):
 
 @dataclass(frozen=True)
 class GatewayStats:
-    """``address`` is "HOST:PORT"; ``requests`` came since the start, ``streams`` are open now."""
+    """``address`` is "HOST:PORT"; ``streams`` are open now. Since the start ``requests`` came, and ``replays`` times an
+    attention shard took over a stream that another, or it itself before a fault, had begun.
+    """
 
     pid: int
     address: str
     streams: int
     requests: int
+    replays: int
 
 
 class Gateway:
-    """One gateway. ``load``, ``connect`` to the attention shards, ``serve``; ``stop`` drains first."""
+    """One gateway. ``load``, ``connect`` to the attention shards, ``serve``; ``stop`` drains first.
+
+    While it serves, attention shards come by ``attach`` and go by ``retire``, or when their wire ends.
+    """
 
     def __init__(self, name: str, settings: GatewaySettings, make_endpoint: EndpointFactory) -> None:
         self.name = name
         self._settings = settings
-        self._streams = Streams(name)
+        self._streams = Streams(name, settings.recovery_timeout_s)
+        self._wires: dict[str, Wire] = {}
+        self._retired: set[str] = set()
         self._model: ServedModel | None = None
         self._inference: InferenceService | None = None
         self._controller: ActorHandle | None = None
@@ -81,24 +93,51 @@ class Gateway:
     def connect(
         self, peers: Sequence[AttentionPeer], controller: ActorHandle, medium: Medium | None, timeout_s: float
     ) -> None:
-        """Connect to the attention shards. Raises TransportError."""
+        """Connect to the attention shards there are at the start. Raises TransportError."""
         deadline = time.monotonic() + timeout_s
         self._controller = controller
         for peer in peers:
-            wire = self._endpoint.connect(peer.address, deadline, medium)
+            self.attach(peer, medium, deadline - time.monotonic())
+
+    def attach(self, peer: AttentionPeer, medium: Medium | None, timeout_s: float) -> None:
+        """Connect to one more attention shard; streams may go there at once. From any thread, at any time.
+
+        Raises TransportError, and ValueError for a name that was used before: names are not used twice.
+        """
+        # before connecting: at the shard a second wire of this gateway would take the place of the first
+        self._streams.check_new_peer(peer.name)
+        wire = self._endpoint.connect(peer.address, time.monotonic() + timeout_s, medium)
+        try:
             # told first: should the wire die at once, its loss must find the peer
-            self._loop.call_soon_threadsafe(self._streams.add_peer, peer)
-            self._data.add(wire)
+            self._await(self._streams.add_peer(peer))
+        except BaseException:
+            wire.close()
+            raise
+        self._wires[peer.name] = wire
+        self._data.add(wire)
+
+    def retire(self, name: str, timeout_s: float) -> int:
+        """Give an attention shard up: no new streams there; those it has may end within ``timeout_s``, the others are
+        moved to other shards. Then its wire is closed. Returns how many were moved; 0 for a shard that is gone already.
+
+        Raises ValueError for a shard that was never attached, and OnlyShard when streams are left after ``timeout_s``
+        and no other shard could take them: then the shard stays.
+        """
+        moved: int = self._await(self._streams.retire_peer(name, timeout_s))
+        self._retired.add(name)
+        if (wire := self._wires.pop(name, None)) is not None:
+            wire.close()
+        return moved
 
     def serve(self) -> str:
-        """Open the door. Returns "HOST:PORT"; raises PortInUse."""
+        """Open the door. Returns "HOST:PORT"; raises PortInUse, and ConfigError for TLS files it cannot use."""
         self._address = self._await(self._serve())
         return self._address
 
     def stats(self) -> GatewayStats:
         """Open streams and totals."""
         requests = self._inference.requests if self._inference else 0
-        return GatewayStats(os.getpid(), self._address, len(self._streams), requests)
+        return GatewayStats(os.getpid(), self._address, len(self._streams), requests, self._streams.replays)
 
     def stop(self) -> None:
         """Refuse new calls, give running ones a few seconds, close everything. Idempotent."""
@@ -117,7 +156,8 @@ class Gateway:
         assert self._model is not None
         assert self._controller is not None
         settings = self._settings
-        self._server = grpc.aio.server(options=_server_options(settings.max_message))
+        keeper = Doorkeeper(settings.access)
+        self._server = grpc.aio.server(interceptors=[keeper], options=_server_options(settings.max_message))
         self._inference = InferenceService(self._model, self._streams)
         inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, self._server)
         control_pb2_grpc.add_ControlServicer_to_server(ControlService(self._controller), self._server)
@@ -125,10 +165,7 @@ class Gateway:
         names = (INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME)
         if settings.reflection:
             reflection.enable_server_reflection(names, self._server)
-        try:
-            port = self._server.add_insecure_port(host_port(settings.host, settings.port))
-        except RuntimeError as error:
-            raise PortInUse(f"gateway: {settings.host}:{settings.port} cannot be opened; is it in use?") from error
+        port = _open_port(self._server, settings)
         await self._server.start()
         self._health_task = self._loop.create_task(self._watch_health())
         return host_port(settings.host, port)
@@ -162,7 +199,11 @@ class Gateway:
         self._loop.call_soon_threadsafe(self._streams.deliver, decode_tokens(frame))
 
     def _on_gone(self, wire: Wire, error: PeerGone) -> None:
-        log.error("attention shard %s is gone: %s", wire.peer, error)
+        if wire.peer in self._retired:
+            log.info("attention shard %s is retired", wire.peer)
+        else:
+            log.error("attention shard %s is gone: %s", wire.peer, error)
+        self._wires.pop(wire.peer, None)
         self._loop.call_soon_threadsafe(self._streams.lose_peer, wire.peer)
 
 
@@ -191,6 +232,25 @@ def served_model(settings: GatewaySettings) -> ServedModel:
         tokenizer=tokenizer,
         chat=ChatTemplate.of(tokenizer),
     )
+
+
+def _open_port(server: grpc.aio.Server, settings: GatewaySettings) -> int:
+    """With TLS if that is configured. Returns the port; raises PortInUse, ConfigError."""
+    address = host_port(settings.host, settings.port)
+    credentials = _server_credentials(settings.tls) if settings.tls is not None else None
+    try:
+        if credentials is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, credentials))
+    except RuntimeError as error:
+        raise PortInUse(f"gateway: {settings.host}:{settings.port} cannot be opened; is it in use?") from error
+
+
+def _server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
+    """With ``client_ca`` every client must show a certificate."""
+    pem = server_pem(tls)
+    mutual = pem.client_ca is not None
+    return grpc.ssl_server_credentials([(pem.key, pem.certificate)], pem.client_ca, require_client_auth=mutual)
 
 
 def _server_options(max_message: int) -> list[tuple[str, int]]:

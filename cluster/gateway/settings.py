@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.access import AccessList
+from cluster.config import TlsConfig
+
 
 def host_port(host: str, port: int) -> str:
     """ "HOST:PORT", with the brackets that an IPv6 address needs."""
@@ -13,7 +16,8 @@ def host_port(host: str, port: int) -> str:
 
 @dataclass(frozen=True)
 class GatewaySettings:
-    """``port`` 0 takes any free one. ``max_message`` in bytes, both directions."""
+    """``port`` 0 takes any free one. ``max_message`` in bytes, both directions. ``tls`` None: plaintext.
+    ``recovery_timeout_s``: how long a stream that lost its attention shard goes on without a new token."""
 
     model_path: Path
     model_name: str
@@ -23,3 +27,6 @@ class GatewaySettings:
     port: int
     reflection: bool
     max_message: int
+    recovery_timeout_s: float
+    tls: TlsConfig | None
+    access: AccessList

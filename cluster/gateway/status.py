@@ -26,6 +26,8 @@ _ELLIPSIS = "…"
 _CODES: dict[type[errors.ServiceError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnknownModel: grpc.StatusCode.NOT_FOUND,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -73,6 +75,10 @@ def _details(error: errors.ServiceError) -> list[Message]:
             return [error_details_pb2.BadRequest(field_violations=[violation])]
         case errors.UnknownModel():
             return [_error_info("MODEL_NOT_FOUND")]
+        case errors.Unauthenticated() | errors.PermissionDenied():
+            return [_error_info(error.reason)]
+        case errors.FailedPrecondition() if error.reason:
+            return [_error_info(error.reason)]
         case errors.Overloaded() | errors.Unavailable():
             delay = Duration()
             delay.FromNanoseconds(round(error.retry_after_s * 1e9))

@@ -1,218 +1,345 @@
-"""Open streams: which request runs on which attention shard, and how its tokens find the call that waits for them."""
+"""All open streams: which runs on which attention shard, how its tokens find the call that waits for them, and how it
+goes on elsewhere when its shard is lost.
+
+A stream that was admitted is never refused afterwards. When its shard's wire ends, when the shard ends it with
+UNAVAILABLE, or when the shard retires, the stream is *adrift*; the call that waits for its tokens then submits it
+anew: prompt and tokens so far, under a fresh engine id. Draws are keyed by seed and index, so the tokens that follow
+are those that would have followed. No task works for a stream but its own call: nothing is left when that ends.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
+import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.attention import Refusal
-from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
-from actors.transport.base import Address
-from cluster.fleet import ActorHandle, ActorUnreachable
-from cluster.gateway.errors import Conflict, InvalidRequest, Overloaded, ServiceError, Unavailable
+from actors.engine.request import FinishReason, TokenEvent
+from cluster.fleet import ActorUnreachable
+from cluster.gateway.errors import (
+    Conflict,
+    DeadlineExceeded,
+    Internal,
+    InvalidRequest,
+    Overloaded,
+    ServiceError,
+    Unavailable,
+)
+from cluster.gateway.notice import Notice
+from cluster.gateway.peers import AttentionPeer, OnlyShard, Peers
+from cluster.gateway.stream import Run, Stream
 from cluster.gateway.validation import ValidRequest
+
+log = logging.getLogger(__name__)
 
 SHARDS_DOWN = "SHARDS_DOWN"
 QUEUE_FULL = "QUEUE_FULL"
 DRAINING = "DRAINING"
-_SUSPECT_S = 10.0
 _RETRY_S = 1.0
 
 
-@dataclass(frozen=True)
-class AttentionPeer:
-    """An attention shard as a gateway knows it: control by ``handle``, tokens over the wire to ``address``."""
-
-    handle: ActorHandle
-    address: Address
-
-
-@dataclass(eq=False)
-class Stream:
-    """One running request. ``engine_id`` is unique in the cluster; the client's own id need not be."""
-
-    engine_id: str
-    request: ValidRequest
-    peer: AttentionPeer
-    events: asyncio.Queue[TokenEvent] = field(default_factory=asyncio.Queue)
-    admission: Future[Refusal | None] | None = None
-    ended: bool = False
-
-    def same_body(self, other: ValidRequest) -> bool:
-        """True if ``other`` asks for what this stream gives, perhaps from a later token on."""
-        seed = self.request.sampling.seed if not other.seed_given else other.sampling.seed
-        other = replace(other, next_index=0, seed_given=False, sampling=replace(other.sampling, seed=seed))
-        return other == replace(self.request, next_index=0, seed_given=False)
-
-
 class Streams:
-    """All open streams of one gateway. Everything runs in the gateway's event loop."""
+    """The streams of one gateway. Everything runs in the gateway's event loop.
 
-    def __init__(self, gateway: str) -> None:
+    ``recovery_timeout_s``: so long an admitted stream that lost its shard goes on without a new token.
+    """
+
+    def __init__(self, gateway: str, recovery_timeout_s: float) -> None:
         self._gateway = gateway
-        self._peers: dict[str, AttentionPeer] = {}
-        self._open: dict[str, Stream] = {}
-        self._by_client_id: dict[str, Stream] = {}
+        self._recovery_timeout_s = recovery_timeout_s
+        self._changed = Notice()
+        self._peers = Peers(self._changed)
+        self._open: set[Stream] = set()
+        self._by_client: dict[tuple[str, str], Stream] = {}
+        self._runs: dict[str, Run] = {}
         self._numbers = itertools.count()
-        self._suspects: set[str] = set()
         self._draining = False
-        self._changed = asyncio.Event()
+        self.replays = 0
+        """Times that a shard took over a stream, since the start."""
 
     def __len__(self) -> int:
         return len(self._open)
 
+    # -- the shards -----------------------------------------------------------------------------------------------
+
     @property
     def ready(self) -> bool:
         """True while some attention shard is connected whose last step could be computed."""
-        return bool(self._peers.keys() - self._suspects)
+        return self._peers.ready
 
     async def readiness_changed(self, known: bool) -> None:
         """Return when ``ready`` is not ``known`` any more."""
         while self.ready == known:
-            self._changed.clear()
             await self._changed.wait()
+
+    def check_new_peer(self, name: str) -> None:
+        """ValueError for a shard that is or was here. From any thread."""
+        self._peers.check_new(name)
+
+    async def add_peer(self, peer: AttentionPeer) -> None:
+        """A shard whose wire is up: requests may go there. ValueError for a name that was used before."""
+        self._peers.add(peer)
+
+    def lose_peer(self, name: str) -> None:
+        """A shard's wire is gone: nothing new goes there, and its streams go elsewhere. Idempotent."""
+        self._peers.remove(name)
+        for run in self._runs_on(name):
+            self._leave(run)
+
+    async def retire_peer(self, name: str, timeout_s: float) -> int:
+        """Nothing new goes to a shard; its streams may end within ``timeout_s``, then they have to go elsewhere.
+
+        Returns how many had to. ValueError for a shard that never was here. OnlyShard when streams are left and there
+        is no other shard: then everything is as before.
+        """
+        if not self._peers.retire(name):
+            return 0
+        until = _now() + timeout_s
+        while self._runs_on(name) and _now() < until:
+            await self._changed.wait(until)
+        left = self._runs_on(name)
+        if left and not self._peers.open_names:
+            self._peers.reopen(name)
+            raise OnlyShard(f"attention shard {name!r} stays: no other could take its {len(left)} streams")
+        for run in left:
+            self._abort_engine(run)
+            self._leave(run)
+        self._peers.remove(name)
+        return len(left)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests; return when the running ones are done, or after ``timeout_s``."""
         self._draining = True
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while self._open and (left := deadline - asyncio.get_running_loop().time()) > 0:
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left)
+        until = _now() + timeout_s
+        while self._open and _now() < until:
+            await self._changed.wait(until)
 
-    def add_peer(self, peer: AttentionPeer) -> None:
-        """A shard whose wire is up: requests may go there."""
-        self._peers[peer.address.name] = peer
-        self._changed.set()
+    def deliver(self, events: Sequence[TokenEvent]) -> None:
+        """Hand the events of one step to their streams; those of runs that are over are dropped."""
+        for event in events:
+            run = self._runs.get(event.request_id)
+            if run is not None:
+                self._take(run, event)
 
-    def lose_peer(self, name: str) -> None:
-        """A shard's wire is gone: its streams end, nothing new goes there."""
-        self._peers.pop(name, None)
-        self._changed.set()
-        for stream in list(self._open.values()):
-            if stream.peer.address.name == name:
-                reason, text = FinishReason.UNAVAILABLE, f"attention shard {name} is gone"
-                stream.events.put_nowait(TokenEvent(stream.engine_id, 0, None, reason, text))
+    # -- the calls ------------------------------------------------------------------------------------------------
 
-    async def open(self, request: ValidRequest, timeout_s: float | None) -> Stream:
+    async def open(self, request: ValidRequest, timeout_s: float | None, tenant: str) -> Stream:
         """Admit ``request`` on the shard with the fewest streams.
 
-        A request with the id and body of a running one takes its place: the client has come back before its broken
-        connection was noticed. Raises Conflict for the same id with another body, InvalidRequest, Overloaded,
-        Unavailable.
+        A request with the id and body of a running one of the same tenant takes its place: the client has come back
+        before its broken connection was noticed. Raises Conflict for the same id with another body, InvalidRequest,
+        Overloaded, Unavailable, DeadlineExceeded.
         """
-        earlier = self._by_client_id.get(request.request_id)
-        if earlier is not None:
-            if not earlier.same_body(request):
-                raise Conflict(request.request_id)
-            request = replace(request, sampling=earlier.request.sampling)
-            self.abort(earlier)
-        stream = Stream(f"{self._gateway}/{next(self._numbers)}", request, self._least_loaded())
-        self._open[stream.engine_id] = stream
-        self._by_client_id[request.request_id] = stream
+        client = (tenant, request.request_id)
+        request = self._supplant(client, request)
+        if self._draining:
+            raise Unavailable(DRAINING, _RETRY_S)
+        deadline = math.inf if timeout_s is None else _now() + timeout_s
+        stream = Stream(client, request, deadline, self._recovery_timeout_s)
+        self._open.add(stream)
+        self._by_client[client] = stream
         try:
-            await self._submit(stream, timeout_s)
+            await self._admit(stream)
+            await self._place(stream)
         except BaseException:
             self.close(stream)
             raise
         return stream
 
-    def deliver(self, events: Sequence[TokenEvent]) -> None:
-        """Hand the events of one step to their streams; those of closed streams are dropped."""
-        for event in events:
-            stream = self._open.get(event.request_id)
-            if stream is not None:
-                self._judge(stream.peer.address.name, event)
-                stream.ended = stream.ended or event.finish is not None
-                stream.events.put_nowait(event)
+    async def next_events(self, stream: Stream) -> list[TokenEvent]:
+        """At least one event, and whatever else is there already; to be called until one tells the end.
+
+        A stream whose shard is lost is taken elsewhere in here. Raises DeadlineExceeded, Unavailable, Internal.
+        """
+        while not stream.has_news:
+            if stream.ended:
+                raise RuntimeError(f"the end of request {stream.request.request_id!r} was taken before")
+            if stream.run is None:
+                await self._place(stream)
+            else:
+                await stream.wait()
+        return stream.take()
 
     def abort(self, stream: Stream) -> None:
         """End a stream from outside of its call: the engine frees it, its call ends with CANCELLED."""
-        self._abort_engine(stream)
-        stream.events.put_nowait(TokenEvent(stream.engine_id, 0, None, FinishReason.CANCELLED))
+        if not stream.ended:
+            self._end(stream, FinishReason.CANCELLED)
 
-    def find(self, request_id: str) -> Stream | None:
+    def find(self, request_id: str, tenant: str) -> Stream | None:
         """The running stream of a client's request id."""
-        return self._by_client_id.get(request_id)
+        return self._by_client.get((tenant, request_id))
 
     def close(self, stream: Stream) -> None:
         """The call is over. If the engine still works on it, that ends within two steps. Idempotent."""
-        self._open.pop(stream.engine_id, None)
-        self._changed.set()
-        if self._by_client_id.get(stream.request.request_id) is stream:
-            del self._by_client_id[stream.request.request_id]
-        self._abort_engine(stream)
+        self._quit(stream)
+        stream.ended = True
+        self._open.discard(stream)
+        if self._by_client.get(stream.client) is stream:
+            del self._by_client[stream.client]
+        self._changed.give()
 
-    def _judge(self, peer: str, event: TokenEvent) -> None:
-        """A step that could not be computed makes its shard a suspect: until the next good one, or for a while.
+    def _supplant(self, client: tuple[str, str], request: ValidRequest) -> ValidRequest:
+        """End the client's earlier stream of this id, if there is one; its seed is the new one's."""
+        earlier = self._by_client.get(client)
+        if earlier is None:
+            return request
+        if not earlier.same_body(request):
+            raise Conflict(request.request_id)
+        self.abort(earlier)
+        return earlier.with_own_seed(request)
 
-        For a while only: nobody sends requests to a gateway that is not ready, so it must try again by itself.
+    # -- a stream's way to a shard ----------------------------------------------------------------------------------
+
+    async def _admit(self, stream: Stream) -> None:
+        """The first submission: what every shard refuses is told to the client.
+
+        Returns as soon as some shard may have taken it. That of a shard which died meanwhile is in doubt; then the
+        stream counts as one that was admitted, and goes elsewhere.
         """
+        retry_s = _RETRY_S
+        while (peer := self._peers.best(self._load(), excluding=stream.search.tried)) is not None:
+            refusal = await self._submit(stream, peer)
+            if refusal is None or stream.ended:
+                return
+            if refusal.kind != Refusal.UNAVAILABLE:
+                raise _refused(refusal)
+            retry_s = refusal.retry_after_s
+        raise Unavailable(SHARDS_DOWN, retry_s)
+
+    async def _place(self, stream: Stream) -> None:
+        """Bring a stream that is adrift to a shard, or to its end. Raises the ServiceError with which it ends."""
+        if stream.adrift and stream.complete is not None:
+            self._end(stream, stream.complete)
+        while stream.adrift:
+            peer = await self._find_peer(stream)
+            if peer is None:
+                return
+            refusal = await self._submit(stream, peer)
+            if refusal is not None and refusal.kind == Refusal.INVALID:
+                if stream.admitted:
+                    raise Internal(f"attention shard {peer.name} does not take over what another took: {refusal}")
+                raise _refused(refusal)
+
+    async def _find_peer(self, stream: Stream) -> AttentionPeer | None:
+        """The shard to try next, or None when the stream was ended from outside meanwhile."""
+        search = stream.search
+        search.begin(_now())
+        while stream.adrift:
+            now = _now()
+            if now >= stream.deadline:
+                raise DeadlineExceeded
+            if now >= search.give_up_at:
+                raise Unavailable(SHARDS_DOWN, _RETRY_S)
+            peer = self._peers.best(self._load(), excluding=search.tried, sound_only=True)
+            if peer is None and now >= search.resume_at:
+                peer = self._peers.best(self._load(), excluding=search.next_try(self._peers.open_names))
+            if peer is not None:
+                return peer
+            resume_at = search.resume_at if self._peers.open_names else math.inf
+            await self._changed.wait(min(stream.deadline, search.give_up_at, resume_at))
+        return None
+
+    async def _submit(self, stream: Stream, peer: AttentionPeer) -> Refusal | None:
+        """Ask a shard to run the stream. None if it does, or if that ended before its answer came: see ``adrift``."""
+        engine_id = f"{self._gateway}/{next(self._numbers)}"
+        job = stream.job(engine_id, self._gateway, _now())
+        over = asyncio.get_running_loop().create_future()
+        run = Run(engine_id, stream, peer, peer.handle.begin("submit", job), over)
+        stream.run, stream.runs = run, stream.runs + 1
+        self._runs[engine_id] = run
+        # Not awaited itself: a call that was sent is carried out even if nobody waits for it any more (see
+        # _abort_engine), and whether a lost node's shard took it may be known only long after its wire was lost.
+        answer = asyncio.wrap_future(run.admission)
+        answer.add_done_callback(_forget)
+        await asyncio.wait((answer, over), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            return None
+        return self._answered(run, answer)
+
+    def _answered(self, run: Run, answer: asyncio.Future[Refusal | None]) -> Refusal | None:
+        """Take the shard's answer to a submission in."""
+        stream, unreachable = run.stream, isinstance(answer.exception(), ActorUnreachable)
+        refusal = None if unreachable else answer.result()
+        if refusal is None and not unreachable:
+            stream.admitted = True
+            self.replays += stream.runs > 1
+        elif stream.run is run:
+            stream.search.failed(run.peer.name)
+            if unreachable or (refusal is not None and refusal.kind == Refusal.UNAVAILABLE):
+                self._peers.suspect(run.peer.name)
+            self._leave(run)
+        return refusal
+
+    # -- a stream's runs ------------------------------------------------------------------------------------------
+
+    def _take(self, run: Run, event: TokenEvent) -> None:
+        stream = run.stream
+        stream.admitted = True
         if event.finish == FinishReason.UNAVAILABLE:
-            self._suspects.add(peer)
-            asyncio.get_running_loop().call_later(_SUSPECT_S, self._acquit, peer)
-            self._changed.set()
-        elif event.token is not None:
-            self._acquit(peer)
+            log.warning("%s has to go on elsewhere: %s: %s", run.engine_id, run.peer.name, event.message)
+            stream.search.failed(run.peer.name)
+            self._peers.suspect(run.peer.name)
+            self._leave(run)
+        elif event.index > len(stream.log):
+            text = f"{run.engine_id}: {run.peer.name} sent index {event.index} after {len(stream.log)} tokens"
+            self._end(stream, FinishReason.ERROR, text)
+        elif event.token is None or event.index == len(stream.log):
+            if event.token is not None:
+                self._peers.acquit(run.peer.name)
+            if event.finish is not None:
+                self._leave(run)
+            stream.push(event)
 
-    def _acquit(self, peer: str) -> None:
-        if peer in self._suspects:
-            self._suspects.discard(peer)
-            self._changed.set()
+    def _end(self, stream: Stream, reason: FinishReason, message: str = "") -> None:
+        """End a stream from here, after the tokens that it has."""
+        self._quit(stream)
+        stream.push(TokenEvent("", len(stream.log), None, reason, message))
+        self._changed.give()
 
-    def _least_loaded(self) -> AttentionPeer:
-        if self._draining:
-            raise Unavailable(DRAINING, _RETRY_S)
-        if not self._peers:
-            raise Unavailable(SHARDS_DOWN, _RETRY_S)
-        load = Counter(stream.peer.address.name for stream in self._open.values())
-        return self._peers[min(self._peers, key=lambda name: (name in self._suspects, load[name], name))]
+    def _quit(self, stream: Stream) -> None:
+        """Nobody wants more from the shard that works on the stream, if one does."""
+        if stream.run is not None:
+            self._abort_engine(stream.run)
+            self._leave(stream.run)
 
-    async def _submit(self, stream: Stream, timeout_s: float | None) -> None:
-        request = stream.request
-        job = GenerationRequest(
-            request_id=stream.engine_id,
-            prompt_ids=request.prompt_ids,
-            sampling=request.sampling,
-            max_tokens=request.max_tokens,
-            stop_ids=request.stop_ids,
-            timeout_s=timeout_s,
-            gateway=self._gateway,
-        )
-        stream.admission = stream.peer.handle.begin("submit", job)
-        try:
-            # shielded: a call that was sent is carried out even if nobody waits for it any more; see _abort_engine
-            refusal = await asyncio.shield(asyncio.wrap_future(stream.admission))
-        except ActorUnreachable as error:
-            raise Unavailable(SHARDS_DOWN, _RETRY_S) from error
-        if refusal is not None:
-            stream.ended = True
-            raise _refused(refusal)
+    def _leave(self, run: Run) -> None:
+        """The stream has nothing to do with this run any more."""
+        del self._runs[run.engine_id]
+        run.stream.run = None
+        run.over.set_result(None)
+        run.stream.wake()
+        self._changed.give()
 
-    def _abort_engine(self, stream: Stream) -> None:
+    def _abort_engine(self, run: Run) -> None:
         """Sent only once the admission is through: the two calls must not overtake each other."""
-        if not stream.ended and stream.admission is not None:
-            stream.ended = True
-            stream.admission.add_done_callback(
-                lambda _: stream.peer.handle.begin("abort", stream.engine_id).add_done_callback(_forget)
-            )
+        run.admission.add_done_callback(
+            lambda _: run.peer.handle.begin("abort", run.engine_id).add_done_callback(_forget)
+        )
+
+    def _runs_on(self, name: str) -> list[Run]:
+        return [run for run in self._runs.values() if run.peer.name == name]
+
+    def _load(self) -> Counter[str]:
+        return Counter(run.peer.name for run in self._runs.values())
 
 
-def _forget(done: Future[Any]) -> None:
-    """An abort that fails has nobody left to tell: the shard is gone, and its streams with it."""
-    done.exception()
+def _now() -> float:
+    """Seconds of the event loop's clock."""
+    return asyncio.get_running_loop().time()
+
+
+def _forget(done: Future[Any] | asyncio.Future[Any]) -> None:
+    """An answer that has nobody left to tell: the shard is gone, or its stream left it."""
+    if not done.cancelled():
+        done.exception()
 
 
 def _refused(refusal: Refusal) -> ServiceError:
     if refusal.kind == Refusal.INVALID:
         return InvalidRequest(refusal.field, refusal.message)
-    if refusal.kind == Refusal.FULL:
-        return Overloaded(QUEUE_FULL, refusal.retry_after_s)
-    return Unavailable(SHARDS_DOWN, refusal.retry_after_s)
+    return Overloaded(QUEUE_FULL, refusal.retry_after_s)

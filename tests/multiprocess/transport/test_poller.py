@@ -34,7 +34,7 @@ def test_tells_which_wires_have_frames(bench: Bench, medium: Medium) -> None:
 
 
 def test_media_mix(bench: Bench) -> None:
-    links = [bench.link(medium, medium.value) for medium in Medium]
+    links = [bench.link(medium, medium.value) for medium in (Medium.LOCAL, Medium.SHM, Medium.TCP)]
     poller = Poller()
     for link in links:
         poller.add(link.wire)

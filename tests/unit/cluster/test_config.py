@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.config import ConfigError, load_config
 
@@ -15,6 +16,12 @@ def written(path: Path, text: str) -> Path:
     file = path / "server.yaml"
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def tokens(*fields: str) -> str:
+    """Sound entries of a tenant, with these fields over them, as YAML."""
+    sound = {"sha256": "f" * 64, "tenant": "acme"}
+    return yaml.safe_dump({"access": {"tokens": [{**sound, **yaml.safe_load(f"{{{text}}}")} for text in fields]}})
 
 
 def test_defaults_and_flags_over_the_file(tmp_path: Path) -> None:
@@ -32,8 +39,8 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("experts: {shard: 2}", r"experts\.shard: unknown key; allowed here: cpus, node_labels, shards, threads"),
-        ("modle: x", r"modle: unknown key; allowed here: attention, "),
+        ("experts: {shard: 2}", r"experts\.shard: unknown key; allowed here: .*cpus, .*shards, .*threads"),
+        ("modle: x", r"modle: unknown key; allowed here: access, attention, "),
         ("experts: {shards: 0}", r"experts\.shards: .*greater than or equal to 1 \(given 0\)"),
         ("experts: {shards: two}", r"experts\.shards: .*integer.* \(given 'two'\)"),
         ("transport: pigeon", r"transport: .*'auto', 'shm', 'tcp' or 'local' \(given 'pigeon'\)"),
@@ -42,6 +49,22 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("gateway: {port: 70000}", r"gateway\.port: .*65535"),
         ("attention: {token_budget: 8}", r"attention: .*token_budget is 8, must be at least max_running \(64\)"),
         ("attention: 3", r"attention: "),
+        ("gateway: {host: ''}", r"gateway\.host: .*at least 1 character"),
+        ("gateway: {tls: {certificate: /c}}", r"gateway\.tls\.key: Field required"),
+        ("gateway: {tls: {cert: /c}}", r"gateway\.tls\.cert: unknown key; allowed here: certificate, client_ca, key"),
+        ("access: {token: []}", r"access\.token: unknown key; allowed here: tokens"),
+        (tokens("token: x"), r"access\.tokens\.0\.token: unknown key; allowed here: role, sha256, share, tenant"),
+        (tokens("role: root"), r"access\.tokens\.0\.role: .*'user' or 'admin' \(given 'root'\)"),
+        (tokens("share: 0"), r"access\.tokens\.0\.share: .*greater than 0 \(given 0\)"),
+        (tokens("share: .inf"), r"access\.tokens\.0\.share: .*finite number \(given inf\)"),
+        (tokens("tenant: a/b"), r"access\.tokens\.0\.tenant: .*\(given 'a/b'\)"),
+        (tokens("tenant: ''"), r"access\.tokens\.0\.tenant: "),
+        (tokens(f"tenant: {'a' * 65}"), r"access\.tokens\.0\.tenant: "),
+        (tokens("share: 1", f"sha256: {'F' * 64}"), r"access: .*tokens\.1\.sha256: the same token as tokens\.0"),
+        (
+            tokens("share: 1", f"share: 2, sha256: {'A' * 64}"),
+            r"access: .*tokens\.1\.share: 2 for tenant 'acme', but tokens\.0 gives it 1; a tenant has one share",
+        ),
         ("- model", "expected keys with values, found list"),
         ("model: [", "not valid YAML"),
     ],
@@ -49,6 +72,39 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 def test_errors_name_the_key_and_what_is_allowed(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        tokens("sha256: emt_secret"),
+        tokens(f"sha256: emt_secret{'0' * 54}"),
+        "access: emt_secret",
+        "access: {tokens: emt_secret}",
+        "access: {tokens: [emt_secret]}",
+        "access: {tokens: {emt_secret: 1}}",
+        "access: [emt_secret]",
+    ],
+)
+def test_a_token_where_its_hash_belongs_is_not_repeated(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"access[^:]*: ") as refused:
+        load_config(written(tmp_path, text))
+    assert "secret" not in str(refused.value)
+
+
+def test_a_tenant_may_change_its_token_while_the_old_one_is_good(tmp_path: Path) -> None:
+    new = f"sha256: {'A1' * 32}, share: 0.5"
+    config = load_config(written(tmp_path, tokens("share: 0.5", new)))
+    assert [token.sha256 for token in config.access.tokens] == ["f" * 64, "a1" * 32]
+
+
+def test_tls_files_are_where_the_server_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor has another working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    tls = load_config(written(tmp_path, "gateway: {tls: {certificate: a.pem, key: ~/b.pem}}")).gateway.tls
+    assert tls is not None
+    assert (tls.certificate, tls.key, tls.client_ca) == (tmp_path / "a.pem", Path("/home/me/b.pem"), None)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def make_request(
     stop_ids: frozenset[int] = frozenset(),
     timeout_s: float | None = None,
     generated_ids: tuple[int, ...] = (),
+    replay: bool = False,
 ) -> GenerationRequest:
     """``prompt``: its ids, or how many there are."""
     ids = tuple(range(1, prompt + 1)) if isinstance(prompt, int) else prompt
@@ -40,6 +41,7 @@ def make_request(
         stop_ids=stop_ids,
         timeout_s=timeout_s,
         generated_ids=generated_ids,
+        replay=replay,
     )
 
 

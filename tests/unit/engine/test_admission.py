@@ -85,6 +85,19 @@ def test_a_full_queue_refuses_and_tells_when_to_come_again() -> None:
         scheduler.add(make_request("late", prompt=1), now=15.0)
 
 
+def test_a_full_queue_takes_what_was_admitted_before() -> None:
+    scheduler = make_scheduler(max_running=1, token_budget=1, max_waiting=1)
+    scheduler.add(make_request("first", prompt=1), now=0.0)
+    replays = [make_request(f"replay-{n}", generated_ids=(6, 7), replay=True) for n in range(3)]
+    for request in replays:
+        scheduler.add(request, now=0.0)
+    with pytest.raises(QueueFull):
+        scheduler.add(make_request("late", generated_ids=(6, 7)), now=0.0)
+    events = drain(scheduler, FakeCache(scheduler.blocks))
+    for request in replays:
+        assert [e for e in events if e.request_id == request.request_id] == lone_run(request, 64)
+
+
 def test_retry_time_follows_the_starts_within_bounds() -> None:
     pace = Pace()
     for at in range(100):

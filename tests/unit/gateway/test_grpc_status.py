@@ -32,6 +32,8 @@ def unpacked(rich: status_pb2.Status) -> list[Message]:
     [
         (errors.InvalidRequest("prompt", "is empty"), grpc.StatusCode.INVALID_ARGUMENT, ["BadRequest"]),
         (errors.UnknownModel("gpt", "tiny"), grpc.StatusCode.NOT_FOUND, ["ErrorInfo"]),
+        (errors.Unauthenticated("TOKEN_MISSING", "a token is needed"), grpc.StatusCode.UNAUTHENTICATED, ["ErrorInfo"]),
+        (errors.PermissionDenied("ADMIN_NEEDED", "role admin"), grpc.StatusCode.PERMISSION_DENIED, ["ErrorInfo"]),
         (
             errors.Overloaded("QUEUE_FULL", 1.5),
             grpc.StatusCode.RESOURCE_EXHAUSTED,

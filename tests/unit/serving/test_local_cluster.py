@@ -273,21 +273,3 @@ def test_health_and_status(client: Client) -> None:
     assert sum(e.experts for e in experts) == 2 * 16
     sent = sum(sum(r.rows_per_shard.values()) for r in routers)
     assert sent == sum(e.rows for e in experts)
-
-
-def test_a_dead_expert_shard_is_a_typed_error(checkpoint: tuple[Path, Any], local: Local) -> None:
-    """Nothing is dropped silently: the stream that needed it ends with UNAVAILABLE and a hint when to retry."""
-    from cluster.launch import _local_controller
-
-    with _local_controller(local(checkpoint[0])) as controller:
-        address = controller.call("start", controller, timeout_s=60)
-        with Client(address) as client:
-            call = client.inference.Generate(ids_request(PROMPTS[1], 480))
-            next(call)
-            members = controller.actor._members.of(control_pb2.ROLE_EXPERT)
-            members[0].actor.stop()
-            code, details = error_of(lambda: list(call))
-            assert code == grpc.StatusCode.UNAVAILABLE
-            assert details["ErrorInfo"].reason == "SHARDS_DOWN"
-            assert "RetryInfo" in details
-            until(lambda: blocks_in_use(client) == 0)

@@ -10,17 +10,18 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from expertmesh.v1 import control_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from actors.attention import AttentionShard, NoMemory
 from actors.model import kv_cache
 from actors.model.experts import ExpertBank
+from actors.router import Router
 from cluster.config import ServerConfig
 from cluster.controller import StartFailed
-from cluster.gateway import streams
-from cluster.launch import _local_controller, running_cluster
+from cluster.gateway import peers
+from cluster.launch import running_cluster
 from tests.serving import Client, greedy, ids_request
+from tests.unit.serving.conftest import Actors
 from tests.waiting import until
 
 Local = Callable[..., ServerConfig]
@@ -46,7 +47,7 @@ def test_an_answer_that_comes_too_late_hurts_its_step_alone(
 ) -> None:
     """An expert shard hangs for longer than a step may take, and answers after the step was given up."""
     release, hang, honest = threading.Event(), threading.Event(), ExpertBank.forward
-    monkeypatch.setattr(streams, "_SUSPECT_S", 3600.0)
+    monkeypatch.setattr(peers, "_SUSPECT_S", 3600.0)
 
     def forward(*args: Any) -> torch.Tensor:
         if hang.is_set():
@@ -54,7 +55,8 @@ def test_an_answer_that_comes_too_late_hurts_its_step_alone(
         return honest(*args)
 
     monkeypatch.setattr(ExpertBank, "forward", forward)
-    with running_cluster(local(checkpoint[0], step_timeout_s=0.5)) as address, Client(address) as client:
+    config = local(checkpoint[0], step_timeout_s=0.5, recovery_timeout_s=1.0)
+    with running_cluster(config) as address, Client(address) as client:
         wanted = greedy(checkpoint[1], PROMPT, 8)
         assert wanted.agrees(client.tokens(PROMPT, 8))
         hang.set()
@@ -67,34 +69,33 @@ def test_an_answer_that_comes_too_late_hurts_its_step_alone(
         until(lambda: health_of(client) == health_pb2.HealthCheckResponse.SERVING)
 
 
-def test_a_replica_without_its_router_gets_no_requests(checkpoint: tuple[Path, Any], local: Local) -> None:
-    with _local_controller(local(checkpoint[0], **{"attention.replicas": 2})) as controller:
-        address = controller.call("start", controller, timeout_s=60)
-        with Client(address) as client:
-            router = controller.actor._members.of(control_pb2.ROLE_ROUTER)[0].actor
-            held = [client.inference.Generate(ids_request(PROMPT, 480)) for _ in range(2)]
-            for call in held:
-                next(call)
-            router.stop()
-            ends = []
-            for call in held:
-                try:
-                    ends.append(sum(len(message.token_ids) for message in call))
-                except grpc.RpcError as error:
-                    ends.append(error.code())
-            assert grpc.StatusCode.UNAVAILABLE in ends
-            assert [code_of(client) for _ in range(6)] == [grpc.StatusCode.OK] * 6
-            assert health_of(client) == health_pb2.HealthCheckResponse.SERVING
+def test_a_replica_without_its_router_gets_no_requests(
+    checkpoint: tuple[Path, Any], local: Local, actors: Actors
+) -> None:
+    """Those that it has go on elsewhere."""
+    config = local(checkpoint[0], **{"attention.replicas": 2})
+    with running_cluster(config) as address, Client(address) as client:
+        held = [client.inference.Generate(ids_request(PROMPT, 480)) for _ in range(2)]
+        for call in held:
+            next(call)
+        actors.of(Router)[0].stop()
+        wanted = client.tokens(PROMPT, 480)
+        assert [[token for message in call for token in message.token_ids] for call in held] == [wanted, wanted]
+        assert [code_of(client) for _ in range(6)] == [grpc.StatusCode.OK] * 6
+        assert health_of(client) == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_without_any_router_health_says_so(checkpoint: tuple[Path, Any], local: Local) -> None:
-    with _local_controller(local(checkpoint[0])) as controller:
-        address = controller.call("start", controller, timeout_s=60)
-        with Client(address) as client:
-            assert health_of(client) == health_pb2.HealthCheckResponse.SERVING
-            controller.actor._members.of(control_pb2.ROLE_ROUTER)[0].actor.stop()
-            until(lambda: health_of(client) == health_pb2.HealthCheckResponse.NOT_SERVING)
-            assert code_of(client) == grpc.StatusCode.UNAVAILABLE
+def test_without_any_router_health_says_so(checkpoint: tuple[Path, Any], local: Local, actors: Actors) -> None:
+    with running_cluster(local(checkpoint[0], recovery_timeout_s=0.5)) as address, Client(address) as client:
+        assert health_of(client) == health_pb2.HealthCheckResponse.SERVING
+        held = client.inference.Generate(ids_request(PROMPT, 480))
+        next(held)
+        actors.of(Router)[0].stop()
+        until(lambda: health_of(client) == health_pb2.HealthCheckResponse.NOT_SERVING)
+        assert code_of(client) == grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(grpc.RpcError) as caught:
+            list(held)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
 def test_results_of_the_wrong_shape_are_an_error_not_wrong_tokens(
@@ -102,7 +103,7 @@ def test_results_of_the_wrong_shape_are_an_error_not_wrong_tokens(
 ) -> None:
     honest = ExpertBank.forward
     monkeypatch.setattr(ExpertBank, "forward", lambda *args: honest(*args)[:1])
-    with running_cluster(local(checkpoint[0])) as address, Client(address) as client:
+    with running_cluster(local(checkpoint[0], recovery_timeout_s=0.5)) as address, Client(address) as client:
         assert code_of(client) == grpc.StatusCode.UNAVAILABLE
 
 

@@ -1,0 +1,278 @@
+"""Dispatcher: the router's data plane. Sends each batch's rows to the shards of the map, combines what comes back.
+
+The main path: ``take`` (a batch comes from an attention shard), ``dispatch``, ``on_results``, ``combine``. A shard that
+is lost costs no batch: what it owed is sent again, to another replica at once, or to whoever holds its experts when
+the next map is committed, within the batch's deadline. Never is an expert left out.
+
+Everything here runs in the router's loop thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from actors.dispatch import ShardRows, split_rows
+from actors.messages import Kind, array_bytes, expect_parts, failure_text, tensor_bytes, tensor_from
+from actors.model.combine import combine_rows
+from actors.routes import NOBODY, ExpertRoutes
+from actors.scratch import ScratchPool
+from actors.transport.base import Buffer, Frame, FrameTag, PeerGone, ProtocolError, Wire, WireTimeout
+
+log = logging.getLogger(__name__)
+
+Drop = Callable[[Wire, PeerGone], None]
+
+
+@dataclass(eq=False)
+class DispatchHandle:
+    """A batch whose rows are out at the expert shards. Made by ``dispatch``; only ``combine`` takes it.
+
+    ``rows`` [T, D] and ``chosen`` int64[T, K] are kept to send them again; ``weight`` float32 [T, K]; ``out``
+    [T * K, D] is filled as results come. ``owed``: by attempt, the shard's name and what it still has to answer.
+    ``stranded`` int64[S]: slots that nobody can compute before the next map. ``refused``: shards that answered with
+    an error.
+    """
+
+    number: int
+    source: Wire
+    tag: FrameTag
+    rows: Tensor
+    chosen: NDArray[np.int64]
+    weight: Tensor
+    out: Tensor
+    began: float
+    deadline: float
+    owed: dict[int, tuple[str, ShardRows]] = field(default_factory=dict)
+    stranded: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    refused: dict[str, str] = field(default_factory=dict)
+    attempts: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Every result is in ``out``."""
+        return not self.owed and not self.stranded.size
+
+
+class Dispatcher:
+    """Batches in flight. ``drop(wire, error)`` takes a dead wire out of the loop, which then reports its loss."""
+
+    def __init__(
+        self, name: str, dtype: torch.dtype, d_model: int, last_layer: int, timeout_s: float, drop: Drop
+    ) -> None:
+        """``last_layer``: the MoE layer with which a step ends."""
+        self.name = name
+        self.routes: ExpertRoutes | None = None
+        self.rows_per_shard: dict[str, int] = {}
+        self.expert_rows: dict[int, NDArray[np.int64]] = {}
+        self.reroutes = 0
+        self.longest_wait_s = 0.0
+        self._dtype = dtype
+        self._d_model = d_model
+        self._last_layer = last_layer
+        self._timeout_s = timeout_s
+        self._drop = drop
+        self._pending: dict[int, DispatchHandle] = {}
+        self._mid_step: dict[Wire, float] = {}  # sources inside a step, and until when to believe it
+        self._number = 0
+        self._scratch = ScratchPool(dtype)
+
+    def may_switch(self, now: float) -> bool:
+        """True at a step boundary of every source, and while some batch waits for just that: another map."""
+        if any(handle.stranded.size for handle in self._pending.values()):
+            return True
+        self._mid_step = {wire: until for wire, until in self._mid_step.items() if until > now}
+        return not self._pending and not self._mid_step
+
+    @property
+    def next_deadline(self) -> float:
+        """Absolute monotonic seconds of the first batch's deadline; infinity without one."""
+        return min((handle.deadline for handle in self._pending.values()), default=float("inf"))
+
+    # -- batches --------------------------------------------------------------------------------------------------
+
+    def dispatch(self, source: Wire, tag: FrameTag, rows: Tensor, chosen: Tensor, weight: Tensor) -> None:
+        """Send each row of ``rows`` [T, D] once to each shard that computes any of its experts ``chosen`` int64
+        [T, K]; ``source`` gets the rows combined with ``weight`` float32 [T, K] when all have answered, or a FAILED.
+        """
+        now = time.monotonic()
+        self._forget_older(source, tag.step)
+        self._mid_step[source] = now + self._timeout_s
+        if tag.layer == self._last_layer:
+            del self._mid_step[source]  # with the answer to this batch the step is over
+        self._number += 1
+        kept = self._scratch.take(*rows.shape)
+        kept.copy_(rows)  # the frame's memory is good only until the source's next frame
+        handle = DispatchHandle(
+            self._number,
+            source,
+            tag,
+            kept,
+            chosen.numpy(),
+            weight,
+            self._scratch.take(chosen.numel(), self._d_model),
+            now,
+            now + self._timeout_s,
+        )
+        self._pending[handle.number] = handle
+        self._count(tag.layer, handle.chosen)
+        self._send(handle, np.arange(handle.chosen.size))
+        self._finish_if_complete(handle)  # at once, if there are no rows
+
+    def combine(self, handle: DispatchHandle) -> Tensor:
+        """Weighted sum [T, D] of the results, in the order of k; every shard must have answered."""
+        assert handle.complete, "a shard still owes its results"
+        return combine_rows(handle.out.view(*handle.chosen.shape, self._d_model), handle.weight, self._dtype)
+
+    def on_results(self, wire: Wire, frame: Frame) -> None:
+        """A shard has answered. Raises ProtocolError for what it was not asked for."""
+        handle = self._pending.get(frame.tag.step)
+        shard, share = handle.owed.get(frame.tag.attempt, ("", None)) if handle else ("", None)
+        if handle is None or share is None or shard != wire.peer:
+            return  # late: the batch was given up, or these rows were sent to somebody else meanwhile
+        if frame.kind == Kind.FAILED:
+            del handle.owed[frame.tag.attempt]
+            self._refused(handle, shard, failure_text(frame), share.pair_slot)
+            return
+        (part,) = expect_parts(frame, 1)
+        results = tensor_from(part, self._dtype, self._d_model)
+        if results.shape[0] != share.pair_slot.size:
+            raise ProtocolError(f"expert shard {shard} sent {results.shape[0]} rows, owed are {share.pair_slot.size}")
+        del handle.owed[frame.tag.attempt]
+        handle.out[torch.from_numpy(share.pair_slot)] = results
+        self._finish_if_complete(handle)
+
+    def fail(self, source: Wire, tag: FrameTag, reason: str) -> None:
+        """Tell an attention shard that this batch of its step cannot be computed: the step is void."""
+        self._mid_step.pop(source, None)
+        self._answer(source, Kind.FAILED, tag, [reason.encode()], time.monotonic() + self._timeout_s)
+
+    def end_late(self, now: float) -> None:
+        """Give up the batches whose deadline has passed."""
+        for handle in list(self._pending.values()):
+            if handle.deadline <= now:
+                late = sorted({shard for shard, _ in handle.owed.values()})
+                lost = sorted(self.routes.lost) if self.routes else []
+                self._give_up(
+                    handle,
+                    f"no answer within {self._timeout_s:g} s from {', '.join(late) or 'anybody'}"
+                    + (f"; lost: {', '.join(lost)}" if lost else ""),
+                )
+
+    # -- shards and maps ------------------------------------------------------------------------------------------
+
+    def install(self, routes: ExpertRoutes) -> None:
+        """Work by another map from now on; batches in flight are sent again by it."""
+        self.routes = routes
+        for wire in routes.wires.values():
+            wire.fence(FrameTag(epoch=routes.epoch))
+        for handle in list(self._pending.values()):
+            handle.refused.clear()
+            self._resend(handle, list(handle.owed))
+
+    def lose_shard(self, shard: str) -> None:
+        """Its wire is gone: what it owed is sent to others."""
+        if self.routes is None or shard not in self.routes.wires:
+            return
+        self.routes.lose(shard)
+        for handle in list(self._pending.values()):
+            owed = [attempt for attempt, (owner, _) in handle.owed.items() if owner == shard]
+            if owed:
+                self._resend(handle, owed)
+
+    def lose_source(self, source: Wire) -> None:
+        """An attention shard is gone: nobody waits for its batches."""
+        self._mid_step.pop(source, None)
+        for handle in [h for h in self._pending.values() if h.source is source]:
+            self._release(handle)
+
+    # -- parts of the above ---------------------------------------------------------------------------------------
+
+    def _send(self, handle: DispatchHandle, slots: NDArray[np.int64]) -> None:
+        """Send the pairs at ``slots``. A shard that turns out to be dead is lost, and its share sent elsewhere."""
+        routes = self.routes
+        assert routes is not None
+        experts = handle.chosen.reshape(-1)[slots]
+        owner = routes.owners(handle.tag.layer, experts, handle.number, handle.refused)
+        if (owner == NOBODY).any():
+            handle.stranded = np.sort(np.concatenate([handle.stranded, slots[owner == NOBODY]]))
+            log.warning("%s: %d pairs wait for a shard that holds their experts", self.name, handle.stranded.size)
+        for share in split_rows(handle.chosen, slots, owner):
+            self._send_share(handle, routes, share)
+
+    def _send_share(self, handle: DispatchHandle, routes: ExpertRoutes, share: ShardRows) -> None:
+        name, wire = routes.names[share.shard], routes.wire(share.shard)
+        handle.attempts += 1
+        handle.owed[handle.attempts] = (name, share)
+        tag = FrameTag(routes.epoch, handle.number, handle.tag.micro_batch, handle.tag.layer, handle.attempts)
+        whole = share.rows.size == handle.rows.shape[0]
+        picked = handle.rows if whole else handle.rows[torch.from_numpy(share.rows)]
+        parts = [tensor_bytes(picked), array_bytes(share.pair_row), array_bytes(share.pair_expert)]
+        try:
+            wire.send(Kind.DISPATCH, tag, parts, handle.deadline)
+        except (PeerGone, WireTimeout) as error:
+            self._drop(wire, PeerGone(str(error)))
+            self.lose_shard(name)  # again: this share may have been added after its loss was reported
+            return
+        self.rows_per_shard[name] = self.rows_per_shard.get(name, 0) + share.rows.size
+
+    def _resend(self, handle: DispatchHandle, attempts: list[int]) -> None:
+        """Send again what these attempts owe, and what was stranded."""
+        slots = [handle.owed.pop(attempt)[1].pair_slot for attempt in attempts]
+        again, handle.stranded = np.sort(np.concatenate([*slots, handle.stranded])), np.empty(0, np.int64)
+        if again.size:
+            self.reroutes += 1
+            self._send(handle, again)
+
+    def _refused(self, handle: DispatchHandle, shard: str, reason: str, slots: NDArray[np.int64]) -> None:
+        """A shard could not compute its share: another replica may; without one the batch has failed."""
+        handle.refused[shard] = reason
+        assert self.routes is not None
+        experts = handle.chosen.reshape(-1)[slots]
+        if (self.routes.owners(handle.tag.layer, experts, 0, handle.refused) == NOBODY).any():
+            self._give_up(handle, reason)
+            return
+        self.reroutes += 1
+        self._send(handle, slots)
+
+    def _finish_if_complete(self, handle: DispatchHandle) -> None:
+        if not handle.complete or handle.number not in self._pending:
+            return
+        self.longest_wait_s = max(self.longest_wait_s, time.monotonic() - handle.began)
+        combined = self.combine(handle)
+        self._release(handle)
+        self._answer(handle.source, Kind.ROWS_DONE, handle.tag, [tensor_bytes(combined)], handle.deadline)
+
+    def _give_up(self, handle: DispatchHandle, reason: str) -> None:
+        """The batch cannot be completed: its attention shard is told, late answers will be ignored."""
+        if handle.number in self._pending:  # else telling an earlier batch's source lost that source, and this batch
+            self._release(handle)
+            self.fail(handle.source, handle.tag, reason)
+
+    def _release(self, handle: DispatchHandle) -> None:
+        del self._pending[handle.number]
+        self._scratch.give(handle.out)
+        self._scratch.give(handle.rows)
+
+    def _forget_older(self, source: Wire, step: int) -> None:
+        """A source that is in a new step has given up what it asked for in an earlier one."""
+        for handle in [h for h in self._pending.values() if h.source is source and h.tag.step < step]:
+            self._release(handle)
+
+    def _answer(self, source: Wire, kind: Kind, tag: FrameTag, parts: Sequence[Buffer], deadline: float) -> None:
+        try:
+            source.send(kind, tag, parts, deadline)
+        except (PeerGone, WireTimeout) as error:
+            self._drop(source, PeerGone(str(error)))
+
+    def _count(self, layer: int, chosen: NDArray[np.int64]) -> None:
+        assert self.routes is not None
+        counts = self.expert_rows.setdefault(layer, np.zeros(self.routes.map.n_experts, np.int64))
+        counts += np.bincount(chosen.reshape(-1), minlength=counts.size)

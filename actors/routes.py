@@ -1,0 +1,65 @@
+"""The expert map as a router works by it: wires to its shards, and which of them are lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.transport.base import Wire
+from placement.expert_map import ExpertMap
+
+NOBODY = -1
+"""Owner of a pair whose expert no live shard holds."""
+
+
+class ExpertRoutes:
+    """One version of the map, the wire to each of its shards, and for each pair the shard that computes it.
+
+    Shards are numbered in the order of ``map.shards``. Used by the router's loop thread alone once it is in force.
+    """
+
+    def __init__(self, expert_map: ExpertMap, wires: Mapping[str, Wire]) -> None:
+        self.map = expert_map
+        self.wires = dict(wires)
+        self.names = expert_map.shards
+        self.lost: frozenset[str] = frozenset()
+        self._number = {name: at for at, name in enumerate(self.names)}
+        self._tables = {layer: self._table(layer, ()) for layer in expert_map.replicas}
+
+    @property
+    def epoch(self) -> int:
+        """Version of the map."""
+        return self.map.epoch
+
+    def wire(self, number: int) -> Wire:
+        """The wire to the shard of this number."""
+        return self.wires[self.names[number]]
+
+    def lose(self, shard: str) -> None:
+        """From now on the other replicas of its experts are used."""
+        self.lost = self.lost | {shard}
+        self._tables = {layer: self._table(layer, self.lost) for layer in self.map.replicas}
+
+    def owners(
+        self, layer: int, experts: NDArray[np.int64], turn: int, without: Iterable[str] = ()
+    ) -> NDArray[np.int64]:
+        """int64[S]: number of the shard that computes each of ``experts`` int64[S], NOBODY where there is none.
+
+        All pairs of a batch with the same expert go to one shard, so that its weights are read once; from one
+        ``turn`` to the next an expert's replicas take turns, which spreads its load evenly over them.
+        """
+        shards, count = self._table(layer, self.lost.union(without)) if without else self._tables[layer]
+        if shards.shape[1] == 1:
+            return shards[experts, 0]
+        return shards[experts, (turn + experts) % np.maximum(count[experts], 1)]
+
+    def _table(self, layer: int, lost: Iterable[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """int64[E, R]: numbers of each expert's live shards, the rest NOBODY; int64[E]: how many there are."""
+        gone = set(lost)
+        alive = [[self._number[s] for s in shards if s not in gone] for shards in self.map.replicas[layer]]
+        table = np.full((len(alive), max(1, *map(len, alive))), NOBODY, np.int64)
+        for expert, numbers in enumerate(alive):
+            table[expert, : len(numbers)] = numbers
+        return table, np.array([len(numbers) for numbers in alive], np.int64)

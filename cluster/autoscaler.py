@@ -1,0 +1,86 @@
+"""The thread that lets the number of expert shards follow the load; ``placement/autoscale.py`` decides what to do."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from expertmesh.v1.control_pb2 import ClusterEventKind
+from placement.autoscale import AutoscalePolicy, PoolSnapshot, State, decide
+
+from cluster.config import AutoscaleConfig
+from cluster.events import EventLog
+from cluster.expert_fleet import ExpertFleet
+
+log = logging.getLogger(__name__)
+
+
+class Autoscaler:
+    """Every ``interval_s`` it looks at the expert shards' load; ```apply(wanted)`` carries out what is decided."""
+
+    def __init__(
+        self,
+        config: AutoscaleConfig,
+        events: EventLog,
+        experts: ExpertFleet,
+        changing: Callable[[], bool],
+        apply: Callable[[int], None],
+    ) -> None:
+        self._config = config
+        self._events = events
+        self._experts = experts
+        self._changing = changing
+        self._apply = apply
+        self._policy = AutoscalePolicy(
+            minimum=config.minimum,
+            maximum=config.maximum,
+            target_busy=config.target_busy,
+            target_rows_per_s=config.target_rows_per_s,
+            tolerance=config.tolerance,
+            cool_down_s=config.cool_down_s,
+            down_after_s=config.down_after_s,
+        )
+        self._state = State()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="autoscaler", daemon=True)
+
+    def start(self) -> None:
+        """Start to look, unless it is off."""
+        if self._config.mode != "off":
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; a change under way ends by itself. Idempotent."""
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._config.interval_s):
+            try:
+                self._look()
+            except Exception as error:  # a change that failed has been undone; the load is looked at again later
+                log.warning("scaling failed", exc_info=True)
+                text = f"scaling by load failed: {type(error).__name__}: {error}"
+                self._events.tell(ClusterEventKind.CLUSTER_EVENT_KIND_FAILED, text)
+
+    def _look(self) -> None:
+        decision, self._state = decide(self._snapshot(), self._policy, self._state)
+        if not decision.change:
+            return
+        dry = self._config.mode == "dry-run"
+        text = f"{'would scale' if dry else 'scaling'} experts to {decision.wanted}: {decision.reason}"
+        self._events.tell(ClusterEventKind.CLUSTER_EVENT_KIND_SCALING_DECIDED, text)
+        if not dry:
+            self._apply(decision.wanted)
+
+    def _snapshot(self) -> PoolSnapshot:
+        shards = self._experts.shards
+        stats = self._experts.stats(shards)
+        return PoolSnapshot(
+            now_s=time.monotonic(),
+            shards=len(shards),
+            busy_s={name: figures.busy_s for name, figures in stats.items()},
+            rows={name: figures.rows for name, figures in stats.items()},
+            changing=self._changing(),
+        )

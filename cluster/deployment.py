@@ -1,0 +1,70 @@
+"""What both fleets are built with: the configuration, room on nodes, and settings for the actors in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from actors.transport.base import Medium
+from cluster.config import ServerConfig
+from cluster.events import EventLog
+from cluster.fleet import Bundle, Fleet
+from cluster.model_source import resolve_model
+from cluster.roster import Roster
+from cluster.settings import SettingsFactory
+from placement.spec import BundleRequest
+
+
+class Deployment:
+    """One per cluster. Bundles that it reserved are given back at the latest by ``release_all``."""
+
+    def __init__(self, config: ServerConfig, fleet: Fleet, roster: Roster, events: EventLog) -> None:
+        self.config = config
+        self.fleet = fleet
+        self.roster = roster
+        self.events = events
+        self.medium = None if config.transport in ("auto", "local") else Medium(config.transport)
+        self.cordoned: frozenset[str] = frozenset()
+        self._bundles: dict[str, Bundle] = {}
+        self._settings = SettingsFactory(config, {})
+
+    def reserve(self, requests: Sequence[BundleRequest], timeout_s: float) -> list[Bundle]:
+        """One bundle per request, on nodes that are not cordoned. All or none; raises NoRoom."""
+        bundles = self.fleet.reserve(requests, timeout_s, self.cordoned)
+        self._bundles.update((bundle.name, bundle) for bundle in bundles)
+        return bundles
+
+    def renew(self, bundle: Bundle | None, request: BundleRequest, timeout_s: float) -> Bundle:
+        """Room for the successor of a dead actor: its bundle, renamed, or a new one if its node is gone."""
+        alive = {node.node_id for node in self.fleet.nodes() if node.alive} - self.cordoned
+        if bundle is not None and bundle.node_id in alive and self._bundles.pop(bundle.name, None) is not None:
+            self._bundles[request.name] = replace(bundle, name=request.name)
+            return self._bundles[request.name]
+        self.release(bundle)
+        return self.reserve([request], timeout_s)[0]
+
+    def release(self, bundle: Bundle | None) -> None:
+        """Give a bundle back. Idempotent."""
+        if bundle is not None and self._bundles.pop(bundle.name, None) is not None:
+            self.fleet.release(bundle)
+
+    def release_all(self) -> None:
+        """Give back whatever is reserved."""
+        for bundle in list(self._bundles.values()):
+            self.release(bundle)
+
+    def settings(self, nodes: Sequence[str]) -> SettingsFactory:
+        """Settings for actors on these nodes; the model is made ready on those that do not have it yet."""
+        new = sorted(set(nodes) - self._settings.paths.keys())
+        if new:
+            self._settings.paths.update(self.fleet.on_nodes(new, resolve_model, self.config.model))
+        return self._settings
+
+
+def left(deadline: float) -> float:
+    """Seconds until ``deadline`` (absolute, monotonic); TimeoutError when it has passed."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    return seconds

@@ -1,0 +1,114 @@
+"""One open stream: what was asked, the log of its tokens, and the run on an attention shard that continues it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+from actors.attention import Refusal
+from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
+from cluster.gateway.peers import AttentionPeer
+from cluster.gateway.search import Search
+from cluster.gateway.validation import ValidRequest
+
+
+@dataclass(eq=False)
+class Run:
+    """A stream on a shard, from its submission on. ``engine_id`` is unique in the cluster and never used again, so
+    that what an earlier run still sends reaches nobody."""
+
+    engine_id: str
+    stream: Stream
+    peer: AttentionPeer
+    admission: Future[Refusal | None]
+    over: asyncio.Future[None]
+    """Done when the stream has left this run, whatever the shard may still say."""
+
+
+class Stream:
+    """One request that was let in. It outlives its runs: ``log`` has every token that any of them gave, by index.
+
+    ``deadline`` is the client's in event-loop time (seconds), infinite without one. ``client`` is (tenant, request id).
+    """
+
+    def __init__(self, client: tuple[str, str], request: ValidRequest, deadline: float, recovery_s: float) -> None:
+        self.client = client
+        self.request = request
+        self.deadline = deadline
+        self.log: list[int] = []
+        self.run: Run | None = None
+        self.runs = 0
+        self.admitted = False
+        self.ended = False
+        self._recovery_s = recovery_s
+        self.search = Search(recovery_s)
+        self._events: list[TokenEvent] = []
+        self._news = asyncio.Event()
+
+    @property
+    def adrift(self) -> bool:
+        """True while no shard works on it and its end is not known."""
+        return self.run is None and not self.ended
+
+    @property
+    def has_news(self) -> bool:
+        """True if ``take`` would give something."""
+        return bool(self._events)
+
+    @property
+    def complete(self) -> FinishReason | None:
+        """Why the log already is the whole answer, or None. As ``actors.engine.sequence``, which is not to be asked
+        for more then; the context's length is no other case, since the validator keeps max_tokens within it."""
+        if self.log and self.log[-1] in self.request.stop_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.log) >= self.request.max_tokens else None
+
+    def same_body(self, other: ValidRequest) -> bool:
+        """True if ``other`` asks for what this stream gives, perhaps from a later token on."""
+        seed = self.request.sampling.seed if not other.seed_given else other.sampling.seed
+        other = replace(other, next_index=0, seed_given=False, sampling=replace(other.sampling, seed=seed))
+        return other == replace(self.request, next_index=0, seed_given=False)
+
+    def with_own_seed(self, other: ValidRequest) -> ValidRequest:
+        """``other``, which has the same body, drawing as this stream does."""
+        return replace(other, sampling=self.request.sampling)
+
+    def job(self, engine_id: str, gateway: str, now: float) -> GenerationRequest:
+        """What a shard is asked for: the tokens that come after the log."""
+        request = self.request
+        return GenerationRequest(
+            request_id=engine_id,
+            prompt_ids=request.prompt_ids,
+            sampling=request.sampling,
+            max_tokens=request.max_tokens,
+            stop_ids=request.stop_ids,
+            timeout_s=None if self.deadline == math.inf else self.deadline - now,
+            gateway=gateway,
+            generated_ids=tuple(self.log),
+            replay=self.runs > 0,
+        )
+
+    def push(self, event: TokenEvent) -> None:
+        """An event for the call; with its token, if it has one, the log grows and the search for a shard is over."""
+        if event.token is not None:
+            self.log.append(event.token)
+            self.search = Search(self._recovery_s)
+        self.ended = self.ended or event.finish is not None
+        self._events.append(event)
+        self.wake()
+
+    def take(self) -> list[TokenEvent]:
+        """What came since the last time."""
+        events, self._events = self._events, []
+        return events
+
+    def wake(self) -> None:
+        """Let ``wait`` return: there is an event, or the run is over."""
+        self._news.set()
+
+    async def wait(self) -> None:
+        """Return when there was a ``wake`` since the last time. One call waits at a time."""
+        await self._news.wait()
+        self._news.clear()

@@ -1,0 +1,293 @@
+"""The router's data plane against plain wires: losses, refusals, new maps, late answers, step boundaries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.dispatcher import Dispatcher
+from actors.messages import Kind, expect_parts, failure_text, tensor_bytes, tensor_from
+from actors.routes import ExpertRoutes
+from actors.transport.base import Frame, FrameTag, PeerGone, Wire
+from actors.transport.local import local_pair
+from placement.expert_map import ExpertMap, replaced, single_replica_map
+
+D, E, K = 4, 6, 3
+LAYERS = (1, 2)
+MAP = single_replica_map(1, LAYERS, E, ("a", "b", "c"))
+TWICE = ExpertMap(
+    1, E, {layer: tuple((("a", "b"), ("b", "c"), ("c", "a"))[e % 3] for e in range(E)) for layer in LAYERS}
+)
+
+
+def soon() -> float:
+    return time.monotonic() + 10.0
+
+
+_BENCHES: list[Bench] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    """Every wire is closed at the end."""
+    yield
+    close_all()
+
+
+def close_all() -> None:
+    while _BENCHES:
+        bench = _BENCHES.pop()
+        for wire in (bench.attention, bench.source, *bench.shards.values(), *bench.wires.values()):
+            wire.close()
+
+
+class Bench:
+    """A dispatcher, an attention shard, and expert shards by name, all in this thread."""
+
+    def __init__(self, expert_map: ExpertMap, timeout_s: float = 10.0) -> None:
+        self.data = Dispatcher("router", torch.float32, D, LAYERS[-1], timeout_s, self.drop)
+        _BENCHES.append(self)
+        self.attention, self.source = local_pair("attention", "router")
+        self.shards: dict[str, Wire] = {}
+        self.wires: dict[str, Wire] = {}
+        self.install(expert_map)
+
+    def install(self, expert_map: ExpertMap) -> None:
+        for name in expert_map.shards:
+            if name not in self.wires:
+                self.wires[name], self.shards[name] = local_pair("router", name)
+        self.data.install(ExpertRoutes(expert_map, {name: self.wires[name] for name in expert_map.shards}))
+
+    def drop(self, wire: Wire, error: PeerGone) -> None:
+        """As the loop does: close it, and tell."""
+        wire.close()
+        if wire is self.source:
+            self.data.lose_source(wire)
+        else:
+            self.data.lose_shard(wire.peer)
+
+    def kill(self, name: str, notice: bool = True) -> None:
+        """A shard dies; without ``notice`` the next send finds out."""
+        self.shards[name].close()
+        if notice:
+            self.drop(self.wires[name], PeerGone("killed"))
+
+    def ask(self, step: int = 1, layer: int = 1, rows: int = 5, seed: int = 0) -> torch.Tensor:
+        """One batch; returns what must come back: each row times the weighted sum of (expert + 1)."""
+        generator = torch.Generator().manual_seed(seed)
+        given = torch.randn(rows, D, generator=generator)
+        chosen = torch.rand(rows, E, generator=generator).argsort(1)[:, :K].contiguous()
+        weight = torch.rand(rows, K, generator=generator)
+        self.data.dispatch(self.source, FrameTag(step=step, layer=layer), given, chosen, weight)
+        return (given[:, None] * (chosen + 1)[..., None] * weight[..., None]).sum(1)
+
+    def frame(self, name: str) -> Frame | None:
+        """What a shard was sent, if anything is there."""
+        return self.shards[name].recv(soon()) if self.shards[name].ready() else None
+
+    def answer(self, name: str, frame: Frame, kind: Kind = Kind.RESULTS) -> None:
+        """A shard computes (row times expert + 1), or refuses; the router takes it in."""
+        rows, pair_row, pair_expert = expect_parts(frame, 3)
+        pairs = torch.from_numpy(np.frombuffer(pair_row, np.int32).copy()).long()
+        experts = torch.from_numpy(np.frombuffer(pair_expert, np.int32).copy())
+        out = tensor_from(rows, torch.float32, D)[pairs] * (experts + 1)[:, None]
+        parts = [tensor_bytes(out)] if kind == Kind.RESULTS else [b"no memory"]
+        self.shards[name].send(kind, frame.tag, parts, soon())
+        self.take(name)
+
+    def take(self, name: str) -> None:
+        if self.wires[name].ready():
+            self.data.on_results(self.wires[name], self.wires[name].recv(soon()))
+
+    def answer_all(self) -> None:
+        """Every live shard answers everything, until nobody has anything left."""
+        busy = True
+        while busy:
+            busy = False
+            for name in list(self.shards):
+                try:
+                    frame = self.frame(name)
+                except PeerGone:
+                    continue
+                if frame is not None:
+                    self.answer(name, frame)
+                    busy = True
+
+    def result(self) -> torch.Tensor | str:
+        """What the attention shard got: rows, or the text of a failure."""
+        assert self.attention.ready()
+        frame = self.attention.recv(soon())
+        if frame.kind == Kind.FAILED:
+            return failure_text(frame)
+        assert frame.kind == Kind.ROWS_DONE
+        return tensor_from(expect_parts(frame, 1)[0], torch.float32, D).clone()
+
+    @property
+    def boundary(self) -> bool:
+        return self.data.may_switch(time.monotonic())
+
+
+def check(bench: Bench, wanted: torch.Tensor) -> None:
+    got = bench.result()
+    assert isinstance(got, torch.Tensor)
+    torch.testing.assert_close(got, wanted)
+    assert bench.data.next_deadline == float("inf")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_a_batch_comes_back_combined(rows: int) -> None:
+    bench = Bench(MAP)
+    wanted = bench.ask(rows=rows)
+    bench.answer_all()
+    check(bench, wanted)
+    assert bench.data.reroutes == 0
+    assert bench.data.expert_rows[1].sum() == rows * K
+
+
+@pytest.mark.parametrize("notice", [True, False])
+def test_a_lost_replica_is_replaced_by_another_at_once(notice: bool) -> None:
+    bench = Bench(TWICE)
+    if not notice:
+        bench.kill("b", notice=False)
+    wanted = bench.ask()
+    if notice:
+        bench.kill("b")
+    bench.answer_all()
+    check(bench, wanted)
+    assert bench.data.reroutes >= 1
+
+
+def test_without_a_replica_the_batch_waits_for_the_next_map() -> None:
+    bench = Bench(MAP)
+    wanted = bench.ask()
+    assert not bench.boundary
+    bench.kill("b")
+    bench.answer_all()
+    assert not bench.attention.ready()
+    assert bench.boundary  # in the middle of a step: nothing else can end the wait
+    bench.install(replaced(MAP, "b", "d", 2))
+    bench.answer_all()
+    check(bench, wanted)
+
+
+def test_a_replacement_that_dies_as_well_costs_nothing_either() -> None:
+    bench = Bench(MAP)
+    wanted = bench.ask()
+    bench.kill("b")
+    bench.install(replaced(MAP, "b", "d", 2))
+    bench.kill("d")
+    bench.install(replaced(MAP, "b", "e", 3))
+    bench.answer_all()
+    check(bench, wanted)
+
+
+def test_answers_of_an_older_map_are_not_taken_twice() -> None:
+    """a answers only after the new map had everything sent again: the first answer is stale, the second counts."""
+    bench = Bench(MAP)
+    wanted = bench.ask()
+    first = bench.frame("a")
+    assert first is not None
+    bench.shards["a"].send(Kind.RESULTS, first.tag, [bytes(D * 4 * len(expect_parts(first, 3)[1]) // 4)], soon())
+    bench.kill("b")
+    bench.install(replaced(MAP, "b", "d", 2))
+    assert not bench.wires["a"].ready()
+    bench.answer_all()
+    check(bench, wanted)
+
+
+def test_a_refusal_goes_to_another_replica_and_without_one_fails_the_batch() -> None:
+    bench = Bench(TWICE)
+    wanted = bench.ask()
+    frame = bench.frame("c")
+    assert frame is not None
+    bench.answer("c", frame, Kind.FAILED)
+    bench.answer_all()
+    check(bench, wanted)
+    alone = Bench(MAP)
+    alone.ask()
+    frame = alone.frame("c")
+    assert frame is not None
+    alone.answer("c", frame, Kind.FAILED)
+    assert alone.result() == "no memory"
+    alone.answer_all()
+    assert not alone.attention.ready()
+    assert alone.boundary
+
+
+def test_the_deadline_names_who_is_late_and_who_is_lost() -> None:
+    bench = Bench(MAP)
+    bench.ask()
+    bench.kill("b")
+    bench.data.end_late(time.monotonic() + 5)
+    assert not bench.attention.ready()
+    bench.data.end_late(time.monotonic() + 11)
+    assert bench.result() == "no answer within 10 s from a, c; lost: b"
+    bench.answer_all()
+    assert not bench.attention.ready()
+
+
+def test_steps_end_with_their_last_layer_or_a_failure_or_their_source() -> None:
+    bench = Bench(MAP)
+    assert bench.boundary
+    bench.ask(layer=1)
+    bench.answer_all()
+    assert not bench.boundary
+    bench.ask(layer=2)
+    assert not bench.boundary
+    bench.answer_all()
+    assert bench.boundary
+    bench.ask(step=2, layer=1)
+    bench.drop(bench.source, PeerGone("gone"))
+    assert bench.boundary
+    assert bench.data.next_deadline == float("inf")
+
+
+def test_a_new_step_forgets_the_batches_of_the_one_before() -> None:
+    bench = Bench(MAP)
+    bench.ask(step=1)
+    bench.kill("b")
+    wanted = bench.ask(step=2, seed=1)
+    bench.install(replaced(MAP, "b", "d", 2))
+    bench.answer_all()
+    check(bench, wanted)
+    assert not bench.attention.ready()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["kill", "map", "answer", "ask"]), st.integers(0, 2)), max_size=25))
+def test_whatever_happens_each_batch_is_answered_once_and_right(events: list[tuple[str, int]]) -> None:
+    """Random losses, maps and answers; at the end every shard lives, and the last batch comes back right."""
+    close_all()
+    bench, current = Bench(MAP), MAP
+    wanted, step, newest = bench.ask(), 1, 0
+    answered = 0
+    for event, number in events:
+        name = current.shards[number]
+        if event == "kill" and name not in bench.data.routes.lost:
+            bench.kill(name)
+        elif event == "map":
+            newest += 1
+            current = replaced(current, name, f"n{newest}", current.epoch + 1)
+            for other in sorted(bench.data.routes.lost - {name}):
+                newest += 1
+                current = replaced(current, other, f"n{newest}", current.epoch)
+            bench.install(current)
+        elif event == "answer" and name not in bench.data.routes.lost and (frame := bench.frame(name)):
+            bench.answer(name, frame)
+        elif event == "ask" and bench.attention.ready():
+            check(bench, wanted)
+            answered, step = answered + 1, step + 1
+            wanted = bench.ask(step=step, seed=step, layer=1 + step % 2)
+    for lost in sorted(bench.data.routes.lost):
+        newest += 1
+        current = replaced(current, lost, f"n{newest}", current.epoch + 1)
+    bench.install(current)
+    bench.answer_all()
+    check(bench, wanted)
+    assert not bench.attention.ready()

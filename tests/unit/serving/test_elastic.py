@@ -1,0 +1,234 @@
+"""A cluster that changes while streams run: scaled, drained, rebalanced, and with parts that die. In one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from expertmesh.v1 import control_pb2 as pb
+
+from actors.expert import ExpertShard
+from actors.model.errors import CheckpointError
+from cluster.config import ServerConfig
+from cluster.controller import Controller
+from cluster.launch import _local_controller
+from tests.chorus import singing
+from tests.paged_runner import random_ids
+from tests.serving import VOCABULARY, Client, Reference, greedy
+from tests.waiting import until
+
+Local = Callable[..., ServerConfig]
+COUNT = 48
+PROMPTS = [random_ids(3 + 2 * n, seed=n, vocab=VOCABULARY) for n in range(16)]
+
+
+@pytest.fixture(scope="module")
+def wanted(checkpoint: tuple[Path, Any]) -> list[Reference]:
+    return [greedy(checkpoint[1], prompt, COUNT) for prompt in PROMPTS]
+
+
+@contextmanager
+def running(config: ServerConfig) -> Iterator[tuple[Client, Controller]]:
+    """A local cluster, its client and its controller."""
+    with _local_controller(config) as handle, Client(handle.call("start", handle, timeout_s=60)) as client:
+        assert isinstance(handle.actor, Controller)
+        yield client, handle.actor
+
+
+def crash(controller: Controller, name: str) -> None:
+    """Let an actor end by itself, as by kill -9."""
+    member = controller._roster.find(name)
+    assert member is not None
+    member.handle.end()  # type: ignore[attr-defined]
+
+
+def names(client: Client, role: int) -> list[str]:
+    return [actor.name for actor in client.load(role)]
+
+
+def test_16_streams_while_both_fleets_are_scaled(
+    checkpoint: tuple[Path, Any], local: Local, wanted: list[Reference]
+) -> None:
+    with running(local(checkpoint[0])) as (client, _), singing(client, PROMPTS, wanted):
+        up = client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=4))
+        assert list(up.shards) == ["expert-0", "expert-1", "expert-2", "expert-3"]
+        assert up.expert_map_epoch == 2
+        more = client.control.ScaleAttention(pb.ScaleAttentionRequest(replicas=2))
+        assert list(more.replicas) == ["attention-0", "attention-1"]
+        down = client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=2))
+        assert list(down.shards) == ["expert-0", "expert-1"]
+        assert down.expert_map_epoch == 3
+        fewer = client.control.ScaleAttention(pb.ScaleAttentionRequest(replicas=1))
+        assert list(fewer.replicas) == ["attention-0"]
+        assert names(client, pb.ROLE_EXPERT) == ["expert-0", "expert-1"]
+        assert names(client, pb.ROLE_ROUTER) == ["router-0"]
+
+
+@pytest.mark.parametrize("min_replicas", [1, 2])
+def test_expert_shards_die_in_mid_stream(
+    checkpoint: tuple[Path, Any], local: Local, wanted: list[Reference], min_replicas: int
+) -> None:
+    config = local(checkpoint[0], **{"experts.shards": 3, "experts.min_replicas": min_replicas})
+    with running(config) as (client, controller), singing(client, PROMPTS, wanted):
+        for epoch in (2, 3, 4):
+            crash(controller, names(client, pb.ROLE_EXPERT)[0])
+            until(lambda epoch=epoch: client.cluster().expert_map_epoch == epoch)
+        gone = [event for event in client.cluster().events if event.kind == pb.CLUSTER_EVENT_KIND_ACTOR_LOST]
+        assert [event.actor for event in gone] == ["expert-0", "expert-1", "expert-2"]
+    shards = names_after(controller)
+    assert shards == []
+
+
+@pytest.mark.parametrize("part", ["attention-0", "router-0"])
+def test_a_replica_dies_in_mid_stream(
+    checkpoint: tuple[Path, Any], local: Local, wanted: list[Reference], part: str
+) -> None:
+    """The only one: its streams wait for its successor and go on where they were."""
+    with running(local(checkpoint[0])) as (client, controller), singing(client, PROMPTS, wanted):
+        crash(controller, part)
+        until(lambda: names(client, pb.ROLE_ATTENTION) == ["attention-1"])
+        until(lambda: client.load(pb.ROLE_GATEWAY)[0].gateway.replays >= 16)
+
+
+def test_a_gateway_that_dies_is_replaced_at_its_address(checkpoint: tuple[Path, Any], local: Local) -> None:
+    with running(local(checkpoint[0])) as (client, controller):
+        assert len(client.tokens(PROMPTS[0], 4)) == 4
+        crash(controller, "gateway-0")
+        until(lambda: answers(client))
+        assert names(client, pb.ROLE_GATEWAY) == ["gateway-1"]
+
+
+def answers(client: Client) -> bool:
+    try:
+        return len(client.tokens(PROMPTS[0], 4)) == 4
+    except grpc.RpcError:
+        return False
+
+
+def test_a_spare_takes_the_place_of_a_dead_shard(
+    checkpoint: tuple[Path, Any], local: Local, wanted: list[Reference]
+) -> None:
+    with (
+        running(local(checkpoint[0], **{"experts.spares": 1})) as (client, controller),
+        singing(client, PROMPTS, wanted[:2]),
+    ):
+        until(lambda: names(client, pb.ROLE_EXPERT) == ["expert-0", "expert-1", "expert-2"])
+        held = [actor.expert.experts for actor in client.load(pb.ROLE_EXPERT)]
+        assert held == [16, 16, 0]
+        crash(controller, "expert-0")
+        until(lambda: names(client, pb.ROLE_EXPERT) == ["expert-1", "expert-2", "expert-3"])
+        assert [actor.expert.experts for actor in client.load(pb.ROLE_EXPERT)] == [16, 16, 0]
+
+
+def names_after(controller: Controller) -> list[str]:
+    """Who is still on duty once the cluster was stopped."""
+    return [member.name for member in controller._roster.all()]
+
+
+def refusal(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value.code(), caught.value.details()
+
+
+def test_what_cannot_be_is_refused_by_field_and_changes_nothing(checkpoint: tuple[Path, Any], local: Local) -> None:
+    invalid = grpc.StatusCode.INVALID_ARGUMENT
+    with running(local(checkpoint[0])) as (client, _):
+        control, before = client.control, client.cluster().actors
+        for shards in (0, 17):
+            assert refusal(lambda shards=shards: control.ScaleExperts(pb.ScaleExpertsRequest(shards=shards))) == (
+                invalid,
+                f"shards: {shards}; allowed are 1 to 16",
+            )
+        code, text = refusal(lambda: control.ScaleAttention(pb.ScaleAttentionRequest()))
+        assert (code, text) == (invalid, "replicas: 0; allowed are 1 to 1024")
+        code, text = refusal(lambda: control.Drain(pb.DrainRequest()))
+        assert code == invalid
+        assert text.startswith("target: ")
+        code, text = refusal(lambda: control.Drain(pb.DrainRequest(actor="router-0")))
+        assert code == invalid
+        assert "there are expert-0, expert-1, attention-0" in text
+        code, text = refusal(lambda: control.Drain(pb.DrainRequest(actor="attention-0")))
+        assert (code, text) == (invalid, "actor: attention-0 is the last attention shard; scale up first")
+        code, text = refusal(lambda: control.Drain(pb.DrainRequest(node="nowhere")))
+        assert code == invalid
+        code, text = refusal(lambda: control.Drain(pb.DrainRequest(node="local")))
+        assert code == grpc.StatusCode.FAILED_PRECONDITION
+        assert [actor.name for actor in client.cluster().actors] == [actor.name for actor in before]
+        assert client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=3)).shards  # the node is not cordoned
+
+
+def test_a_shard_is_drained_and_not_replaced(
+    checkpoint: tuple[Path, Any], local: Local, wanted: list[Reference]
+) -> None:
+    config = local(checkpoint[0], **{"experts.shards": 3, "attention.replicas": 2})
+    with running(config) as (client, _), singing(client, PROMPTS, wanted[:4]):
+        done = client.control.Drain(pb.DrainRequest(actor="expert-1"))
+        assert (list(done.stopped), list(done.started)) == (["expert-1"], [])
+        done = client.control.Drain(pb.DrainRequest(actor="attention-0"))
+        assert list(done.stopped) == ["attention-0", "router-0"]
+        assert names(client, pb.ROLE_EXPERT) == ["expert-0", "expert-2"]
+        view = client.cluster()
+        assert (view.attention_replicas_wanted, view.expert_shards_wanted) == (1, 2)
+
+
+def test_rebalancing_follows_the_counted_load(
+    checkpoint: tuple[Path, Any], local: Local, wanted: list[Reference]
+) -> None:
+    """One prompt over and over loads few experts: the map is spread anew, or left alone when that is not worth it."""
+    with running(local(checkpoint[0], **{"experts.shards": 4})) as (client, controller):
+        assert wanted[0].agrees(client.tokens(PROMPTS[0], COUNT))
+        assert controller._experts is not None
+        done = client.control.Rebalance(pb.RebalanceRequest())
+        assert done.imbalance_after <= done.imbalance_before
+        assert (done.experts_read > 0) == (done.expert_map_epoch > 1)
+        assert wanted[0].agrees(client.tokens(PROMPTS[0], COUNT))
+        request = pb.GetClusterRequest(include_experts=True)
+        layers = client.control.GetCluster(request).layers
+        assert [layer.layer for layer in layers] == [1, 2]
+        shards = {name for layer in layers for expert in layer.experts for name in expert.shards}
+        assert shards == set(names(client, pb.ROLE_EXPERT))
+        rows = sum(expert.rows for layer in layers for expert in layer.experts)
+        assert rows == sum(actor.expert.pairs for actor in client.load(pb.ROLE_EXPERT))
+
+
+def test_a_change_that_fails_half_way_leaves_everything_as_it_was(
+    checkpoint: tuple[Path, Any], local: Local, wanted: list[Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new shards cannot read their weights: they go again, the old map stays, streams notice nothing."""
+    honest = ExpertShard.load
+
+    def load(shard: ExpertShard, epoch: int, experts: Any) -> int:
+        if shard.name == "expert-3":
+            raise CheckpointError("model.safetensors: gone")
+        return honest(shard, epoch, experts)
+
+    monkeypatch.setattr(ExpertShard, "load", load)
+    with running(local(checkpoint[0])) as (client, _), singing(client, PROMPTS, wanted[:4]):
+        code, _ = refusal(lambda: client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=4)))
+        assert code == grpc.StatusCode.INTERNAL
+        assert names(client, pb.ROLE_EXPERT) == ["expert-0", "expert-1"]
+        assert client.cluster().expert_map_epoch == 1
+        until(lambda: [actor.expert.experts for actor in client.load(pb.ROLE_EXPERT)] == [16, 16])
+        monkeypatch.setattr(ExpertShard, "load", honest)
+        assert len(client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=4)).shards) == 4
+
+
+def test_watching_tells_what_happens(checkpoint: tuple[Path, Any], local: Local) -> None:
+    with running(local(checkpoint[0])) as (client, _):
+        watchers = [client.control.WatchCluster(pb.WatchClusterRequest()) for _ in range(2)]
+        client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=3))
+        for watcher in watchers:
+            event = next(watcher).event
+            assert event.kind == pb.CLUSTER_EVENT_KIND_MAP_COMMITTED
+            assert "expert map 2 is in force on expert-0, expert-1, expert-2" in event.message
+        later = client.control.WatchCluster(pb.WatchClusterRequest(after=event.sequence))
+        client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=2))
+        kinds = [next(later).event.kind for _ in range(2)]
+        assert kinds == [pb.CLUSTER_EVENT_KIND_MAP_COMMITTED, pb.CLUSTER_EVENT_KIND_ACTOR_STOPPED]
+        for watcher in (*watchers, later):
+            watcher.cancel()
