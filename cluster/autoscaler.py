@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 
 from expertmesh.v1.control_pb2 import ClusterEventKind
-from placement.autoscale import AutoscalePolicy, PoolSnapshot, State, decide
 
 from cluster.config import AutoscaleConfig
 from cluster.events import EventLog
 from cluster.expert_fleet import ExpertFleet
+from placement.autoscale import AutoscalePolicy, PoolSnapshot, State, decide
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,9 @@ class Autoscaler:
             minimum=config.minimum,
             maximum=config.maximum,
             target_busy=config.target_busy,
-            target_rows_per_s=config.target_rows_per_s,
+            target_rows_per_s=config.target_pairs_per_s,
             tolerance=config.tolerance,
+            up_after_s=config.up_after_s,
             cool_down_s=config.cool_down_s,
             down_after_s=config.down_after_s,
         )
@@ -81,6 +82,7 @@ class Autoscaler:
             now_s=time.monotonic(),
             shards=len(shards),
             busy_s={name: figures.busy_s for name, figures in stats.items()},
-            rows={name: figures.rows for name, figures in stats.items()},
+            # pairs: a shard's rows hardly get fewer with more shards, for each row goes to several of them
+            rows={name: figures.pairs for name, figures in stats.items()},
             changing=self._changing(),
         )

@@ -87,17 +87,22 @@ class AutoscaleConfig(_Section):
     mode: Literal["off", "dry-run", "on"] = "off"
     minimum: int = Field(1, ge=1, le=4096)
     maximum: int = Field(8, ge=1, le=4096)
-    target_busy: float = Field(0.6, gt=0, le=1, description="share of its time that a shard should compute")
-    target_rows_per_s: float = Field(0.0, ge=0, description="rows a second that a shard should get; 0: not looked at")
+    target_busy: float = Field(0.6, ge=0, le=1, description="share of its time that a shard should compute; 0: unused")
+    target_pairs_per_s: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="(row, expert) pairs a second that a shard should get; 0: unused"
+    )
     tolerance: float = Field(0.1, ge=0, lt=1, description="no change within this share of the target")
     interval_s: float = Field(5.0, gt=0, le=3600, description="how often the load is looked at")
-    cool_down_s: float = Field(30.0, ge=0, description="after a change, no other for so long")
-    down_after_s: float = Field(300.0, ge=0, description="fewer only when so few were enough for so long")
+    up_after_s: float = Field(0.0, ge=0, le=86400, description="more only when so many were wanted for so long")
+    cool_down_s: float = Field(30.0, ge=0, le=86400, description="after a change, no other for so long")
+    down_after_s: float = Field(300.0, ge=0, le=86400, description="fewer only when so few were enough for so long")
 
     @model_validator(mode="after")
     def _a_range(self) -> AutoscaleConfig:
         if self.maximum < self.minimum:
             raise ValueError(f"maximum is {self.maximum}, must be at least minimum ({self.minimum})")
+        if not self.target_busy and not self.target_pairs_per_s:
+            raise ValueError("target_busy is 0, and so is target_pairs_per_s: one of them has to be used")
         return self
 
 

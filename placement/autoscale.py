@@ -1,8 +1,8 @@
 """The autoscaling policy: from a snapshot of a pool of shards to the number wanted. Pure; snapshots carry the time.
 
 The rule is that of Kubernetes' Horizontal Pod Autoscaler: ``wanted = ceil(shards * measured / target)``, nothing
-within the tolerance, and a stabilisation window for giving shards back. Shards without a figure yet are taken to be
-idle when that speaks against growing, and on target when that speaks against shrinking.
+within the tolerance, and a stabilisation window for giving shards back. Shards that just came or went have no figures:
+they are taken to have been idle where that speaks against growing, and on target where that speaks against shrinking.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ class AutoscalePolicy:
             raise ValueError(f"minimum: {self.minimum}; at least 1")
         if self.maximum < self.minimum:
             raise ValueError(f"maximum: {self.maximum}; at least the minimum, {self.minimum}")
-        if not 0 <= self.target_busy <= 1:
-            raise ValueError(f"target_busy: {self.target_busy}; from 0 to 1")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance: {self.tolerance}; from 0 to below 1")
+        if not 0 <= self.target_busy * (1 + self.tolerance) < 1:  # a shard that is always busy would not be too busy
+            below = 1 / (1 + self.tolerance)
+            raise ValueError(f"target_busy: {self.target_busy}; from 0 to below 1 / (1 + tolerance) = {below:.3f}")
         for name in ("target_rows_per_s", "up_after_s", "down_after_s", "cool_down_s"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: {getattr(self, name)}; at least 0, and finite")
@@ -146,19 +147,19 @@ def _recommend(snapshot: PoolSnapshot, policy: AutoscalePolicy, last: PoolSnapsh
         if target == 0 or not known:
             continue
         total = sum(now[shard] - before[shard] for shard in known) / (snapshot.now_s - last.now_s)
-        numbers.append(_number(total / target, len(known), snapshot.shards, policy.tolerance))
+        untold = max(0, snapshot.shards - len(known)) + sum(shard not in now for shard in before)
+        numbers.append(_number(total / target, untold, snapshot.shards, policy.tolerance))
         digits = 2 if name == "busy" else 0
         figures.append(f"{name} {total / len(known):.{digits}f} of {target:.{digits}f}")
     return max(numbers, default=None), ", ".join(figures)
 
 
-def _number(worth: float, known: int, shards: int, tolerance: float) -> int:
-    """Shards for the work of ``worth`` shards on target, which ``known`` of ``shards`` told of."""
-    missing = max(0, shards - known)
+def _number(worth: float, untold: int, shards: int, tolerance: float) -> int:
+    """Shards for the work of ``worth`` shards on target, and of ``untold`` ones that may have worked beside them."""
     if worth > shards * (1 + tolerance):
         return math.ceil(worth - 1e-9)
-    if worth + missing < shards * (1 - tolerance):
-        return math.ceil(worth + missing - 1e-9)
+    if worth + untold < shards * (1 - tolerance):
+        return math.ceil(worth + untold - 1e-9)
     return shards
 
 

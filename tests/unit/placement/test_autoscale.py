@@ -160,6 +160,8 @@ def test_shards_without_figures_hold_both_directions_back() -> None:
     begun = snapshot(0, 0.0, 0.0)
     assert replay([begun, snapshot(10, 9.0, 9.0, 0.0, 0.0)], policy)[1].wanted == 4
     assert replay([begun, snapshot(10, 0.0, 0.0, 0.0, 0.0)], policy)[1].wanted == 2
+    gone = [snapshot(0, 0.0, 0.0, 0.0, 0.0), snapshot(10, 2.0, 2.0), snapshot(20, 6.0, 6.0)]
+    assert [d.wanted for d in replay(gone, policy)] == [4, 2, 2]
 
 
 def test_the_state_does_not_change_with_the_callers_counters() -> None:
@@ -186,7 +188,8 @@ def test_time_goes_forward() -> None:
     [
         ("minimum", 0),
         ("maximum", 0),
-        ("target_busy", 1.5),
+        ("target_busy", -0.1),
+        ("target_busy", 0.95),
         ("target_busy", 0),
         ("target_rows_per_s", -1.0),
         ("tolerance", 1.0),
@@ -205,7 +208,7 @@ POLICIES = st.builds(
     lambda low, more, **rest: AutoscalePolicy(low, low + more, **rest),
     st.integers(1, 4),
     st.integers(0, 12),
-    target_busy=st.floats(0.1, 1),
+    target_busy=st.floats(0.1, 0.65),
     tolerance=st.floats(0, 0.5),
     up_after_s=st.sampled_from([0.0, 25.0]),
     down_after_s=st.sampled_from([0.0, 45.0]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from cluster.controller import Controller
 from cluster.launch import _local_controller
 from tests.chorus import singing
 from tests.paged_runner import random_ids
-from tests.serving import VOCABULARY, Client, Reference, greedy
+from tests.serving import VOCABULARY, Client, Reference, greedy, ids_request
 from tests.waiting import until
 
 Local = Callable[..., ServerConfig]
@@ -216,6 +217,45 @@ def test_a_change_that_fails_half_way_leaves_everything_as_it_was(
         until(lambda: [actor.expert.experts for actor in client.load(pb.ROLE_EXPERT)] == [16, 16])
         monkeypatch.setattr(ExpertShard, "load", honest)
         assert len(client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=4)).shards) == 4
+
+
+def test_what_cannot_be_replaced_ends_its_streams_with_unavailable(
+    checkpoint: tuple[Path, Any], local: Local, wanted: list[Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No expert is ever left out: streams end with a typed error and a hint; once it works again, all is well."""
+    honest, tried = ExpertShard.load, threading.Semaphore(0)
+
+    def load(shard: ExpertShard, epoch: int, experts: Any) -> int:
+        tried.release()
+        raise CheckpointError("model.safetensors: gone")
+
+    config = local(checkpoint[0], step_timeout_s=0.5, recovery_timeout_s=0.5)
+    with running(config) as (client, controller):
+        monkeypatch.setattr(ExpertShard, "load", load)
+        call = client.inference.Generate(ids_request(PROMPTS[0], 400))
+        next(call)
+        crash(controller, "expert-1")
+        code, text = refusal(lambda: list(call))
+        assert (code, text) == (grpc.StatusCode.UNAVAILABLE, "shards down; retry in 1 s")
+        for _ in range(2):
+            assert tried.acquire(timeout=30)  # it is tried again and again
+        failed = [e.message for e in client.cluster().events if e.kind == pb.CLUSTER_EVENT_KIND_FAILED]
+        assert "a repair failed and will be tried again: CheckpointError: model.safetensors: gone" in failed
+        monkeypatch.setattr(ExpertShard, "load", honest)
+        until(lambda: answers(client))
+        assert wanted[0].agrees(client.tokens(PROMPTS[0], COUNT))
+
+
+def test_a_wire_that_breaks_between_living_ends_is_made_anew(
+    checkpoint: tuple[Path, Any], local: Local, wanted: list[Reference]
+) -> None:
+    """The router reports the loss, the shard answers: it is connected again, not replaced."""
+    with running(local(checkpoint[0])) as (client, controller), singing(client, PROMPTS, wanted[:4]):
+        router = controller._roster.find("router-0")
+        assert router is not None
+        router.handle.actor._data.routes.wires["expert-1"].close()  # type: ignore[attr-defined]
+        until(lambda: client.cluster().expert_map_epoch == 2)
+        assert names(client, pb.ROLE_EXPERT) == ["expert-0", "expert-1"]
 
 
 def test_watching_tells_what_happens(checkpoint: tuple[Path, Any], local: Local) -> None:
