@@ -12,6 +12,8 @@ import threading
 import time
 from dataclasses import dataclass
 
+import torch
+
 from actors.engine.kv_blocks import BlockAllocator
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
 from actors.engine.scheduler import NeverFits, QueueFull, Scheduler, SchedulerLimits, StepPlan
@@ -43,7 +45,7 @@ _GATEWAY_WAIT_S = 1.0
 
 
 class NoMemory(RuntimeError):
-    """The node does not have the memory that the configuration gives to the KV cache."""
+    """The node, or its GPU, does not have the memory that the configuration gives to the KV cache."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,14 @@ class AttentionShard:
                 dtype=self._settings.torch_dtype,
                 row_block=self._settings.row_block,
                 progress=self._count,
+                device=self._settings.torch_device,
             )
         n_blocks, block_size = self._blocks.n_blocks, self._blocks.block_size
         try:
-            self._cache = KVCache(self._spec, n_blocks, block_size, self._settings.torch_dtype)
-        except MemoryError as error:
+            self._cache = KVCache(
+                self._spec, n_blocks, block_size, self._settings.torch_dtype, self._settings.torch_device
+            )
+        except (MemoryError, torch.OutOfMemoryError) as error:
             raise NoMemory(f"attention.kv_memory: {self._kv_bytes} bytes cannot be allocated: {error}") from error
         return self._endpoint.address
 
@@ -129,7 +134,10 @@ class AttentionShard:
     def connect(self, router: Address, medium: Medium | None, timeout_s: float) -> None:
         """Connect to the router of this shard and start to serve. Raises TransportError."""
         wire = self._endpoint.connect(router, time.monotonic() + timeout_s, medium)
-        self._moe = MoEClient(wire, self._settings.torch_dtype, self._spec.d_model, self._settings.step_timeout_s)
+        settings = self._settings
+        self._moe = MoEClient(
+            wire, settings.torch_dtype, settings.torch_device, self._spec.d_model, settings.step_timeout_s
+        )
         self._loop.add(wire)
         self._loop.start()
 
@@ -207,7 +215,7 @@ class AttentionShard:
             return self._void(plan, FinishReason.UNAVAILABLE, "the attention shard lost its router")
         self._moe.begin_step()
         try:
-            logits = self._model.forward(step_batch(plan), self._cache, self._moe)
+            logits = self._model.forward(step_batch(plan, self._settings.torch_device), self._cache, self._moe)
             sampled = sample_plan(plan, logits)
         except MoEUnavailable as error:
             log.warning("a step is void: %s", error)

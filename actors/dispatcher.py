@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.dispatch import ShardRows, split_rows
-from actors.messages import Kind, array_bytes, expect_parts, failure_text, tensor_bytes, tensor_from
+from actors.messages import Kind, array_bytes, expect_parts, failure_text, tensor_bytes, tensor_from, tensor_part
 from actors.model.combine import combine_rows
 from actors.routes import NOBODY, ExpertRoutes
 from actors.scratch import ScratchPool
@@ -65,9 +65,16 @@ class Dispatcher:
     """Batches in flight. ``drop(wire, error)`` takes a dead wire out of the loop, which then reports its loss."""
 
     def __init__(
-        self, name: str, dtype: torch.dtype, d_model: int, last_layer: int, timeout_s: float, drop: Drop
+        self,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        d_model: int,
+        last_layer: int,
+        timeout_s: float,
+        drop: Drop,
     ) -> None:
-        """``last_layer``: the MoE layer with which a step ends."""
+        """``last_layer``: the MoE layer with which a step ends. Rows are kept and combined on ``device``."""
         self.name = name
         self.routes: ExpertRoutes | None = None
         self.rows_per_shard: dict[str, int] = {}
@@ -75,6 +82,7 @@ class Dispatcher:
         self.reroutes = 0
         self.longest_wait_s = 0.0
         self._dtype = dtype
+        self._device = device
         self._d_model = d_model
         self._last_layer = last_layer
         self._timeout_s = timeout_s
@@ -82,14 +90,14 @@ class Dispatcher:
         self._pending: dict[int, DispatchHandle] = {}
         self._mid_step: dict[Wire, float] = {}  # sources inside a step, and until when to believe it
         self._number = 0
-        self._scratch = ScratchPool(dtype)
+        self._scratch = ScratchPool(dtype, device)
 
     def may_switch(self, now: float) -> bool:
         """True at a step boundary of every source, and while some batch waits for just that: another map."""
         if any(handle.stranded.size for handle in self._pending.values()):
             return True
         self._mid_step = {wire: until for wire, until in self._mid_step.items() if until > now}
-        return not self._pending and not self._mid_step
+        return not self._pending and not self._mid_step and (self.routes is None or self.routes.quiet)
 
     @property
     def next_deadline(self) -> float:
@@ -115,7 +123,7 @@ class Dispatcher:
             source,
             tag,
             kept,
-            chosen.numpy(),
+            chosen.cpu().numpy(),
             weight,
             self._scratch.take(chosen.numel(), self._d_model),
             now,
@@ -133,6 +141,8 @@ class Dispatcher:
 
     def on_results(self, wire: Wire, frame: Frame) -> None:
         """A shard has answered. Raises ProtocolError for what it was not asked for."""
+        if self.routes is not None and self.routes.wires.get(wire.peer) is wire:
+            self.routes.answered += 1
         handle = self._pending.get(frame.tag.step)
         shard, share = handle.owed.get(frame.tag.attempt, ("", None)) if handle else ("", None)
         if handle is None or share is None or shard != wire.peer:
@@ -142,11 +152,11 @@ class Dispatcher:
             self._refused(handle, shard, failure_text(frame), share.pair_slot)
             return
         (part,) = expect_parts(frame, 1)
-        results = tensor_from(part, self._dtype, self._d_model)
+        results = tensor_from(part, self._dtype, self._d_model, self._device)
         if results.shape[0] != share.pair_slot.size:
             raise ProtocolError(f"expert shard {shard} sent {results.shape[0]} rows, owed are {share.pair_slot.size}")
         del handle.owed[frame.tag.attempt]
-        handle.out[torch.from_numpy(share.pair_slot)] = results
+        handle.out[torch.from_numpy(share.pair_slot).to(self._device)] = results
         self._finish_if_complete(handle)
 
     def fail(self, source: Wire, tag: FrameTag, reason: str) -> None:
@@ -178,12 +188,13 @@ class Dispatcher:
             self._resend(handle, list(handle.owed))
 
     def lose_shard(self, shard: str) -> None:
-        """Its wire is gone: what it owed is sent to others."""
+        """Its wire is gone: what it owed is sent to others. So is what others owed that went with it."""
         if self.routes is None or shard not in self.routes.wires:
             return
         self.routes.lose(shard)
+        gone = self.routes.lost
         for handle in list(self._pending.values()):
-            owed = [attempt for attempt, (owner, _) in handle.owed.items() if owner == shard]
+            owed = [attempt for attempt, (owner, _) in handle.owed.items() if owner in gone]
             if owed:
                 self._resend(handle, owed)
 
@@ -204,8 +215,9 @@ class Dispatcher:
         if (owner == NOBODY).any():
             handle.stranded = np.sort(np.concatenate([handle.stranded, slots[owner == NOBODY]]))
             log.warning("%s: %d pairs wait for a shard that holds their experts", self.name, handle.stranded.size)
-        for share in split_rows(handle.chosen, slots, owner):
-            self._send_share(handle, routes, share)
+        with routes.batch():
+            for share in split_rows(handle.chosen, slots, owner):
+                self._send_share(handle, routes, share)
 
     def _send_share(self, handle: DispatchHandle, routes: ExpertRoutes, share: ShardRows) -> None:
         name, wire = routes.names[share.shard], routes.wire(share.shard)
@@ -213,14 +225,15 @@ class Dispatcher:
         handle.owed[handle.attempts] = (name, share)
         tag = FrameTag(routes.epoch, handle.number, handle.tag.micro_batch, handle.tag.layer, handle.attempts)
         whole = share.rows.size == handle.rows.shape[0]
-        picked = handle.rows if whole else handle.rows[torch.from_numpy(share.rows)]
-        parts = [tensor_bytes(picked), array_bytes(share.pair_row), array_bytes(share.pair_expert)]
+        picked = handle.rows if whole else handle.rows[torch.from_numpy(share.rows).to(self._device)]
+        parts = [tensor_part(picked, wire), array_bytes(share.pair_row), array_bytes(share.pair_expert)]
         try:
             wire.send(Kind.DISPATCH, tag, parts, handle.deadline)
         except (PeerGone, WireTimeout) as error:
             self._drop(wire, PeerGone(str(error)))
             self.lose_shard(name)  # again: this share may have been added after its loss was reported
             return
+        routes.asked += 1
         self.rows_per_shard[name] = self.rows_per_shard.get(name, 0) + share.rows.size
 
     def _resend(self, handle: DispatchHandle, attempts: list[int]) -> None:

@@ -12,16 +12,19 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-import torch
+from torch import Tensor
 
+from actors.groups import Groups
 from actors.loop import LoopThread
-from actors.messages import Kind, expect_parts, tensor_bytes, tensor_from
+from actors.messages import Kind, expect_parts, indices_from, tensor_from, tensor_part
 from actors.model.experts import ExpertBank
 from actors.model.families import load_spec
 from actors.model.weights import Checkpoint
 from actors.settings import ModelSettings
-from actors.transport.base import Address, EndpointFactory, Frame, PeerGone, TransportError, Wire
+from actors.stopwatch import Stopwatch
+from actors.transport.base import Address, Buffer, EndpointFactory, Frame, PeerGone, TransportError, Wire
+from actors.transport.nccl_group import GroupPlan
+from actors.transport.nccl_join import Lobby
 from placement.expert_map import Expert
 
 
@@ -42,7 +45,7 @@ class ExpertStats:
 
 class ExpertShard:
     """One expert shard. After ``listen`` it serves every wire that connects, until ``stop``, with what ``load`` and
-    ``keep`` have given it: both may be called while it serves."""
+    ``keep`` have given it: both may be called while it serves. Over NCCL a wire is served from ``join`` on."""
 
     def __init__(self, name: str, model: ModelSettings, make_endpoint: EndpointFactory) -> None:
         self.name = name
@@ -53,9 +56,11 @@ class ExpertShard:
         self._epoch = 0
         self._loaded_bytes = 0
         self._rows = self._pairs = 0
-        self._busy_s = 0.0
+        self._busy = Stopwatch(model.torch_device)
         self._loop = LoopThread(name, self._on_frame, self._on_gone, threads=model.thread_count)
-        self._endpoint = make_endpoint(name, self._loop.add)
+        self._lobby = Lobby()
+        self._groups = Groups(name, model.torch_device, model.step_timeout_s)
+        self._endpoint = make_endpoint(name, self._lobby.park if model.nccl else self._loop.add)
 
     def listen(self) -> Address:
         """Start to serve. Returns where routers connect."""
@@ -77,9 +82,19 @@ class ExpertShard:
                     dtype=self._model.torch_dtype,
                     row_block=self._model.row_block,
                     progress=self._count,
+                    device=self._model.torch_device,
                 )
             self._bank, self._epoch = self._bank.with_(read), epoch
         return len(missing)
+
+    def join(self, plan: GroupPlan, timeout_s: float) -> None:
+        """Form the group of ``plan`` with its other members, and serve its routers. Errors: TransportError."""
+        for wire in self._groups.join_as_shard(plan, self._lobby, timeout_s).wires.values():
+            self._loop.add(wire)
+
+    def leave(self, epoch: int) -> None:
+        """The group of ``epoch`` is over, or shall not form: no router works by it. Idempotent."""
+        self._groups.leave(epoch)
 
     def keep(self, epoch: int, experts: Iterable[Expert]) -> None:
         """Let go of everything but ``experts``: no router works by another map than ``epoch`` any more."""
@@ -101,13 +116,15 @@ class ExpertShard:
             weight_bytes=bank.nbytes,
             rows=self._rows,
             pairs=self._pairs,
-            busy_s=self._busy_s,
+            busy_s=self._busy.seconds,
         )
 
     def stop(self) -> None:
         """Close every wire and end the loop thread. Idempotent."""
         self._endpoint.close()
+        self._lobby.close()
         self._loop.stop()
+        self._groups.close()
 
     def _count(self, read: int) -> None:
         self._loaded_bytes += read
@@ -115,26 +132,27 @@ class ExpertShard:
     def _on_frame(self, wire: Wire, frame: Frame) -> None:
         deadline = time.monotonic() + self._model.step_timeout_s
         try:
-            parts = self._compute(frame)
+            out = self._compute(frame)
         except (ValueError, KeyError, RuntimeError, TransportError) as error:
             text = f"expert shard {self.name}: {type(error).__name__}: {error}"
-            wire.send(Kind.FAILED, frame.tag, [text.encode()], deadline)
+            told: list[Buffer] = [text.encode()]
+            wire.send(Kind.FAILED, frame.tag, told, deadline)
             return
-        wire.send(Kind.RESULTS, frame.tag, parts, deadline)
+        wire.send(Kind.RESULTS, frame.tag, [tensor_part(out, wire)], deadline)
 
-    def _compute(self, frame: Frame) -> list[memoryview]:
+    def _compute(self, frame: Frame) -> Tensor:
+        """Unweighted outputs [P, D] of a DISPATCH frame."""
         if frame.kind != Kind.DISPATCH:
             raise ValueError(f"frame kind {frame.kind}; an expert shard takes only DISPATCH ({Kind.DISPATCH})")
         rows_part, pair_row, pair_expert = expect_parts(frame, 3)
-        rows = tensor_from(rows_part, self._model.torch_dtype, self._spec.d_model)
-        pairs = torch.from_numpy(np.frombuffer(pair_row, np.int32).astype(np.int64))
-        experts = torch.from_numpy(np.frombuffer(pair_expert, np.int32).astype(np.int64))
-        begin = time.perf_counter()
-        out = self._bank.forward(frame.tag.layer, rows, pairs, experts)
-        self._busy_s += time.perf_counter() - begin
+        device = self._model.torch_device
+        rows = tensor_from(rows_part, self._model.torch_dtype, self._spec.d_model, device)
+        pairs, experts = indices_from(pair_row, device), indices_from(pair_expert, device)
+        with self._busy.running():
+            out = self._bank.forward(frame.tag.layer, rows, pairs, experts)
         self._rows += rows.shape[0]
         self._pairs += pairs.shape[0]
-        return [tensor_bytes(out)]
+        return out
 
     def _on_gone(self, wire: Wire, error: PeerGone) -> None:
         """A router went away: nothing of it is kept here."""

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.engine.request import FinishReason, TokenEvent
-from actors.transport.base import Buffer, Frame, ProtocolError
+from actors.transport.base import Buffer, Frame, Medium, Part, ProtocolError, Wire
 
 
 class Kind(IntEnum):
@@ -39,9 +39,16 @@ class Kind(IntEnum):
     TOKENS = 6
 
 
+def tensor_part(tensor: Tensor, wire: Wire) -> Buffer | Tensor:
+    """A contiguous tensor as a part of a frame for ``wire``: itself where the wire carries tensors, else its bytes."""
+    return tensor if wire.medium is Medium.NCCL else tensor_bytes(tensor)
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor of any dtype, without a copy."""
-    return array_bytes(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    """The memory of a contiguous tensor of any dtype: without a copy on the CPU, else copied to the host."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return array_bytes((tensor if tensor.is_cpu else tensor.cpu()).view(torch.uint8).numpy())
 
 
 def array_bytes(array: NDArray[Any]) -> memoryview:
@@ -49,17 +56,36 @@ def array_bytes(array: NDArray[Any]) -> memoryview:
     return array.data.cast("B")
 
 
-def tensor_from(part: memoryview, dtype: torch.dtype, columns: int) -> Tensor:
-    """[n, columns] view of a received part; it dies with the part. ProtocolError if the size does not divide."""
+CPU = torch.device("cpu")
+
+
+def tensor_from(part: Part, dtype: torch.dtype, columns: int, device: torch.device = CPU) -> Tensor:
+    """[n, columns] of a received part on ``device``. A view that dies with the part, or a copy if that lies elsewhere.
+
+    ProtocolError if the size does not divide.
+    """
     row_bytes = columns * dtype.itemsize
     if len(part) % row_bytes:
         raise ProtocolError(f"a part of {len(part)} bytes is not whole rows of {row_bytes} bytes")
     if len(part) == 0:
-        return torch.empty((0, columns), dtype=dtype)
-    return torch.frombuffer(part, dtype=dtype).view(-1, columns)
+        return torch.empty((0, columns), dtype=dtype, device=device)
+    flat = part.view(dtype) if isinstance(part, Tensor) else torch.frombuffer(part, dtype=dtype)
+    return flat.view(-1, columns).to(device)
 
 
-def expect_parts(frame: Frame, count: int) -> tuple[memoryview, ...]:
+def indices_from(part: Part, device: torch.device = CPU) -> Tensor:
+    """int64[P] on ``device`` of a received int32 part. ProtocolError if it is not in host memory."""
+    return torch.from_numpy(np.frombuffer(on_host(part), np.int32).astype(np.int64)).to(device)
+
+
+def on_host(part: Part) -> memoryview:
+    """A part that has to be in host memory; ProtocolError for a tensor."""
+    if isinstance(part, Tensor):
+        raise ProtocolError(f"a part came as a tensor of {part.nbytes} bytes; it belongs in host memory")
+    return part
+
+
+def expect_parts(frame: Frame, count: int) -> tuple[Part, ...]:
     """The frame's parts; ProtocolError unless there are exactly ``count``."""
     if len(frame.parts) != count:
         raise ProtocolError(f"frame of kind {frame.kind} has {len(frame.parts)} parts, expected {count}")
@@ -69,7 +95,7 @@ def expect_parts(frame: Frame, count: int) -> tuple[memoryview, ...]:
 def failure_text(frame: Frame) -> str:
     """The message of a FAILED frame."""
     (text,) = expect_parts(frame, 1)
-    return bytes(text).decode()
+    return bytes(on_host(text)).decode()
 
 
 _EVENT = np.dtype([("index", "<u4"), ("token", "<i4"), ("finish", "u1")])
@@ -92,7 +118,7 @@ def encode_tokens(events: Sequence[TokenEvent]) -> list[Buffer]:
 
 def decode_tokens(frame: Frame) -> list[TokenEvent]:
     """The events of a TOKENS frame, as they were given to ``encode_tokens``."""
-    records, ids, messages = expect_parts(frame, 3)
+    records, ids, messages = map(on_host, expect_parts(frame, 3))
     told: dict[str, Any] = json.loads(bytes(messages)) if len(messages) else {}
     rows = np.frombuffer(records, dtype=_EVENT)
     names = bytes(ids).decode().split("\n") if len(rows) else []

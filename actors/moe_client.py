@@ -27,8 +27,11 @@ class RowsSent:
 class MoEClient:
     """Implements ``actors.model.decoder.MoE`` over the wire to the router."""
 
-    def __init__(self, wire: Wire, dtype: torch.dtype, d_model: int, step_timeout_s: float) -> None:
+    def __init__(
+        self, wire: Wire, dtype: torch.dtype, device: torch.device, d_model: int, step_timeout_s: float
+    ) -> None:
         self.wire = wire
+        self._device = device
         self._dtype = dtype
         self._d_model = d_model
         self._timeout_s = step_timeout_s
@@ -64,7 +67,7 @@ class MoEClient:
             if frame.kind != Kind.ROWS_DONE or frame.tag != sent.tag:
                 raise ProtocolError(f"kind {frame.kind}, {frame.tag}; expected ROWS_DONE for {sent.tag}")
             (part,) = expect_parts(frame, 1)
-            rows = tensor_from(part, self._dtype, self._d_model)
+            rows = tensor_from(part, self._dtype, self._d_model, self._device)
         except TransportError as error:
             raise MoEUnavailable(f"router {self.wire.peer}: {type(error).__name__}: {error}") from error
         if rows.shape[0] != sent.count:

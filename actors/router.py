@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.dispatcher import Dispatcher
+from actors.groups import Groups
 from actors.loop import LoopThread
 from actors.messages import Kind, expect_parts, tensor_from
 from actors.model.families import load_spec
@@ -37,6 +38,7 @@ from actors.transport.base import (
     Wire,
     WireTimeout,
 )
+from actors.transport.nccl_group import GroupPlan
 from placement.expert_map import ExpertMap
 
 
@@ -74,8 +76,15 @@ class Router:
         )
         last_layer = self._spec.moe_layers[-1]
         self._data = Dispatcher(
-            name, model.torch_dtype, self._spec.d_model, last_layer, model.step_timeout_s, self._loop.drop
+            name,
+            model.torch_dtype,
+            model.torch_device,
+            self._spec.d_model,
+            last_layer,
+            model.step_timeout_s,
+            self._loop.drop,
         )
+        self._groups = Groups(name, model.torch_device, model.step_timeout_s)
         self._endpoint = make_endpoint(name, self._loop.add)
 
     # -- control (from the controller's threads) ------------------------------------------------------------------
@@ -83,19 +92,35 @@ class Router:
     def load(self) -> Address:
         """Read the gate weights and start to serve. Returns where attention shards connect."""
         with Checkpoint(self._model.path) as checkpoint:
-            self._gate = Gate.load(self._spec, checkpoint, self._model.row_block, progress=self._count)
+            self._gate = Gate.load(self._spec, checkpoint, self._model.row_block, self._count, self._model.torch_device)
         self._loop.start()
         return self._endpoint.address
 
     def prepare(
-        self, expert_map: ExpertMap, shards: Mapping[str, Address], medium: Medium | None, timeout_s: float
+        self,
+        expert_map: ExpertMap,
+        shards: Mapping[str, Address],
+        medium: Medium | None,
+        timeout_s: float,
+        plan: GroupPlan | None = None,
     ) -> None:
         """Connect to the shards of ``expert_map`` that have no live wire yet. The map in force stays in force.
 
-        Errors: TransportError when a shard cannot be reached in time; then nothing has changed.
+        With a ``plan``: form that group with all its members instead. Errors: TransportError when a shard cannot be
+        reached in time; then nothing has changed.
         """
-        deadline = time.monotonic() + timeout_s
         self.withdraw()
+        if plan is None:
+            self._prepare_wires(expert_map, shards, medium, time.monotonic() + timeout_s)
+            return
+        group, wires = self._groups.join_as_router(plan, self._endpoint, shards, medium, timeout_s)
+        self._prepared = ExpertRoutes(expert_map, wires, group)
+        for wire in wires.values():
+            self._loop.add(wire)
+
+    def _prepare_wires(
+        self, expert_map: ExpertMap, shards: Mapping[str, Address], medium: Medium | None, deadline: float
+    ) -> None:
         now = self._data.routes
         kept = {s: now.wires[s] for s in expert_map.shards if now and s in now.wires and s not in now.lost}
         fresh: dict[str, Wire] = {}
@@ -134,12 +159,22 @@ class Router:
         raise WireTimeout(f"router {self.name}: a step in flight kept epoch {epoch} from its commit")
 
     def withdraw(self) -> None:
-        """Forget a map that was prepared and not committed; the wires made for it are closed."""
+        """Forget a map that was prepared and not committed; the wires made for it are closed, its group is left."""
         prepared, self._prepared = self._prepared, None
         in_force = set(self._data.routes.wires.values()) if self._data.routes else set()
         for wire in prepared.wires.values() if prepared else ():
             if wire not in in_force:
                 wire.close()
+        if prepared is not None and prepared.group is not None:
+            self._groups.leave(prepared.epoch)
+
+    def new_ids(self) -> tuple[bytes, bytes]:
+        """For a :class:`GroupPlan`. This router must live until the group has formed: it answers who joins."""
+        return self._groups.new_ids()
+
+    def leave(self, epoch: int) -> None:
+        """The group of ``epoch`` is over, or shall not form: no router works by it. Idempotent."""
+        self._groups.leave(epoch)
 
     def wait_for_loss(self, epoch: int, known: frozenset[str], timeout_s: float) -> tuple[int, frozenset[str]]:
         """Epoch of the map in force, and its shards whose wires are lost: as soon as that is not (epoch, known), or
@@ -179,6 +214,7 @@ class Router:
             self._losses.notify_all()
         self._endpoint.close()
         self._loop.stop()
+        self._groups.close()
 
     # -- data plane (loop thread) ---------------------------------------------------------------------------------
 
@@ -193,7 +229,7 @@ class Router:
     def _on_rows(self, source: Wire, frame: Frame) -> None:
         assert self._gate is not None  # the loop starts after the weights are read
         (part,) = expect_parts(frame, 1)
-        rows = tensor_from(part, self._model.torch_dtype, self._spec.d_model)
+        rows = tensor_from(part, self._model.torch_dtype, self._spec.d_model, self._model.torch_device)
         if self._data.routes is None:
             self._data.fail(source, frame.tag, f"router {self.name} has no expert map yet")
             return

@@ -9,8 +9,9 @@ from torch import Tensor
 class ScratchPool:
     """Hands out [rows, columns] tensors over flat buffers that it keeps. One thread uses it."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
+        self._device = device
         self._free: list[Tensor] = []
 
     def take(self, rows: int, columns: int) -> Tensor:
@@ -22,10 +23,10 @@ class ScratchPool:
         else:
             if self._free:
                 self._free.pop()  # too small for today's batches: replaced by a larger one
-            flat = torch.empty(max(need, 1), dtype=self._dtype)
+            flat = torch.empty(max(need, 1), dtype=self._dtype, device=self._device)
         return flat[:need].view(rows, columns)
 
     def give(self, tensor: Tensor) -> None:
         """Take back what ``take`` returned; the caller must not use it any more."""
         whole = tensor.untyped_storage()
-        self._free.append(torch.empty(0, dtype=self._dtype).set_(whole))
+        self._free.append(torch.empty(0, dtype=self._dtype, device=self._device).set_(whole))

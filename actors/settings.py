@@ -13,7 +13,8 @@ import torch
 class ModelSettings:
     """``dtype`` is a torch dtype's name ("float32", "bfloat16"). ``row_block`` > 0 is the deterministic mode (see
     ``actors.model.linear``). ``threads``: torch's intra-op threads in this process; 0 means the machine's cores divided
-    by ``sharing``, the number of such processes on it."""
+    by ``sharing``, the number of such processes on it. ``device``: where it computes, "cpu" or "cuda" (the first GPU
+    that this process sees). ``nccl``: rows travel between routers and expert shards over NCCL."""
 
     path: Path
     dtype: str
@@ -21,6 +22,8 @@ class ModelSettings:
     threads: int
     step_timeout_s: float
     sharing: int = 1
+    device: str = "cpu"
+    nccl: bool = False
 
     @property
     def thread_count(self) -> int:
@@ -33,6 +36,11 @@ class ModelSettings:
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device itself."""
+        return torch.device(self.device)
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,21 @@ from actors.engine.sampling import sample
 from actors.model.batch import Segment, StepBatch
 
 
-def step_batch(plan: StepPlan) -> StepBatch:
-    """The plan's chunks one after the other; logits are wanted for the last row of each chunk that samples."""
+def step_batch(plan: StepPlan, device: torch.device) -> StepBatch:
+    """The plan's chunks one after the other, on ``device``; logits are wanted for the last row of each chunk that
+    samples."""
     chunks = plan.chunks
     starts = list(itertools.accumulate((len(c.token_ids) for c in chunks), initial=0))
     return StepBatch(
-        token_ids=torch.tensor([t for c in chunks for t in c.token_ids]),
-        positions=torch.cat([torch.arange(c.start, c.start + len(c.token_ids)) for c in chunks]),
-        slots=torch.tensor([slot for c in chunks for slot in c.slots]),
+        token_ids=torch.tensor([t for c in chunks for t in c.token_ids], device=device),
+        positions=torch.cat([torch.arange(c.start, c.start + len(c.token_ids)) for c in chunks]).to(device),
+        slots=torch.tensor([slot for c in chunks for slot in c.slots], device=device),
         segments=[
-            Segment(start, len(c.token_ids), c.start, torch.tensor(c.block_table))
+            Segment(start, len(c.token_ids), c.start, torch.tensor(c.block_table, device=device))
             for start, c in zip(starts, chunks, strict=False)
         ],
         output_rows=torch.tensor(
-            [end - 1 for end, c in zip(starts[1:], chunks, strict=True) if c.sample], dtype=torch.int64
+            [end - 1 for end, c in zip(starts[1:], chunks, strict=True) if c.sample], dtype=torch.int64, device=device
         ),
     )
 

@@ -70,8 +70,7 @@ class AttentionFleet:
 
     def requests(self, count: int) -> list[BundleRequest]:
         """What ``count`` new replicas need of their nodes."""
-        names = [self._deployment.roster.fresh_name("attention") for _ in range(count)]
-        return [BundleRequest(name, self._config.cpus, self._config.node_labels) for name in names]
+        return [self._deployment.request("attention", self._config, actors=2) for _ in range(count)]
 
     def spawn(self, bundles: Sequence[Bundle]) -> list[Replica]:
         """One replica per bundle. They do not serve yet."""
@@ -91,14 +90,17 @@ class AttentionFleet:
         """Let them read their weights; the futures give each one's address, by name."""
         return {member.name: member.handle.begin("load") for replica in replicas for member in replica.members}
 
-    def connect(self, replica: Replica, addresses: dict[str, Address], experts: ExpertFleet, deadline: float) -> None:
-        """Router to the experts, attention shard to its router: the replica can serve then."""
+    def connect(
+        self, replicas: Sequence[Replica], addresses: dict[str, Address], experts: ExpertFleet, deadline: float
+    ) -> None:
+        """Routers to the experts, attention shards to their routers: the replicas can serve then."""
         self._addresses.update(addresses)
-        epoch = experts.introduce(replica.router, deadline)
-        self._losses.follow(replica.router, epoch)
-        arguments = (addresses[replica.router.name], self._deployment.medium, left(deadline))
-        replica.shard.handle.call("connect", *arguments, timeout_s=left(deadline))
-        self.replicas.append(replica)
+        epoch = experts.introduce([replica.router for replica in replicas], deadline)
+        for replica in replicas:
+            self._losses.follow(replica.router, epoch)
+            arguments = (addresses[replica.router.name], self._deployment.medium, left(deadline))
+            replica.shard.handle.call("connect", *arguments, timeout_s=left(deadline))
+            self.replicas.append(replica)
 
     # -- changes --------------------------------------------------------------------------------------------------
 
@@ -107,7 +109,7 @@ class AttentionFleet:
         more = count - len(self.replicas)
         if more > 0:
             self.add(self._deployment.reserve(self.requests(more), left(deadline)), experts, deadline)
-        self.retire(self.replicas[count:])
+        self.retire(self.replicas[count:], experts, deadline)
 
     def add(self, bundles: Sequence[Bundle], experts: ExpertFleet, deadline: float) -> list[Replica]:
         """Start a replica in each of these bundles and let the gateways use it. All or none."""
@@ -116,9 +118,8 @@ class AttentionFleet:
             spawned = self.spawn(bundles)
             loads = self.begin(spawned)
             addresses = {name: load.result(left(deadline)) for name, load in loads.items()}
+            self.connect(spawned, addresses, experts, deadline)
             for replica in spawned:
-                own = {member.name: addresses[member.name] for member in replica.members}
-                self.connect(replica, own, experts, deadline)
                 peer = AttentionPeer(replica.shard.handle, addresses[replica.shard.name])
                 for gateway in self._deployment.roster.of(Role.ROLE_GATEWAY):
                     gateway.handle.call(
@@ -131,7 +132,7 @@ class AttentionFleet:
             raise
         return spawned
 
-    def retire(self, leaving: Sequence[Replica]) -> None:
+    def retire(self, leaving: Sequence[Replica], experts: ExpertFleet, deadline: float) -> None:
         """Nothing new for these; when their streams have ended, or were moved after drain_timeout_s, they go."""
         patience = self._deployment.config.drain_timeout_s
         gateways = self._deployment.roster.of(Role.ROLE_GATEWAY)
@@ -145,17 +146,22 @@ class AttentionFleet:
                 call.result(patience + _RETIRE_SLACK_S)
             except ActorUnreachable as error:
                 log.warning("%s is gone: %s", gateway.name, error)
-        self._dismiss(list(leaving))
+        try:
+            experts.part_with([replica.router for replica in leaving], deadline)
+        finally:
+            self._dismiss(list(leaving))
 
     def replace(self, lost: Sequence[Member], experts: ExpertFleet, deadline: float) -> list[Replica]:
         """Start a replica for each one of which a part died; gateways move its streams. Returns the new ones."""
         names = {member.name for member in lost}
         started = []
-        for dead in [r for r in self.replicas if names & {member.name for member in r.members}]:
+        gone = [r for r in self.replicas if names & {member.name for member in r.members}]
+        for dead in gone:
             self.replicas.remove(dead)
             for member in dead.members:
                 self._deployment.roster.discard(member, "its partner was lost")
             self._vacant.append(dead.shard.bundle)
+        experts.part_with([dead.router for dead in gone], deadline)
         while self._vacant:
             bundle = self._deployment.renew(self._vacant[0], self.requests(1)[0], left(deadline))
             self._vacant[0] = None  # should the start fail, its room is given back

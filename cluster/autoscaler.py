@@ -12,7 +12,7 @@ from expertmesh.v1.control_pb2 import ClusterEventKind
 from cluster.config import AutoscaleConfig
 from cluster.events import EventLog
 from cluster.expert_fleet import ExpertFleet
-from placement.autoscale import AutoscalePolicy, PoolSnapshot, State, decide
+from placement.autoscale import PoolSnapshot, State, decide
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +33,7 @@ class Autoscaler:
         self._experts = experts
         self._changing = changing
         self._apply = apply
-        self._policy = AutoscalePolicy(
-            minimum=config.minimum,
-            maximum=config.maximum,
-            target_busy=config.target_busy,
-            target_rows_per_s=config.target_pairs_per_s,
-            tolerance=config.tolerance,
-            up_after_s=config.up_after_s,
-            cool_down_s=config.cool_down_s,
-            down_after_s=config.down_after_s,
-        )
+        self._policy = config.policy
         self._state = State()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="autoscaler", daemon=True)
@@ -83,6 +74,6 @@ class Autoscaler:
             shards=len(shards),
             busy_s={name: figures.busy_s for name, figures in stats.items()},
             # pairs: a shard's rows hardly get fewer with more shards, for each row goes to several of them
-            rows={name: figures.pairs for name, figures in stats.items()},
+            pairs={name: figures.pairs for name, figures in stats.items()},
             changing=self._changing(),
         )

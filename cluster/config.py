@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from placement.autoscale import AutoscalePolicy
 
 
 class ConfigError(ValueError):
@@ -66,6 +69,7 @@ class AttentionConfig(_Section):
 
     replicas: int = Field(1, ge=1, le=1024)
     cpus: float = Field(0.25, gt=0, description="logical CPUs of a bundle, for Ray's bookkeeping")
+    gpus: float = Field(1.0, gt=0, le=1, description="with device: cuda, the part of a GPU that a bundle gets")
     threads: int = Field(0, ge=0, description="torch threads; 0: one for small matrices, else one a core")
     node_labels: Labels = Field(default_factory=dict, description="nodes that may hold this fleet")
     kv_memory: ByteSize = Field(2**30, ge=1, description="KV cache of each replica")
@@ -98,12 +102,14 @@ class AutoscaleConfig(_Section):
     down_after_s: float = Field(300.0, ge=0, le=86400, description="fewer only when so few were enough for so long")
 
     @model_validator(mode="after")
-    def _a_range(self) -> AutoscaleConfig:
-        if self.maximum < self.minimum:
-            raise ValueError(f"maximum is {self.maximum}, must be at least minimum ({self.minimum})")
-        if not self.target_busy and not self.target_pairs_per_s:
-            raise ValueError("target_busy is 0, and so is target_pairs_per_s: one of them has to be used")
+    def _consistent(self) -> AutoscaleConfig:
+        assert self.policy  # made to check what does not fit together
         return self
+
+    @property
+    def policy(self) -> AutoscalePolicy:
+        """The same for the planner. Raises ValueError for what does not fit together."""
+        return AutoscalePolicy(**{f.name: getattr(self, f.name) for f in fields(AutoscalePolicy)})
 
 
 class ExpertsConfig(_Section):
@@ -115,6 +121,7 @@ class ExpertsConfig(_Section):
     spares: int = Field(0, ge=0, le=64, description="warm processes without experts, for quick recovery")
     autoscale: AutoscaleConfig = Field(default_factory=AutoscaleConfig)
     cpus: float = Field(0.25, gt=0, description="logical CPUs of a bundle, for Ray's bookkeeping")
+    gpus: float = Field(1.0, gt=0, le=1, description="with device: cuda, the part of a GPU that a bundle gets")
     threads: int = Field(0, ge=0, description="torch threads; 0: one for small matrices, else the cores shared")
     node_labels: Labels = Field(default_factory=dict, description="nodes that may hold this fleet")
 
@@ -193,7 +200,8 @@ class ServerConfig(_Section):
         0, ge=0, description="tokens, prompt and answer; 0: what the model allows"
     )
     deterministic: bool = Field(True, description="a row's result does not depend on its batch mates")
-    transport: Literal["auto", "shm", "tcp", "local"] = "auto"
+    transport: Literal["auto", "nccl", "shm", "tcp", "local"] = "auto"
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where gates, experts and attention compute")
     step_timeout_s: float = Field(30.0, gt=0, le=3600)
     recovery_timeout_s: float = Field(
         60.0,
@@ -208,6 +216,17 @@ class ServerConfig(_Section):
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     access: AccessConfig = Field(default_factory=AccessConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
+
+    @model_validator(mode="after")
+    def _gpus_for_who_needs_them(self) -> ServerConfig:
+        if self.transport == "nccl" and self.device != "cuda":
+            raise ValueError("transport: nccl needs device: cuda")
+        for key, fleet in (("attention", self.attention), ("experts", self.experts)):
+            if self.device == "cpu" and "gpus" in fleet.model_fields_set:
+                raise ValueError(f"{key}.gpus: {fleet.gpus:g}, but device is cpu; write device: cuda, or leave it out")
+            if self.transport == "nccl" and fleet.gpus != 1:
+                raise ValueError(f"{key}.gpus: {fleet.gpus:g}; transport: nccl needs 1, as its members share no GPU")
+        return self
 
 
 def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> ServerConfig:
@@ -253,6 +272,8 @@ def _explain(error: dict[str, Any]) -> str:
     """One pydantic error as "key: what is wrong (given ...)"; a typo is answered with the keys that exist."""
     location = error["loc"]
     key = ".".join(map(str, location))
+    if not key:  # of several keys: the message names them
+        return str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key; allowed here: {', '.join(sorted(_section(location[:-1]).model_fields))}"
     # whoever takes the hash for the token itself must not find it in a log

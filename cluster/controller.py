@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from expertmesh.v1 import control_pb2 as pb
@@ -26,7 +28,7 @@ from cluster.fleet import ActorHandle, Fleet
 from cluster.gateway.server import Gateway
 from cluster.loss_watch import LossWatch
 from cluster.model_source import model_name
-from cluster.operations import BadOperation, Leaving, find_target
+from cluster.operations import BadOperation, Busy, Leaving, find_target
 from cluster.roster import Member, Roster
 from cluster.supervisor import Supervisor
 from cluster.view import cluster_view
@@ -36,6 +38,8 @@ log = logging.getLogger(__name__)
 _STATS_TIMEOUT_S = 2.0
 _SHOWN_EVENTS = 10
 _MOST_REPLICAS = 1024
+_MOST_CHANGES = 4  # each waits in a thread of this actor, and looking at the cluster must go on
+_ONCE_IN_S = 30.0
 _READING = "reading weights"
 _STOP_ORDER = (Role.ROLE_GATEWAY, Role.ROLE_ATTENTION, Role.ROLE_ROUTER, Role.ROLE_EXPERT)
 
@@ -62,13 +66,16 @@ class Controller:
         self._supervisor = Supervisor(self._examine, self._repair, self._repair_failed)
         self._roster = Roster(fleet, self._events, self._supervisor.lost)
         self._deployment = Deployment(config, fleet, self._roster, self._events)
-        self._attention = AttentionFleet(self._deployment, LossWatch(self._supervisor.suspect))
+        self._losses = LossWatch(self._supervisor.suspect)
+        self._attention = AttentionFleet(self._deployment, self._losses)
         self._experts: ExpertFleet | None = None
         self._autoscaler: Autoscaler | None = None
         self._own: ActorHandle | None = None
         self._changing = threading.Lock()
+        self._queue = threading.BoundedSemaphore(_MOST_CHANGES)
         self._progress = Progress()
         self._address = ""
+        self._reconnected: dict[str, float] = {}
         self._asked: dict[str, Future[int]] = {}
         self._loaded: dict[str, int] = {}
 
@@ -134,7 +141,7 @@ class Controller:
 
     def scale_experts(self, shards: int) -> bytes:
         """Another number of expert shards. Raises BadOperation, NoRoom."""
-        with self._changing:
+        with self._change():
             experts, deadline = self._ready(), self._deadline()
             if not experts.least <= shards <= experts.most:
                 raise BadOperation("shards", f"{shards}; allowed are {experts.least} to {experts.most}")
@@ -146,7 +153,7 @@ class Controller:
 
     def scale_attention(self, replicas: int) -> bytes:
         """Another number of attention replicas. Raises BadOperation, NoRoom."""
-        with self._changing:
+        with self._change():
             experts, deadline = self._ready(), self._deadline()
             if not 1 <= replicas <= _MOST_REPLICAS:
                 raise BadOperation("replicas", f"{replicas}; allowed are 1 to {_MOST_REPLICAS}")
@@ -156,7 +163,7 @@ class Controller:
 
     def rebalance(self) -> bytes:
         """Spread the experts anew by the load that was counted."""
-        with self._changing:
+        with self._change():
             experts = self._ready()
             read, before, after = experts.rebalance(self._deadline())
             assert experts.map is not None
@@ -167,9 +174,9 @@ class Controller:
 
     def drain(self, actor: str, node: str) -> bytes:
         """Take one shard, or everything on a node, out of service. Raises BadOperation, NoRoom."""
-        with self._changing:
+        with self._change():
             experts, deadline = self._ready(), self._deadline()
-            leaving = find_target(actor, node, self._fleet.nodes(), experts, self._attention)
+            leaving = find_target(actor, node, self._fleet, experts, self._attention)
             cordoned = self._deployment.cordoned
             self._deployment.cordoned = cordoned | ({leaving.node} if leaving.node else set())
             try:
@@ -201,8 +208,7 @@ class Controller:
         addresses = {name: load.result(left(deadline)) for name, load in loading.items()}
         opening.result(left(deadline))
         self._progress.phase = "connecting"
-        for pair in pairs:
-            attention.connect(pair, addresses, experts, deadline)
+        attention.connect(pairs, addresses, experts, deadline)
         self._experts = experts
         address = self._open(gateway, deadline)
         self._supervisor.start()
@@ -225,6 +231,7 @@ class Controller:
         arguments = (self._attention.peers, self._own, self._deployment.medium, left(deadline))
         gateway.handle.call("connect", *arguments, timeout_s=left(deadline))
         self._address = str(gateway.handle.call("serve", timeout_s=left(deadline)))
+        self._losses.follow(gateway)
         return self._address
 
     def _late(self) -> str:
@@ -240,15 +247,20 @@ class Controller:
     # -- changes that nobody asked for ----------------------------------------------------------------------------
 
     def _examine(self, suspects: frozenset[str]) -> None:
-        """Some router has lost these expert shards. Those that answer are connected anew, the others are lost."""
+        """Some router has lost these expert shards: those that answer are connected anew, the others are lost. Or a
+        gateway has lost attention shards: whether they live or not, they are of no use without it."""
         with self._changing:
+            for replica in [r for r in self._attention.replicas if r.shard.name in suspects]:
+                self._roster.lose(replica.shard, "a gateway lost its wire")
             experts, deadline = self._ready(), self._deadline()
-            members = [shard for shard in experts.shards if shard.name in suspects]
+            still = suspects & experts.missed()  # a repair may have settled what was reported
+            members = [shard for shard in experts.shards if shard.name in still]
             answers = experts.stats(members)
-            for shard in [shard for shard in members if shard.name not in answers]:
+            dead = [shard for shard in members if shard.name not in answers]
+            for shard in dead:
                 self._roster.lose(shard, "a router lost it, and it does not answer")
-            if answers:
-                experts.reconnect(deadline)
+            if members and not dead:
+                experts.reconnect(deadline)  # else the map that replaces the dead connects to the others anew
 
     def _repair(self, lost: list[Member]) -> None:
         """Replace what died. Called again with the same members if it raises."""
@@ -298,10 +310,21 @@ class Controller:
                 requests = self._attention.requests(len(leaving.replicas))
                 bundles = self._deployment.reserve(requests, left(deadline))
                 started += [r.shard.name for r in self._attention.add(bundles, experts, deadline)]
-            self._attention.retire(leaving.replicas)
+            self._attention.retire(leaving.replicas, experts, deadline)
         if leaving.shards:
             started += [shard.name for shard in experts.drain(leaving.shards, elsewhere, deadline)]
         return started
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """An operator's change, when the ones before are through. Raises Busy when too many wait already."""
+        if not self._queue.acquire(blocking=False):
+            raise Busy(f"{_MOST_CHANGES} changes are waiting or under way already")
+        try:
+            with self._changing:
+                yield
+        finally:
+            self._queue.release()
 
     def _ready(self) -> ExpertFleet:
         if self._experts is None:

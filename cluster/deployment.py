@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from actors.transport.base import Medium
-from cluster.config import ServerConfig
+from cluster.config import AttentionConfig, ExpertsConfig, ServerConfig
 from cluster.events import EventLog
 from cluster.fleet import Bundle, Fleet
+from cluster.gpus import GpuCheck
 from cluster.model_source import resolve_model
 from cluster.roster import Roster
 from cluster.settings import SettingsFactory
@@ -17,22 +18,43 @@ from placement.spec import BundleRequest
 
 
 class Deployment:
-    """One per cluster. Bundles that it reserved are given back at the latest by ``release_all``."""
+    """One per cluster. Bundles that it reserved are given back at the latest by ``release_all``.
+
+    ``medium`` is that of all pairwise wires. With ``nccl`` those between routers and expert shards only announce what
+    goes over NCCL.
+    """
 
     def __init__(self, config: ServerConfig, fleet: Fleet, roster: Roster, events: EventLog) -> None:
         self.config = config
         self.fleet = fleet
         self.roster = roster
         self.events = events
-        self.medium = None if config.transport in ("auto", "local") else Medium(config.transport)
+        self.medium = Medium(config.transport) if config.transport in ("shm", "tcp") else None
+        self.nccl = config.transport == "nccl"
         self.cordoned: frozenset[str] = frozenset()
         self._bundles: dict[str, Bundle] = {}
         self._settings = SettingsFactory(config, {})
+        self._gpus = GpuCheck(config, fleet)
+
+    def request(self, prefix: str, fleet: AttentionConfig | ExpertsConfig, actors: int = 1) -> BundleRequest:
+        """What a new shard of this fleet needs of its node, with whatever lives beside it: ``actors`` together."""
+        gpus = fleet.gpus if self.config.device == "cuda" else 0.0
+        return BundleRequest(self.roster.fresh_name(prefix), fleet.cpus, fleet.node_labels, gpus, actors)
 
     def reserve(self, requests: Sequence[BundleRequest], timeout_s: float) -> list[Bundle]:
-        """One bundle per request, on nodes that are not cordoned. All or none; raises NoRoom."""
+        """One bundle per request, on nodes that are not cordoned. All or none.
+
+        Raises NoRoom, and ConfigError when a node cannot do what the configuration asks of it.
+        """
+        self._gpus.before(requests, [node for node in self.fleet.nodes() if node.node_id not in self.cordoned])
         bundles = self.fleet.reserve(requests, timeout_s, self.cordoned)
         self._bundles.update((bundle.name, bundle) for bundle in bundles)
+        try:
+            self._gpus.after([bundle.node_id for bundle in bundles])
+        except BaseException:
+            for bundle in bundles:
+                self.release(bundle)
+            raise
         return bundles
 
     def renew(self, bundle: Bundle | None, request: BundleRequest, timeout_s: float) -> Bundle:

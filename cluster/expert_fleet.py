@@ -8,7 +8,6 @@ half-way leaves the old map in force.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -21,8 +20,10 @@ from numpy.typing import NDArray
 from actors.expert import ExpertShard, ExpertStats
 from actors.model.spec import MoEDecoderSpec
 from actors.transport.base import Address, TransportError
+from cluster.calls import answers, log_failure
 from cluster.config import ConfigError
 from cluster.deployment import Deployment, left
+from cluster.expert_groups import ExpertGroups
 from cluster.fleet import ActorUnreachable, Bundle
 from cluster.roster import Member
 from placement.balance import BalancePolicy, ShardRoom, imbalance, plan
@@ -31,7 +32,6 @@ from placement.spec import BundleRequest
 
 log = logging.getLogger(__name__)
 
-_STATS_TIMEOUT_S = 2.0
 _COMMIT_SLACK_S = 5.0
 
 Routers = Callable[[], list[Member]]
@@ -48,6 +48,7 @@ class ExpertFleet:
         self._config = deployment.config.experts
         self._spec = spec
         self._routers = routers
+        self._groups = ExpertGroups(deployment) if deployment.nccl else None
         self._epoch = 0
         self._shards: dict[str, Member] = {}
         self._spares: dict[str, Member] = {}
@@ -101,12 +102,24 @@ class ExpertFleet:
         self.map = self._plan(shards)
         return [s.handle.begin("load", self.map.epoch, self.map.held_by(s.name)) for s in shards]
 
-    def introduce(self, router: Member, deadline: float) -> int:
-        """Bring a new router to the map in force; returns its epoch."""
+    def introduce(self, routers: Sequence[Member], deadline: float) -> int:
+        """Bring new routers to the map in force, or with all the others to a new one; returns its epoch."""
         assert self.map is not None
-        self._prepare([router], self.map, deadline)
-        router.handle.call("commit", self.map.epoch, left(deadline), timeout_s=left(deadline))
+        if self._groups is not None:
+            again = self._same_map() if self._groups.any else self.map
+            self._install(again, deadline, routers=[*self._routers(), *routers])
+            return self.map.epoch
+        self._prepare(routers, self.map, self._shards, deadline)
+        for call in [router.handle.begin("commit", self.map.epoch, left(deadline)) for router in routers]:
+            call.result(left(deadline))
         return self.map.epoch
+
+    def part_with(self, routers: Sequence[Member], deadline: float) -> None:
+        """These routers go, or are gone: the others shall not share a group with them."""
+        leaving = {router.name for router in routers}
+        staying = [router for router in self._routers() if router.name not in leaving]
+        if self._groups is not None and staying and leaving & self._groups.routers:
+            self._install(self._same_map(), deadline, routers=staying)
 
     # -- changes --------------------------------------------------------------------------------------------------
 
@@ -144,18 +157,21 @@ class ExpertFleet:
 
         Where the bundle is still there it is used again. Until it has worked, it may be called again.
         """
-        started = []
-        for dead in [member for member in lost if member.name in self._shards]:
-            newcomer = self._newcomer(dead, deadline)
-            assert self.map is not None
-            try:
-                self._install(replaced(self.map, dead.name, newcomer.name, self._next_epoch()), deadline, [newcomer])
-            except BaseException:
-                self._dismiss([newcomer])
-                raise
-            del self._shards[dead.name], self._addresses[dead.name]
-            self._deployment.release(dead.bundle)  # unless its successor has it
-            started.append(newcomer)
+        dead = [member for member in lost if member.name in self._shards]
+        if not dead:
+            return []
+        new, started = self._same_map(), list[Member]()
+        try:
+            for member in dead:
+                started.append(self._newcomer(member, deadline))
+                new = replaced(new, member.name, started[-1].name, new.epoch)
+            self._install(new, deadline, started)
+        except BaseException:
+            self._dismiss(started)
+            raise
+        for member in dead:
+            del self._shards[member.name], self._addresses[member.name]
+            self._deployment.release(member.bundle)  # unless its successor has it
         return started
 
     def restore_spares(self, deadline: float) -> None:
@@ -171,8 +187,12 @@ class ExpertFleet:
 
     def reconnect(self, deadline: float) -> None:
         """Let every router connect anew to shards that it has lost though they live."""
-        assert self.map is not None
-        self._install(ExpertMap(self._next_epoch(), self.map.n_experts, self.map.replicas), deadline)
+        self._install(self._same_map(), deadline)
+
+    def missed(self) -> frozenset[str]:
+        """Shards that some router has lost and has not got back."""
+        calls = {router.name: router.handle.begin("wait_for_loss", 0, frozenset(), 0.0) for router in self._routers()}
+        return frozenset[str]().union(*(lost for _, lost in answers(calls).values()))
 
     # -- load -----------------------------------------------------------------------------------------------------
 
@@ -189,7 +209,7 @@ class ExpertFleet:
     def stats(self, shards: Sequence[Member]) -> dict[str, ExpertStats]:
         """What each of ``shards`` tells of itself; those that do not answer are left out."""
         calls = {shard.name: shard.handle.begin("stats") for shard in shards}
-        return _answers(calls)
+        return answers(calls)
 
     def layers(self) -> list[pb.MoELayer]:
         """Where each expert is, and how many (row, expert) pairs were sent to it since the routers started."""
@@ -203,7 +223,7 @@ class ExpertFleet:
         return layers
 
     def _count(self) -> dict[str, dict[int, NDArray[np.int64]]]:
-        return _answers({router.name: router.handle.begin("expert_rows") for router in self._routers()})
+        return answers({router.name: router.handle.begin("expert_rows") for router in self._routers()})
 
     # -- parts of the above ---------------------------------------------------------------------------------------
 
@@ -250,16 +270,25 @@ class ExpertFleet:
         bundle = self._deployment.renew(dead.bundle, expert_requests(self._deployment, 1)[0], left(deadline))
         return self._listening(self.spawn([bundle]), deadline)[0]
 
-    def _install(self, new: ExpertMap, deadline: float, started: Sequence[Member] = ()) -> int:
-        """Bring a map into force; returns how many experts were read. On failure the old one stays."""
-        routers = self._routers()
+    def _install(
+        self,
+        new: ExpertMap,
+        deadline: float,
+        started: Sequence[Member] = (),
+        routers: Sequence[Member] | None = None,
+    ) -> int:
+        """Bring a map into force on all routers; returns how many experts were read. On failure the old one stays."""
+        routers = self._routers() if routers is None else routers
+        shards = {**self._shards, **{shard.name: shard for shard in started}}
         try:
-            read = self._read(new, {**self._shards, **{shard.name: shard for shard in started}}, deadline)
-            routers = self._prepare(routers, new, deadline)
+            read = self._read(new, shards, deadline)
+            routers = self._prepare(routers, new, shards, deadline)
         except BaseException:
             self._undo(routers)
             raise
         self._commit(routers, new)
+        if self._groups is not None:
+            self._groups.settle()
         old, self.map = self.map, new
         self._shards.update((shard.name, shard) for shard in started)
         self._counted = self._count()
@@ -277,9 +306,13 @@ class ExpertFleet:
         calls = [members[name].handle.begin("load", new.epoch, new.held_by(name)) for name in moves(self.map, new)]
         return sum(call.result(left(deadline)) for call in calls)
 
-    def _prepare(self, routers: Sequence[Member], new: ExpertMap, deadline: float) -> list[Member]:
+    def _prepare(
+        self, routers: Sequence[Member], new: ExpertMap, shards: Mapping[str, Member], deadline: float
+    ) -> list[Member]:
         """Connect all routers to the shards of ``new``; returns those that are still there."""
         addresses = {name: self._addresses[name] for name in new.shards}
+        if self._groups is not None:
+            return self._groups.form(new, routers, [shards[name] for name in new.shards], addresses, deadline)
         arguments = (new, addresses, self._deployment.medium, left(deadline))
         calls = [(router, router.handle.begin("prepare", *arguments)) for router in routers]
         prepared = []
@@ -304,7 +337,9 @@ class ExpertFleet:
     def _undo(self, routers: Sequence[Member]) -> None:
         """The old map stays: forget what was prepared and read for the new one."""
         for router in routers:
-            router.handle.begin("withdraw").add_done_callback(_log_failure)
+            router.handle.begin("withdraw").add_done_callback(log_failure)
+        if self._groups is not None:
+            self._groups.undo()
         if self.map is not None:
             for name in self._shards:
                 self._let_go(name, self.map)
@@ -312,7 +347,7 @@ class ExpertFleet:
     def _let_go(self, name: str, held: ExpertMap) -> None:
         """Tell a shard to keep only what it has in ``held``; nobody waits for that."""
         keep = self._shards[name].handle.begin("keep", held.epoch, held.held_by(name))
-        keep.add_done_callback(_log_failure)
+        keep.add_done_callback(log_failure)
 
     def _plan(self, shards: Sequence[Member]) -> ExpertMap:
         layers, n_experts = self._spec.moe_layers, self._spec.moe.n_experts
@@ -325,6 +360,10 @@ class ExpertFleet:
         policy = BalancePolicy(min_replicas=self._config.min_replicas, extra_slots=extra)
         return plan(layers, n_experts, self.loads(), rooms, self.map, policy, self._next_epoch())
 
+    def _same_map(self) -> ExpertMap:
+        assert self.map is not None
+        return ExpertMap(self._next_epoch(), self.map.n_experts, self.map.replicas)
+
     def _next_epoch(self) -> int:
         """Counts up at every attempt: what a failed one may have left behind is of an older epoch."""
         self._epoch += 1
@@ -333,23 +372,4 @@ class ExpertFleet:
 
 def expert_requests(deployment: Deployment, count: int) -> list[BundleRequest]:
     """What ``count`` new shards need of their nodes."""
-    config = deployment.config.experts
-    names = [deployment.roster.fresh_name("expert") for _ in range(count)]
-    return [BundleRequest(name, config.cpus, config.node_labels) for name in names]
-
-
-def _answers(calls: Mapping[str, Future[Any]]) -> dict[str, Any]:
-    """The results by name, without those that do not come in time."""
-    deadline = time.monotonic() + _STATS_TIMEOUT_S
-    answers = {}
-    for name, call in calls.items():
-        try:
-            answers[name] = call.result(max(0.0, deadline - time.monotonic()))
-        except Exception as error:  # whatever keeps it from telling its figures, the others' are still wanted
-            log.warning("%s does not tell its figures: %r", name, error)
-    return answers
-
-
-def _log_failure(done: Future[Any]) -> None:
-    if not done.cancelled() and (error := done.exception()) is not None:
-        log.warning("an actor did not follow: %r", error)
+    return [deployment.request("expert", deployment.config.experts) for _ in range(count)]

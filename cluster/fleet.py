@@ -17,13 +17,15 @@ class ActorUnreachable(RuntimeError):
 
 @dataclass(frozen=True)
 class Bundle:
-    """Reserved room on a node. ``group`` is the placement group's id as text; ``handle`` is the fleet's own."""
+    """Reserved room on a node. ``group`` is the placement group's id as text; ``handle`` is the fleet's own; ``gpus``
+    is the part of a GPU for each actor inside."""
 
     name: str
     node_id: str
     group: str = ""
     index: int = 0
     handle: Any = None
+    gpus: float = 0.0
 
 
 class ActorHandle(ABC):

@@ -10,6 +10,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from typing import Any
 
+from cluster.access import refuse_open_door
 from cluster.config import ServerConfig
 from cluster.controller import Controller, Progress, StartFailed
 from cluster.fleet import ActorHandle, ActorUnreachable
@@ -28,6 +29,7 @@ def running_cluster(config: ServerConfig, on_progress: OnProgress = lambda _: No
 
     Errors of the start (NoRoom, CheckpointError, PortInUse, ...) come as they are; nothing is left running then.
     """
+    refuse_open_door(config)
     launch = _local_controller if config.transport == "local" else _ray_controller
     with launch(config) as controller:
         on_progress(Progress())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
@@ -52,7 +53,7 @@ class LocalFleet(Fleet):
 
     def nodes(self) -> list[Node]:
         """This process, as one node."""
-        return [Node(LOCAL_NODE, "127.0.0.1", cpus_free=float("inf"))]
+        return [Node(LOCAL_NODE, "127.0.0.1", cpus_free=math.inf, gpus_free=math.inf, gpus=math.inf)]
 
     def reserve(
         self, requests: Sequence[BundleRequest], timeout_s: float, without: frozenset[str] = frozenset()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from cluster.attention_fleet import AttentionFleet, Replica
 from cluster.expert_fleet import ExpertFleet
+from cluster.fleet import Fleet
 from cluster.roster import Member
 from placement.spec import Node
 
@@ -21,6 +22,10 @@ class BadOperation(ValueError):
 
     def __str__(self) -> str:
         return f"{self.field}: {self.description}"
+
+
+class Busy(RuntimeError):
+    """Too many changes are asked for at a time; nothing was done."""
 
 
 @dataclass
@@ -38,12 +43,15 @@ class Leaving:
         return pairs + [shard.name for shard in self.shards]
 
 
-def find_target(
-    actor: str, node: str, nodes: Sequence[Node], experts: ExpertFleet, attention: AttentionFleet
-) -> Leaving:
+def find_target(actor: str, node: str, fleet: Fleet, experts: ExpertFleet, attention: AttentionFleet) -> Leaving:
     """Who is meant by a drain of ``actor``, or of ``node`` (an id, or a prefix that one node has). BadOperation."""
     if node:
-        return _on_node(_one_node(node, nodes), experts, attention)
+        node_id = _one_node(node, fleet.nodes())
+        if node_id == fleet.home():
+            raise BadOperation(
+                "node", f"{node_id}: the controller and the gateway run there, and end with `serve` alone"
+            )
+        return _on_node(node_id, experts, attention)
     if not actor:
         raise BadOperation("target", "name an attention or expert shard, or a node")
     shards = [shard for shard in experts.shards if shard.name == actor]

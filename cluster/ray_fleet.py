@@ -92,13 +92,14 @@ class RayHandle(ActorHandle):
             result.set_result(done.result())
 
 
-def start_actor(role: type, name: str, strategy: Any, cpus: float, *args: Any) -> RayHandle:
-    """Start ``role(*args)`` as a detached, named Ray actor."""
+def start_actor(role: type, name: str, strategy: Any, gpus: float, *args: Any) -> RayHandle:
+    """Start ``role(*args)`` as a detached, named Ray actor. It sees the GPU of which it gets the part ``gpus``."""
     options = {
         "name": name,
         "namespace": NAMESPACE,
         "lifetime": "detached",
-        "num_cpus": cpus,
+        "num_cpus": 0,
+        "num_gpus": gpus,
         "max_concurrency": _CONCURRENCY,
         "max_restarts": 0,
         "scheduling_strategy": strategy,
@@ -159,13 +160,14 @@ class RayFleet(Fleet):
                 remove_group(group)
             raise
         return [
-            Bundle(request.name, node_of(group), group.id.hex(), 0, group)
+            Bundle(request.name, node_of(group), group.id.hex(), 0, group, request.gpus / request.actors)
             for request, group in zip(requests, groups, strict=True)
         ]
 
     def on_nodes(self, node_ids: Sequence[str], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
-        """As Ray tasks that ask for no CPU."""
-        task = ray.remote(function)
+        """As Ray tasks that ask for no CPU. Their processes end with them: whoever has looked for GPUs goes on seeing
+        those, and would be of no use as an actor's process."""
+        task = ray.remote(max_calls=1)(function)
         calls = {
             node_id: task.options(
                 num_cpus=0,
@@ -180,14 +182,15 @@ class RayFleet(Fleet):
             raise error.cause from None
 
     def spawn(self, role: type, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
-        """The bundle's CPUs are reserved by the group; the actors inside ask for none of their own."""
+        """The bundle's CPUs are reserved by the group; the actors inside ask for none of their own. Of its GPU they ask
+        for their parts: only then does Ray let them see it."""
         strategy: Any
         if bundle is None:
             strategy = NodeAffinitySchedulingStrategy(self._home, soft=False)
         else:
             strategy = PlacementGroupSchedulingStrategy(bundle.handle, bundle.index)
         self._placed[name] = bundle.node_id if bundle else self._home
-        return start_actor(role, name, strategy, 0, name, *args, self._endpoints)
+        return start_actor(role, name, strategy, bundle.gpus if bundle else 0, name, *args, self._endpoints)
 
     def node_id(self, handle: ActorHandle) -> str:
         """Known since it was spawned."""

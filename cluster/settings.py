@@ -115,6 +115,8 @@ class SettingsFactory:
             threads=threads,
             step_timeout_s=self.config.step_timeout_s,
             sharing=sharing,
+            device=self.config.device,
+            nccl=self.config.transport == "nccl",
         )
 
 

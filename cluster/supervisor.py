@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 
 from cluster.roster import Member, Stopping
 
@@ -13,6 +14,8 @@ log = logging.getLogger(__name__)
 
 _FIRST_RETRY_S = 1.0
 _LONGEST_RETRY_S = 30.0
+_MOST_REPAIRS = 30
+_IN_S = 150.0
 
 
 class Supervisor:
@@ -20,7 +23,8 @@ class Supervisor:
     and before, ``examine(suspects)`` with the names of those who were reported and may be dead or not.
 
     ``repair`` raises when something could not be replaced; ``failed(error)`` is told then, and it is tried again after
-    a delay that doubles each time, and at once when there is other news.
+    a delay that doubles each time, and at once when there is other news. Should what was replaced die again and again,
+    there are at most 30 repairs in 150 s.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Supervisor:
         self._news = threading.Condition()
         self._stopping = False
         self._delay_s = _FIRST_RETRY_S
+        self._rounds: deque[float] = deque(maxlen=_MOST_REPAIRS)
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
     def start(self) -> None:
@@ -87,12 +92,21 @@ class Supervisor:
             self._news.wait_for(lambda: bool(self._lost or self._suspects) or self._stopping)
             return not self._stopping
 
+    def _slow_down(self) -> None:
+        now = time.monotonic()
+        if (wait_s := pause_s(self._rounds, now)) > 0:
+            log.warning("actors are lost again and again; the next repair begins in %.0f s", wait_s)
+            with self._news:
+                self._news.wait_for(lambda: self._stopping, wait_s)
+        self._rounds.append(time.monotonic())
+
     def _work(self) -> None:
         if self._suspects:
             with self._news:
                 suspects, self._suspects = self._suspects, frozenset()
             self._examine(suspects)
         if lost := list(self._lost):
+            self._slow_down()
             self._repair(lost)
             with self._news:
                 del self._lost[: len(lost)]
@@ -102,3 +116,10 @@ class Supervisor:
         self._delay_s = min(2 * self._delay_s, _LONGEST_RETRY_S)
         with self._news:
             self._news.wait_for(lambda: self._reports > known or self._stopping, until - time.monotonic())
+
+
+def pause_s(begun: Sequence[float], now: float) -> float:
+    """Seconds to wait before the next repair. ``begun``: when repairs began, oldest first (monotonic seconds)."""
+    if len(begun) < _MOST_REPAIRS:
+        return 0.0
+    return max(0.0, begun[-_MOST_REPAIRS] + _IN_S - now)

@@ -17,13 +17,13 @@ class PoolSnapshot:
     """A pool at time ``now_s``, on any clock that only goes forward.
 
     ``shards``: how many are ready. By shard name, counted since its start: ``busy_s``, seconds spent computing, and
-    ``rows``, rows received. ``changing``: a change of the pool is being carried out.
+    ``pairs``, (row, expert) pairs computed. ``changing``: a change of the pool is being carried out.
     """
 
     now_s: float
     shards: int
     busy_s: Mapping[str, float]
-    rows: Mapping[str, int] = field(default_factory=dict)
+    pairs: Mapping[str, int] = field(default_factory=dict)
     changing: bool = False
 
 
@@ -32,8 +32,8 @@ class AutoscalePolicy:
     """How many shards a pool may have, and when their number changes.
 
     ``minimum``, ``maximum``: the range; outside of it the number is corrected at once.
-    ``target_busy``: wanted share of a shard's time spent computing; ``target_rows_per_s``: wanted rows per second and
-    shard. 0: not used. Where both are, the larger number wins.
+    ``target_busy``: wanted share of a shard's time spent computing; ``target_pairs_per_s``: wanted (row, expert) pairs
+    per second and shard. 0: not used. Where both are, the larger number wins.
     ``tolerance``: no change while measured / target is within 1 ± this.
     ``up_after_s``: more are wanted only after that long, and as many as were wanted all that time.
     ``down_after_s``: fewer likewise, and as many as were wanted at most in all that time.
@@ -43,7 +43,7 @@ class AutoscalePolicy:
     minimum: int
     maximum: int
     target_busy: float = 0.6
-    target_rows_per_s: float = 0.0
+    target_pairs_per_s: float = 0.0
     tolerance: float = 0.1
     up_after_s: float = 0.0
     down_after_s: float = 300.0
@@ -59,11 +59,11 @@ class AutoscalePolicy:
         if not 0 <= self.target_busy * (1 + self.tolerance) < 1:  # a shard that is always busy would not be too busy
             below = 1 / (1 + self.tolerance)
             raise ValueError(f"target_busy: {self.target_busy}; from 0 to below 1 / (1 + tolerance) = {below:.3f}")
-        for name in ("target_rows_per_s", "up_after_s", "down_after_s", "cool_down_s"):
+        for name in ("target_pairs_per_s", "up_after_s", "down_after_s", "cool_down_s"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: {getattr(self, name)}; at least 0, and finite")
-        if self.target_busy == 0 and self.target_rows_per_s == 0:
-            raise ValueError("target_busy: 0, and so is target_rows_per_s; one of them has to be used")
+        if self.target_busy == 0 and self.target_pairs_per_s == 0:
+            raise ValueError("target_busy: 0, and so is target_pairs_per_s; one of them has to be used")
 
     def clamp(self, shards: int) -> int:
         """The nearest number within the range."""
@@ -100,7 +100,7 @@ def decide(snapshot: PoolSnapshot, policy: AutoscalePolicy, state: State) -> tup
     number, figures = _recommend(snapshot, policy, state.last)
     state = replace(
         state,
-        last=replace(snapshot, busy_s=dict(snapshot.busy_s), rows=dict(snapshot.rows)),
+        last=replace(snapshot, busy_s=dict(snapshot.busy_s), pairs=dict(snapshot.pairs)),
         recommended=_remember(state.recommended, snapshot.now_s, number, policy),
         changed_s=snapshot.now_s if snapshot.changing else state.changed_s,
     )
@@ -137,11 +137,11 @@ def _recommend(snapshot: PoolSnapshot, policy: AutoscalePolicy, last: PoolSnapsh
         return None, ""
     if snapshot.now_s <= last.now_s:
         raise ValueError(f"now_s: {snapshot.now_s}; the snapshot before was taken at {last.now_s}")
-    restarted = _fallen(last.busy_s, snapshot.busy_s) | _fallen(last.rows, snapshot.rows)
+    restarted = _fallen(last.busy_s, snapshot.busy_s) | _fallen(last.pairs, snapshot.pairs)
     numbers, figures = [], []
     for name, target, before, now in (
         ("busy", policy.target_busy, last.busy_s, snapshot.busy_s),
-        ("rows/s", policy.target_rows_per_s, last.rows, snapshot.rows),
+        ("pairs/s", policy.target_pairs_per_s, last.pairs, snapshot.pairs),
     ):
         known = [shard for shard in now if shard in before and shard not in restarted]
         if target == 0 or not known:

@@ -19,7 +19,7 @@ class NoRoom(RuntimeError):
 
 
 def ray_nodes() -> list[Node]:
-    """Every node that Ray knows, with the logical CPUs that are free now."""
+    """Every node that Ray knows, with the logical CPUs and the GPUs that are free now."""
     free = ray._private.state.available_resources_per_node()
     return [
         Node(
@@ -28,6 +28,8 @@ def ray_nodes() -> list[Node]:
             cpus_free=float(free.get(info["NodeID"], {}).get("CPU", 0.0)),
             labels=dict(info.get("Labels") or {}),
             alive=bool(info["Alive"]),
+            gpus_free=float(free.get(info["NodeID"], {}).get("GPU", 0.0)),
+            gpus=float(info["Resources"].get("GPU", 0.0)),
         )
         for info in ray.nodes()
     ]
@@ -42,7 +44,7 @@ def create_group(
     if node_id is None and without:
         selector[NODE_ID_LABEL] = f"!in({','.join(sorted(without))})"
     return placement_group(
-        [{"CPU": request.cpus}],
+        [{"CPU": request.cpus, **({"GPU": request.gpus} if request.gpus else {})}],
         strategy="STRICT_PACK",
         name=name,
         lifetime="detached",
@@ -55,9 +57,10 @@ def wait_for_group(group: PlacementGroup, request: BundleRequest, timeout_s: flo
     try:
         ray.get(group.ready(), timeout=timeout_s)
     except GetTimeoutError as error:
-        offers = "; ".join(f"{n.address}: {n.cpus_free:g} CPU free, labels {_own(n)}" for n in ray_nodes() if n.alive)
+        offers = "; ".join(f"{n.address}: {_free(n)}, labels {_own(n)}" for n in ray_nodes() if n.alive)
+        gpus = f", {request.gpus:g} GPU" if request.gpus else ""
         raise NoRoom(
-            f"bundle {request.name}: no node with {request.cpus:g} CPU and labels {dict(request.labels)} "
+            f"bundle {request.name}: no node with {request.cpus:g} CPU{gpus} and labels {dict(request.labels)} "
             f"within {timeout_s:g} s; nodes: {offers or 'none'}"
         ) from error
 
@@ -70,6 +73,10 @@ def node_of(group: PlacementGroup) -> str:
 def remove_group(group: PlacementGroup) -> None:
     """Give the bundle back. Actors inside it are killed by Ray."""
     remove_placement_group(group)
+
+
+def _free(node: Node) -> str:
+    return f"{node.cpus_free:g} CPU" + (f" and {node.gpus_free:g} GPU" if node.gpus else "") + " free"
 
 
 def _own(node: Node) -> dict[str, str]:

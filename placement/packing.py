@@ -67,8 +67,8 @@ class Packing:
         for s in np.flatnonzero(self._used > self._rooms.slots).tolist():
             mine = np.flatnonzero(self.held[:, s])
             spare = self._copies[mine] > self._demand.needed
-            leave = mine[np.lexsort((self._share[mine], ~spare))][: self._used[s] - self._rooms.slots[s]]
-            for x in leave.tolist():
+            too_many = max(0, self._used[s] - self._rooms.slots[s])  # trimming may have relieved it meanwhile
+            for x in mine[np.lexsort((self._share[mine], ~spare))][:too_many].tolist():
                 self._take(x, s)
                 self._trim(x)
 
@@ -96,9 +96,9 @@ class Packing:
                 pass
 
     def _trim(self, x: int) -> None:
-        """Take away replicas of ``x`` that are too many, from busy shards first, and the last of no node.
+        """Take away what is too much of ``x``: second replicas on a node before first ones, and from busy shards first.
 
-        While it is on too few nodes, those that it needs on others count as its own: they come before any surplus.
+        While it is on too few nodes, places are kept free for the replicas that it needs on others.
         """
         node, load = self._rooms.node, self._load[x // self.per_layer]
         on = sorted(np.flatnonzero(self.held[x]).tolist(), key=lambda s: (load[s], self._used[s], s))
@@ -171,7 +171,6 @@ class Packing:
         while queue:
             s = queue.popleft()
             mine = np.flatnonzero(self.held[:, s])
-            mine = mine[np.argsort(self._share[mine], kind="stable")]
             can = ~self.held[mine]
             if keep_apart:
                 spare = np.count_nonzero(self._on_node[mine], axis=1) > self._demand.apart

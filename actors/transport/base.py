@@ -37,10 +37,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Buffer = bytes | bytearray | memoryview
 """Anything contiguous; memoryviews are sent as their bytes."""
+
+Part: TypeAlias = "memoryview | Tensor"
+"""Of a received frame: host memory, or a tensor where the medium carries tensors (``nccl`` alone)."""
 
 MAX_FRAME_BYTES = 256 << 20
 """Largest sum of a frame's parts, in bytes. A larger announcement from a peer is a protocol error."""
@@ -101,7 +107,7 @@ class Frame:
 
     kind: int
     tag: FrameTag
-    parts: tuple[memoryview, ...]
+    parts: tuple[Part, ...]
 
 
 @dataclass(slots=True)
@@ -138,8 +144,11 @@ class Wire(ABC):
     stats: WireStats
 
     @abstractmethod
-    def send(self, kind: int, tag: FrameTag, parts: Sequence[Buffer], deadline: float) -> None:
-        """Send one frame of at most MAX_PARTS parts. Errors: WireTimeout, PeerGone, ValueError (a limit)."""
+    def send(self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], deadline: float) -> None:
+        """Send one frame of at most MAX_PARTS parts; tensors only over ``nccl``.
+
+        Errors: WireTimeout, PeerGone, ValueError (a limit), TypeError (a tensor over another medium).
+        """
 
     @abstractmethod
     def recv(self, deadline: float) -> Frame:

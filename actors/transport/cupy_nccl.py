@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 def requirements_missing() -> list[str]:
     """What keeps this process from using NCCL, each with what to do about it; empty when nothing does."""
-    missing = _torch_missing()
+    missing = cuda_missing()
     if importlib.util.find_spec("cupy") is None:
         return [*missing, "cupy is not installed: pip install 'expertmesh[gpu]'"]
     try:
@@ -53,7 +53,8 @@ def requirements_missing() -> list[str]:
     return missing
 
 
-def _torch_missing() -> list[str]:
+def cuda_missing() -> list[str]:
+    """What keeps this process from computing on a GPU, with what to do about it; empty when nothing does."""
     if torch.version.cuda is None:
         return [f"torch {torch.__version__} is a build without CUDA: install a CUDA build of it"]
     if not torch.cuda.is_available():

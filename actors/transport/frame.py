@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from actors.transport.base import MAX_FRAME_BYTES, MAX_PARTS, Buffer, FrameTag, ProtocolError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROTOCOL_VERSION = 1
 """Raised whenever the frame header or the handshake changes; two ends must agree on it."""
@@ -78,8 +81,13 @@ def decode_header(data: Buffer) -> Header:
     return Header(kind, FrameTag(epoch, step, micro_batch, layer, attempt), lengths)
 
 
-def byte_view(part: Buffer) -> memoryview:
-    """``part`` as a flat view of bytes, without a copy. Errors: ValueError when it is not contiguous."""
+def byte_view(part: Buffer | Tensor) -> memoryview:
+    """``part`` as a flat view of bytes, without a copy.
+
+    Errors: ValueError when it is not contiguous, TypeError for a tensor: only an nccl wire carries those.
+    """
+    if not isinstance(part, Buffer):
+        raise TypeError(f"a part is a {type(part).__name__}; over this wire parts are bytes, bytearray or memoryview")
     view = memoryview(part)
     if not view.c_contiguous:
         raise ValueError(f"a part of shape {view.shape} and strides {view.strides} is not contiguous")

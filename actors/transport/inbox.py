@@ -13,6 +13,7 @@ from actors.transport.base import (
     Frame,
     FrameTag,
     Medium,
+    Part,
     PeerGone,
     TransportError,
     Wire,
@@ -127,7 +128,7 @@ class InboxWire(Wire):
     def _free(self) -> None:
         """Give back descriptors and memory; called once, with no call running."""
 
-    def _arrived(self, kind: int, tag: FrameTag, parts: tuple[memoryview, ...], block: Block, size: int) -> None:
+    def _arrived(self, kind: int, tag: FrameTag, parts: tuple[Part, ...], block: Block, size: int) -> None:
         self.stats.frames_received += 1
         self.stats.bytes_received += size
         if tag.fence_key < self._fence_key:

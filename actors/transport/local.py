@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from actors.transport.base import (
     MAX_BACKLOG_BYTES,
@@ -29,6 +30,9 @@ from actors.transport.frame import HEADER_BYTES, byte_view, encode_header
 from actors.transport.handshake import name_bytes
 from actors.transport.inbox import InboxWire
 from actors.transport.stream import poll_on
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WINDOW_BYTES = 4 << 20
 """What may wait in one direction before a sender has to; a larger frame passes when nothing waits."""
@@ -73,7 +77,7 @@ class LocalWire(InboxWire):
         self._poll_send = poll_on((own.arrival, own.room))
         self._poll_room = poll_on((own.room,))
 
-    def send(self, kind: int, tag: FrameTag, parts: Sequence[Buffer], deadline: float) -> None:
+    def send(self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], deadline: float) -> None:
         """See :meth:`Wire.send`."""
         views = [byte_view(part) for part in parts]
         lengths = [len(view) for view in views]

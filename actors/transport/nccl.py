@@ -28,7 +28,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -37,9 +37,9 @@ from actors.transport.base import (
     MAX_FRAME_BYTES,
     MAX_PARTS,
     Buffer,
-    Frame,
     FrameTag,
     Medium,
+    Part,
     PeerGone,
     ProtocolError,
     TransportError,
@@ -66,7 +66,7 @@ class _Landing(NamedTuple):
 
     kind: int
     tag: FrameTag
-    parts: tuple[memoryview, ...]
+    parts: tuple[Part, ...]
     block: Block
     size: int
     pending: Pending | None
@@ -213,23 +213,23 @@ class NcclWire(InboxWire):
             frame = self._companion.recv(time.monotonic())
             if frame.kind == _FAREWELL:
                 self._farewell = True
-            elif frame.kind & ANNOUNCED:
-                self._land(frame.kind & ~ANNOUNCED, frame.tag, self._announced(frame), frame.parts[1:])
+                return
+            host = [byte_view(part) for part in frame.parts]
+            if frame.kind & ANNOUNCED:
+                self._land(frame.kind & ~ANNOUNCED, frame.tag, self._announced(host), host[1:])
             else:
-                self._land(frame.kind, frame.tag, [_ON_HOST] * len(frame.parts), frame.parts)
+                self._land(frame.kind, frame.tag, [_ON_HOST] * len(host), host)
         except TransportError as error:
             self._lost(type(error), str(error))
 
-    def _announced(self, frame: Frame) -> list[int]:
+    def _announced(self, parts: Sequence[memoryview]) -> list[int]:
         """Bytes of each part on the device, or -1. Errors: ProtocolError."""
-        plan = frame.parts[0] if frame.parts else memoryview(b"")
+        plan = parts[0] if parts else memoryview(b"")
         sizes = list(struct.unpack(f"<{len(plan) // 8}q", plan)) if len(plan) % 8 == 0 else []
         on_host = sizes.count(_ON_HOST)
-        fits = len(sizes) <= MAX_PARTS and on_host == len(frame.parts) - 1 and on_host < len(sizes)
+        fits = len(sizes) <= MAX_PARTS and on_host == len(parts) - 1 and on_host < len(sizes)
         if not fits or min(sizes) < _ON_HOST or sum(sizes) > MAX_FRAME_BYTES:
-            raise ProtocolError(
-                f"{self.peer!r} announced parts of {sizes} bytes (-1: here) with {len(frame.parts) - 1}"
-            )
+            raise ProtocolError(f"{self.peer!r} announced parts of {sizes} bytes (-1: here) with {len(parts) - 1}")
         return sizes
 
     def _land(self, kind: int, tag: FrameTag, sizes: Sequence[int], host: Sequence[memoryview]) -> None:
@@ -243,12 +243,9 @@ class NcclWire(InboxWire):
         payload = [tensor for tensor in tensors if tensor.numel()]
         pending = self._group.receive(payload, self._rank, self.ring) if payload else None
         from_host, from_device = iter(kept), iter(tensors)
-        # Frame.parts is declared for the wires whose parts are all in host memory.
-        parts = cast(
-            "tuple[memoryview, ...]", tuple(next(from_host if size == _ON_HOST else from_device) for size in sizes)
-        )
+        parts: list[Part] = [next(from_host) if size == _ON_HOST else next(from_device) for size in sizes]
         size = sum(lengths) + sum(tensor.numel() for tensor in tensors)
-        self._landing.append(_Landing(kind, tag, parts, block, size, pending))
+        self._landing.append(_Landing(kind, tag, tuple(parts), block, size, pending))
         self._landing_bytes += size
 
     def _count(self, on_device: int, host: Sequence[Buffer]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -11,19 +12,32 @@ from actors.transport.base import WireTimeout
 from actors.transport.communicator import Backend, Communicator, CommunicatorError, Transfer
 from actors.transport.nccl_group import GroupPlan, NcclGroup
 
+_LOOK_S = 0.02
+
+
+def nobody_gave_up() -> bool:
+    """For those who wait until the deadline."""
+    return False
+
 
 def form_group(
-    plan: GroupPlan, name: str, backend: Backend, deadline: float, transfer_timeout_s: float = 10.0
+    plan: GroupPlan,
+    name: str,
+    backend: Backend,
+    deadline: float,
+    transfer_timeout_s: float = 10.0,
+    given_up: Callable[[], bool] = nobody_gave_up,
 ) -> NcclGroup:
     """Join the group as member ``name``, and exchange a byte with everyone it will ever talk to.
 
     That byte makes the connections: made on demand they block inside a send, and members that block each other so would
-    never come to announce anything. Runs beside a group of an earlier epoch that is in use.
+    never come to announce anything. Runs beside a group of an earlier epoch that is in use. It ends early once
+    ``given_up()`` is true: somebody is known not to come.
 
     Errors: ValueError (not a member), WireTimeout (somebody did not come), CommunicatorError.
     """
     forming = _Forming(plan, plan.rank(name), backend)
-    outgoing, incoming = forming.wait(deadline)
+    outgoing, incoming = forming.wait(deadline, given_up)
     if name in plan.shards:
         outgoing, incoming = incoming, outgoing
     return NcclGroup(plan, name, backend, outgoing, incoming, transfer_timeout_s)
@@ -40,10 +54,11 @@ class _Forming:
         self._abandoned = False
         self._thread = threading.Thread(target=self._run, name=f"form-epoch-{plan.epoch}", daemon=True)
 
-    def wait(self, deadline: float) -> tuple[Communicator, Communicator]:
+    def wait(self, deadline: float, given_up: Callable[[], bool]) -> tuple[Communicator, Communicator]:
         """The communicators of dispatch and results. Errors: see ``form_group``."""
         self._thread.start()
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+        while self._thread.is_alive() and time.monotonic() < deadline and not given_up():
+            self._thread.join(_LOOK_S)
         with self._lock:
             late = self._thread.is_alive()
             failed = late or self._error is not None
@@ -53,7 +68,8 @@ class _Forming:
         if self._error is not None:
             raise self._error
         if late:
-            raise WireTimeout(f"the group of epoch {self._plan.epoch} did not form before the deadline")
+            why = "was given up" if given_up() else "did not form before the deadline"
+            raise WireTimeout(f"the group of epoch {self._plan.epoch} {why}")
         dispatch, results = self._made
         return dispatch, results
 

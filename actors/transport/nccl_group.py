@@ -240,11 +240,16 @@ class NcclGroup:
         self._watchdog.watch(self._under_way, self._batch_deadline, f"sending to {peers}", self._ring)
 
     def _await_news(self, deadline: float) -> bool:
-        assert self._bell is not None
-        poll = poll_on([self._bell, *(fd for member in self._members for fd in member.news())])
+        """False when the deadline passed."""
+        bell = self._bell
+        if bell is None:
+            return True  # closed meanwhile: that is news too
+        poll = poll_on([bell, *(fd for member in list(self._members) for fd in member.news())])
         events = self._waiter.wait(poll, deadline)
-        if any(fd == self._bell for fd, _ in events):
-            os.eventfd_read(self._bell)
+        if any(fd == bell for fd, _ in events):
+            with self._lock:
+                if self._bell is not None:
+                    os.eventfd_read(self._bell)
         return bool(events)
 
     def _ring(self) -> None:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from actors.transport.base import Address, EndpointLike, FrameTag, Medium, PeerGone, Wire, WireTimeout
 from actors.transport.communicator import Backend
 from actors.transport.nccl import NcclWire
-from actors.transport.nccl_form import form_group
+from actors.transport.nccl_form import form_group, nobody_gave_up
 from actors.transport.nccl_group import GroupPlan, NcclGroup
 
 _HELLO = 0xFFFE
+_LOOK_S = 0.02
 
 
 class Joined(NamedTuple):
@@ -47,7 +48,7 @@ class Lobby:
             self._fresh.append(wire)
             self._changed.notify()
 
-    def take(self, plan: GroupPlan, deadline: float) -> dict[str, Wire]:
+    def take(self, plan: GroupPlan, deadline: float, given_up: Callable[[], bool] = nobody_gave_up) -> dict[str, Wire]:
         """The wire of each router of ``plan``. Those of older epochs, which never formed, are closed.
 
         One thread at a time. Errors: WireTimeout naming who did not connect; nothing is kept then.
@@ -58,11 +59,12 @@ class Lobby:
                 del self._early[epoch, peer]
                 self._sort(plan, mine, epoch, wire)
         while missing := set(plan.routers) - set(mine):
-            fresh = self._next(deadline)
+            fresh = self._next(deadline, given_up)
             if fresh is None:
                 for wire in mine.values():
                     wire.close()
-                raise WireTimeout(f"epoch {plan.epoch}: no wire from {', '.join(sorted(missing))} before the deadline")
+                why = "when it was given up" if given_up() else "before the deadline"
+                raise WireTimeout(f"epoch {plan.epoch}: no wire from {', '.join(sorted(missing))} {why}")
             told = _epoch_of(fresh, deadline)
             if told is not None:
                 self._sort(plan, mine, told, fresh)
@@ -87,12 +89,13 @@ class Lobby:
         else:
             wire.close()
 
-    def _next(self, deadline: float) -> Wire | None:
+    def _next(self, deadline: float, given_up: Callable[[], bool]) -> Wire | None:
         with self._changed:
-            while not self._fresh and not self._closed:
+            while not self._fresh and not self._closed and not given_up():
                 left = deadline - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
+                if left <= 0:
                     break
+                self._changed.wait(min(left, _LOOK_S))
             return self._fresh.popleft() if self._fresh else None
 
 
@@ -118,6 +121,7 @@ def join_as_router(
     deadline: float,
     medium: Medium | None = None,
     transfer_timeout_s: float = 10.0,
+    given_up: Callable[[], bool] = nobody_gave_up,
 ) -> Joined:
     """Connect to every shard of ``plan`` and form the group with them. ``medium`` is that of the companions.
 
@@ -128,7 +132,7 @@ def join_as_router(
         for shard in plan.shards:
             wire = companions[shard] = endpoint.connect(shards[shard], deadline, medium)
             wire.send(_HELLO, FrameTag(epoch=plan.epoch), [], deadline)
-        return _joined(plan, name, backend, companions, deadline, transfer_timeout_s)
+        return _joined(plan, name, backend, companions, deadline, transfer_timeout_s, given_up)
     except BaseException:
         for wire in companions.values():
             wire.close()
@@ -136,12 +140,18 @@ def join_as_router(
 
 
 def join_as_shard(
-    plan: GroupPlan, name: str, lobby: Lobby, backend: Backend, deadline: float, transfer_timeout_s: float = 10.0
+    plan: GroupPlan,
+    name: str,
+    lobby: Lobby,
+    backend: Backend,
+    deadline: float,
+    transfer_timeout_s: float = 10.0,
+    given_up: Callable[[], bool] = nobody_gave_up,
 ) -> Joined:
     """Wait for every router of ``plan`` and form the group with them. Errors: as in ``join_as_router``."""
-    companions = lobby.take(plan, deadline)
+    companions = lobby.take(plan, deadline, given_up)
     try:
-        return _joined(plan, name, backend, companions, deadline, transfer_timeout_s)
+        return _joined(plan, name, backend, companions, deadline, transfer_timeout_s, given_up)
     except BaseException:
         for wire in companions.values():
             wire.close()
@@ -155,6 +165,7 @@ def _joined(
     companions: Mapping[str, Wire],
     deadline: float,
     transfer_timeout_s: float,
+    given_up: Callable[[], bool],
 ) -> Joined:
-    group = form_group(plan, name, backend, deadline, transfer_timeout_s)
+    group = form_group(plan, name, backend, deadline, transfer_timeout_s, given_up)
     return Joined(group, {peer: NcclWire(wire, group) for peer, wire in companions.items()})

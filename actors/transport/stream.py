@@ -6,6 +6,7 @@ import select
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from actors.transport.base import (
     MAX_BACKLOG_BYTES,
@@ -19,6 +20,9 @@ from actors.transport.base import (
 from actors.transport.blocks import Block, footprint
 from actors.transport.frame import HEADER_BYTES, Header, byte_view, decode_header, encode_header
 from actors.transport.inbox import InboxWire
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Poll = Callable[[float], Sequence[tuple[int, int]]]
 """Waits up to so many seconds; (descriptor, events) of what became ready."""
@@ -52,7 +56,7 @@ class StreamWire(InboxWire):
         self._parts: tuple[memoryview, ...] = ()
         self._unfilled: list[memoryview] = []
 
-    def send(self, kind: int, tag: FrameTag, parts: Sequence[Buffer], deadline: float) -> None:
+    def send(self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], deadline: float) -> None:
         """See :meth:`Wire.send`."""
         views = [byte_view(part) for part in parts]
         header = encode_header(kind, tag, [len(view) for view in views])

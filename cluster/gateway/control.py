@@ -12,10 +12,11 @@ from expertmesh.v1 import control_pb2_grpc
 
 from actors.transport.base import TransportError
 from cluster.fleet import ActorHandle, ActorUnreachable
-from cluster.gateway.errors import FailedPrecondition, InvalidRequest, Unavailable
+from cluster.gateway.errors import FailedPrecondition, InvalidRequest, Overloaded, Unavailable
+from cluster.gateway.peers import OnlyShard
 from cluster.gateway.status import abort
 from cluster.gateway.watch import ClusterWatch
-from cluster.operations import BadOperation
+from cluster.operations import BadOperation, Busy
 from placement.bundles import NoRoom
 
 _VIEW_TIMEOUT_S = 10.0
@@ -84,6 +85,10 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoRetur
         case BadOperation():
             await abort(context, InvalidRequest(error.field, error.description))
         case NoRoom():
+            await abort(context, FailedPrecondition(str(error), "NO_ROOM"))
+        case Busy():
+            await abort(context, Overloaded("CHANGES_WAITING", _RETRY_S))
+        case OnlyShard():
             await abort(context, FailedPrecondition(str(error), "NO_ROOM"))
         case ActorUnreachable():
             await abort(context, Unavailable("CONTROLLER_DOWN", _RETRY_S))

@@ -71,6 +71,9 @@ class Gateway:
         self._streams = Streams(name, settings.recovery_timeout_s)
         self._wires: dict[str, Wire] = {}
         self._retired: set[str] = set()
+        self._lost: frozenset[str] = frozenset()
+        self._losses = threading.Condition()
+        self._stopped = False
         self._model: ServedModel | None = None
         self._inference: InferenceService | None = None
         self._controller: ActorHandle | None = None
@@ -129,6 +132,15 @@ class Gateway:
             wire.close()
         return moved
 
+    def wait_for_loss(self, epoch: int, known: frozenset[str], timeout_s: float) -> tuple[int, frozenset[str]]:
+        """Names of all attention shards whose wires were lost, as soon as there are others than ``known``, or after
+        ``timeout_s``; as a router tells it of expert shards, but of one epoch. RuntimeError once it is stopped."""
+        with self._losses:
+            self._losses.wait_for(lambda: self._lost != known or self._stopped, timeout_s)
+            if self._stopped:
+                raise RuntimeError(f"gateway {self.name} is stopped")
+            return epoch, self._lost
+
     def serve(self) -> str:
         """Open the door. Returns "HOST:PORT"; raises PortInUse, and ConfigError for TLS files it cannot use."""
         self._address = self._await(self._serve())
@@ -143,6 +155,9 @@ class Gateway:
         """Refuse new calls, give running ones a few seconds, close everything. Idempotent."""
         if self._loop.is_closed():
             return
+        with self._losses:
+            self._stopped = True
+            self._losses.notify_all()
         self._await(self._close())
         self._endpoint.close()
         self._data.stop()
@@ -203,6 +218,9 @@ class Gateway:
             log.info("attention shard %s is retired", wire.peer)
         else:
             log.error("attention shard %s is gone: %s", wire.peer, error)
+            with self._losses:
+                self._lost = self._lost | {wire.peer}
+                self._losses.notify_all()
         self._wires.pop(wire.peer, None)
         self._loop.call_soon_threadsafe(self._streams.lose_peer, wire.peer)
 

@@ -35,12 +35,11 @@ def test_16_streams_while_both_fleets_are_scaled(
         with singing(client, PROMPTS * 4, wanted * 4) as chorus:
             assert "4 experts shard(s): expert-0, expert-1, expert-2, expert-3" in told(address, "scale", "experts=4")
             assert "2 attention shard(s): attention-0, attention-1" in told(address, "scale", "attention=2")
-            chorus.after(200)
+            until(lambda: all(a.attention.tokens for a in client.load(pb.ROLE_ATTENTION)))
             view = client.cluster()
             groups = {a.name: a.placement_group for a in view.actors if a.placement_group}
             assert len({groups[f"expert-{n}"] for n in range(4)}) == 4
             assert groups["attention-1"] == groups["router-1"]
-            assert all(a.attention.tokens for a in view.actors if a.role == pb.ROLE_ATTENTION)
             assert all(a.expert.rows for a in view.actors if a.role == pb.ROLE_EXPERT)
             out = told(address, "scale", "experts=2", "attention=1")
             assert "2 experts shard(s): expert-0, expert-1" in out
@@ -52,6 +51,33 @@ def test_16_streams_while_both_fleets_are_scaled(
         assert len(client.load(pb.ROLE_EXPERT)) == 2
         assert "expert map 3 is in force" in told(address, "status")
         until(lambda: kv_in_use(client) == 0)
+    assert nothing_of_ours(ray_address)
+
+
+@pytest.mark.timeout(240)
+def test_a_node_is_drained_while_streams_run(
+    ray_address: str, deepseek: tuple[Path, Any], wanted: list[Reference]
+) -> None:
+    """What runs there starts elsewhere; then the node holds nothing, and nothing new is placed there."""
+    keys = {"experts.node_labels": {}, "experts.shards": 3, "drain_timeout_s": 0.5}
+    with running_cluster(distributed(ray_address, deepseek[0], **keys)) as address, Client(address) as client:
+        view = client.cluster()
+        home = next(a.node_id for a in view.actors if a.role == pb.ROLE_CONTROLLER)
+        attention = next(a.node_id for a in view.actors if a.role == pb.ROLE_ATTENTION)
+        shards = [a for a in view.actors if a.role == pb.ROLE_EXPERT and a.node_id not in (home, attention)]
+        node, gone = shards[0].node_id, {shard.name for shard in shards}
+        with singing(client, PROMPTS, wanted) as chorus:
+            out = told(address, "drain", "--node", node[:20])
+            assert all(name in out for name in gone)
+            chorus.after(50)
+            view = client.cluster()
+            assert all(actor.node_id != node for actor in view.actors)
+            assert view.expert_shards_wanted == len(client.load(pb.ROLE_EXPERT)) == 3
+            told(address, "scale", "experts=4")
+            assert all(actor.node_id != node for actor in client.cluster().actors)
+        refused = run("drain", "--node", home, "--target", address)
+        assert refused.returncode == 1
+        assert "the controller and the gateway run there" in refused.stderr
     assert nothing_of_ours(ray_address)
 
 
@@ -102,7 +128,7 @@ def test_a_load_that_doubles_adds_a_shard_and_gives_it_back(ray_address: str, de
                 until(lambda: client.cluster().expert_shards_wanted == 3, 60)
             until(lambda: client.cluster().expert_shards_wanted == 2, 60)
         first, last = decisions(client)
-        assert first.startswith("scaling experts to 3: rows/s ")
-        assert last.startswith("scaling experts to 2: rows/s ")
+        assert first.startswith("scaling experts to 3: pairs/s ")
+        assert last.startswith("scaling experts to 2: pairs/s ")
         until(lambda: kv_in_use(client) == 0)
     assert nothing_of_ours(ray_address)

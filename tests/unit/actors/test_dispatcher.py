@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.dispatcher import Dispatcher
-from actors.messages import Kind, expect_parts, failure_text, tensor_bytes, tensor_from
+from actors.messages import CPU, Kind, expect_parts, failure_text, tensor_bytes, tensor_from
 from actors.routes import ExpertRoutes
 from actors.transport.base import Frame, FrameTag, PeerGone, Wire
 from actors.transport.local import local_pair
@@ -51,7 +51,7 @@ class Bench:
     """A dispatcher, an attention shard, and expert shards by name, all in this thread."""
 
     def __init__(self, expert_map: ExpertMap, timeout_s: float = 10.0) -> None:
-        self.data = Dispatcher("router", torch.float32, D, LAYERS[-1], timeout_s, self.drop)
+        self.data = Dispatcher("router", torch.float32, CPU, D, LAYERS[-1], timeout_s, self.drop)
         _BENCHES.append(self)
         self.attention, self.source = local_pair("attention", "router")
         self.shards: dict[str, Wire] = {}

@@ -8,7 +8,7 @@ from actors.scratch import ScratchPool
 
 
 def test_memory_comes_back_and_grows() -> None:
-    pool = ScratchPool(torch.float32)
+    pool = ScratchPool(torch.float32, torch.device("cpu"))
     first = pool.take(4, 8)
     second = pool.take(4, 8)
     assert first.shape == (4, 8)

@@ -43,7 +43,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("modle: x", r"modle: unknown key; allowed here: access, attention, "),
         ("experts: {shards: 0}", r"experts\.shards: .*greater than or equal to 1 \(given 0\)"),
         ("experts: {shards: two}", r"experts\.shards: .*integer.* \(given 'two'\)"),
-        ("transport: pigeon", r"transport: .*'auto', 'shm', 'tcp' or 'local' \(given 'pigeon'\)"),
+        ("transport: pigeon", r"transport: .*'auto', 'nccl', 'shm', 'tcp' or 'local' \(given 'pigeon'\)"),
         ("dtype: int3", r"dtype: .*'auto', 'float32'.* \(given 'int3'\)"),
         ("attention: {kv_memory: 3 bananas}", r"attention\.kv_memory: .*512MiB.*\(given '3 bananas'\)"),
         ("gateway: {port: 70000}", r"gateway\.port: .*65535"),

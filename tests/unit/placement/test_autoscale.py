@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.autoscale import AutoscalePolicy, Decision, PoolSnapshot, State, decide
@@ -15,10 +15,10 @@ POLICY = AutoscalePolicy(minimum=1, maximum=8, target_busy=0.5, down_after_s=60,
 BEGINNING = State()
 
 
-def snapshot(now_s: float, *busy_s: float, rows: Sequence[int] = (), changing: bool = False) -> PoolSnapshot:
-    names = [f"expert-{n}" for n in range(max(len(busy_s), len(rows)))]
+def snapshot(now_s: float, *busy_s: float, pairs: Sequence[int] = (), changing: bool = False) -> PoolSnapshot:
+    names = [f"expert-{n}" for n in range(max(len(busy_s), len(pairs)))]
     return PoolSnapshot(
-        now_s, len(names), dict(zip(names, busy_s, strict=False)), dict(zip(names, rows, strict=False)), changing
+        now_s, len(names), dict(zip(names, busy_s, strict=False)), dict(zip(names, pairs, strict=False)), changing
     )
 
 
@@ -57,6 +57,9 @@ def test_steady_load_on_target_changes_nothing() -> None:
     assert simulate(lambda _: 1.0, POLICY, 2, 1000) == []
     assert simulate(lambda _: 1.09, POLICY, 2, 1000) == []  # within the tolerance
     assert simulate(lambda _: 1.11, POLICY, 2, 1000) == [(10.0, 3)]
+    wide = replace(POLICY, maximum=20)
+    assert simulate(lambda _: 5.45, wide, 12, 1000) == []
+    assert simulate(lambda _: 5.35, wide, 12, 1000) == [(70.0, 11)]
 
 
 def test_the_first_snapshot_changes_nothing() -> None:
@@ -65,18 +68,18 @@ def test_the_first_snapshot_changes_nothing() -> None:
 
 
 def test_the_reason_has_the_figures() -> None:
-    policy = replace(POLICY, target_busy=0.6, target_rows_per_s=1000.0)
-    trace = [snapshot(0, 0.0, 0.0, rows=(0, 0)), snapshot(10, 8.0, 8.4, rows=(5000, 4000))]
-    assert replay(trace, policy)[1] == Decision(3, True, "busy 0.82 of 0.60, rows/s 450 of 1000 on 2 shards: 3 wanted")
+    policy = replace(POLICY, target_busy=0.6, target_pairs_per_s=1000.0)
+    trace = [snapshot(0, 0.0, 0.0, pairs=(0, 0)), snapshot(10, 8.0, 8.4, pairs=(5000, 4000))]
+    assert replay(trace, policy)[1] == Decision(3, True, "busy 0.82 of 0.60, pairs/s 450 of 1000 on 2 shards: 3 wanted")
 
 
 def test_the_larger_of_two_signals_wins() -> None:
-    policy = replace(POLICY, target_rows_per_s=100.0)
-    assert replay([snapshot(0, 0.0, rows=(0,)), snapshot(10, 9.0, rows=(3900,))], policy)[1].wanted == 4
-    assert replay([snapshot(0, 0.0, rows=(0,)), snapshot(10, 9.0, rows=(100,))], policy)[1].wanted == 2
+    policy = replace(POLICY, target_pairs_per_s=100.0)
+    assert replay([snapshot(0, 0.0, pairs=(0,)), snapshot(10, 9.0, pairs=(3900,))], policy)[1].wanted == 4
+    assert replay([snapshot(0, 0.0, pairs=(0,)), snapshot(10, 9.0, pairs=(100,))], policy)[1].wanted == 2
     rows_only = replace(policy, target_busy=0)
-    assert replay([snapshot(0, rows=(0,)), snapshot(10, rows=(3900,))], rows_only)[1].wanted == 4
-    assert replay([snapshot(0, 0.0, rows=(0,)), snapshot(10, 9.0, rows=(1000,))], rows_only)[1].change is False
+    assert replay([snapshot(0, pairs=(0,)), snapshot(10, pairs=(3900,))], rows_only)[1].wanted == 4
+    assert replay([snapshot(0, 0.0, pairs=(0,)), snapshot(10, 9.0, pairs=(1000,))], rows_only)[1].change is False
 
 
 def test_doubled_load_adds_and_is_given_back_only_after_the_window() -> None:
@@ -150,7 +153,7 @@ def test_new_and_restarted_shards_count_from_their_second_snapshot() -> None:
     assert replay(trace)[1].reason == "busy 0.50 of 0.50 on 2 shards: 2 wanted"
     grown = replay([snapshot(0, 0.0), snapshot(10, 5.0, 400.0), snapshot(20, 10.0, 405.0)])
     assert [d.wanted for d in grown] == [1, 2, 2]
-    by_rows = [snapshot(0, 1.0, rows=(900,)), snapshot(10, 9.9, rows=(1,)), snapshot(20, 9.9, rows=(1,))]
+    by_rows = [snapshot(0, 1.0, pairs=(900,)), snapshot(10, 9.9, pairs=(1,)), snapshot(20, 9.9, pairs=(1,))]
     assert replay(by_rows)[1].reason == "no figures yet of 1 shard"
 
 
@@ -191,7 +194,7 @@ def test_time_goes_forward() -> None:
         ("target_busy", -0.1),
         ("target_busy", 0.95),
         ("target_busy", 0),
-        ("target_rows_per_s", -1.0),
+        ("target_pairs_per_s", -1.0),
         ("tolerance", 1.0),
         ("tolerance", float("nan")),
         ("up_after_s", -1.0),
@@ -216,6 +219,7 @@ POLICIES = st.builds(
 )
 
 
+@settings(deadline=None, derandomize=True)
 @given(POLICIES, st.lists(st.tuples(st.integers(0, 20), st.floats(0, 1000), st.booleans()), max_size=20))
 def test_the_number_wanted_is_always_within_the_range(
     policy: AutoscalePolicy, trace: list[tuple[int, float, bool]]
@@ -226,6 +230,7 @@ def test_the_number_wanted_is_always_within_the_range(
         assert not (decision.change and (shot.changing or decision.wanted == shot.shards))
 
 
+@settings(deadline=None, derandomize=True)
 @given(POLICIES, st.floats(0, 20), st.integers(1, 16), st.integers(0, 3))
 def test_constant_load_comes_to_rest_and_never_turns_back(
     policy: AutoscalePolicy, work: float, shards: int, delay: int

@@ -85,7 +85,7 @@ def loads_of(draw: st.DrawFn, layers: int, experts: int) -> Loads:
     return np.zeros((layers, experts)) if kind == "unknown" else rng.gamma(0.5, 100.0, size=(layers, experts))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, derandomize=True, max_examples=80)
 @given(st.data(), st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.sampled_from([None, 0, 3]))
 def test_every_plan_keeps_to_the_policy(
     data: st.DataObject, layers: int, experts: int, min_replicas: int, extra: int | None
@@ -106,7 +106,7 @@ def test_every_plan_keeps_to_the_policy(
         current = made
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(st.data(), st.integers(1, 2), st.integers(2, 12), st.integers(0, 5))
 def test_two_replicas_survive_the_loss_of_any_node(data: st.DataObject, layers: int, experts: int, more: int) -> None:
     nodes, each = data.draw(st.integers(2, 3)), data.draw(st.integers(1, 3))
@@ -177,7 +177,7 @@ def best_by_hand(loads: list[float], slots: list[int], least: int) -> float:
     return best / (sum(loads) / len(slots))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=5), st.integers(2, 3), st.integers(1, 2), st.integers(0, 2))
 def test_tiny_plans_are_near_the_optimum(rows: list[int], n: int, least: int, more: int) -> None:
     """Greedy packing alone is within 4/3 of the optimum (Graham 1969); uneven replicas and full shards cost some."""
@@ -292,6 +292,40 @@ def test_full_shards_make_way() -> None:
         shards = [ShardRoom(f"expert-{i}", "node", int(n)) for i, n in enumerate(sizes)]
         made = make(skewed(seed, 1, 9), shards, policy=BalancePolicy(min_replicas=2))
         assert [len(made.held_by(s.name)) for s in shards] == list(sizes)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_replicas_nobody_needs_give_way(seed: int) -> None:
+    """Node y has 5 slots, and 4 experts need it; those of the hottest would take two each."""
+    rooms_of = (("a", "x", 4), ("b", "x", 4), ("c", "y", 3), ("d", "y", 2))
+    shards = [ShardRoom(*room) for room in rooms_of]
+    policy = BalancePolicy(min_replicas=2)
+    loads = np.random.default_rng(seed).permutation([1.0, 3.0, 200.0, 201.0])[None]
+    assert apart(make(loads, shards, policy=policy), shards) == 2
+
+
+def test_replicas_in_the_way_of_balance_are_left_out() -> None:
+    """The two small shards hold one expert each: with a replica there, two whole experts share the large one."""
+    loads, shards = (
+        np.array([[48.0, 54.0, 66.0]]),
+        [ShardRoom(f"expert-{i}", "node", n) for i, n in enumerate((3, 1, 1))],
+    )
+    assert imbalance(make(loads, shards), loads) == pytest.approx(66 / 56)
+
+
+def test_a_little_noise_does_not_exchange_replicas() -> None:
+    policy = BalancePolicy(extra_slots=1)
+    made = make(np.array([[10.0, 9.5, 4.0, 4.0]]), rooms(2, 3), policy=policy)
+    assert [len(homes) for homes in made.replicas[0]] == [2, 1, 1, 1]
+    after = make(np.array([[9.5, 10.0, 4.0, 4.0]]), rooms(3, 3), made, policy, 2)
+    assert [len(homes) for homes in after.replicas[0]] == [2, 1, 1, 1]
+    after = make(np.array([[9.5, 19.0, 4.0, 4.0]]), rooms(3, 3), made, policy, 2)
+    assert [len(homes) for homes in after.replicas[0]] == [1, 2, 1, 1]
+
+
+def test_experts_that_got_no_rows_do_not_pile_up() -> None:
+    made = make(np.array([[50.0, 49.9, *[0.0] * 14]]), rooms(2, 16), policy=ONCE)
+    assert min(len(made.held_by(s)) for s in made.shards) >= 6
 
 
 def test_slots_may_shrink() -> None:

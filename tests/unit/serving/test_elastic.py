@@ -157,10 +157,32 @@ def test_what_cannot_be_is_refused_by_field_and_changes_nothing(checkpoint: tupl
         assert (code, text) == (invalid, "actor: attention-0 is the last attention shard; scale up first")
         code, text = refusal(lambda: control.Drain(pb.DrainRequest(node="nowhere")))
         assert code == invalid
-        code, text = refusal(lambda: control.Drain(pb.DrainRequest(node="local")))
-        assert code == grpc.StatusCode.FAILED_PRECONDITION
+        code, text = refusal(lambda: control.Drain(pb.DrainRequest(node="loc")))
+        assert (code, text.split(":")[:2]) == (invalid, ["node", " local"])
         assert [actor.name for actor in client.cluster().actors] == [actor.name for actor in before]
         assert client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=3)).shards  # the node is not cordoned
+
+
+def test_more_changes_than_can_wait_are_refused_and_looking_goes_on(
+    checkpoint: tuple[Path, Any], local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, release, honest = threading.Event(), threading.Event(), ExpertShard.load
+
+    def load(shard: ExpertShard, epoch: int, experts: Any) -> int:
+        begun.set()
+        assert release.wait(60)
+        return honest(shard, epoch, experts)
+
+    with running(local(checkpoint[0])) as (client, _):
+        monkeypatch.setattr(ExpertShard, "load", load)
+        changes = [client.control.ScaleExperts.future(pb.ScaleExpertsRequest(shards=3 + n % 2)) for n in range(9)]
+        assert begun.wait(60)
+        until(lambda: sum(change.done() for change in changes) == 5)
+        refused = [change.code() for change in changes if change.done()]
+        assert refused == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 5
+        assert client.cluster().expert_map_epoch == 1
+        release.set()
+        assert sum(change.exception() is None for change in changes) == 4
 
 
 def test_a_shard_is_drained_and_not_replaced(
@@ -256,6 +278,16 @@ def test_a_wire_that_breaks_between_living_ends_is_made_anew(
         router.handle.actor._data.routes.wires["expert-1"].close()  # type: ignore[attr-defined]
         until(lambda: client.cluster().expert_map_epoch == 2)
         assert names(client, pb.ROLE_EXPERT) == ["expert-0", "expert-1"]
+
+
+def test_an_attention_shard_that_its_gateway_lost_is_replaced(
+    checkpoint: tuple[Path, Any], local: Local, wanted: list[Reference]
+) -> None:
+    with running(local(checkpoint[0])) as (client, controller), singing(client, PROMPTS, wanted[:4]):
+        gateway = controller._roster.find("gateway-0")
+        assert gateway is not None
+        gateway.handle.actor._wires["attention-0"].close()  # type: ignore[attr-defined]
+        until(lambda: names(client, pb.ROLE_ATTENTION) == ["attention-1"])
 
 
 def test_watching_tells_what_happens(checkpoint: tuple[Path, Any], local: Local) -> None:

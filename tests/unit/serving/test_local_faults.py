@@ -85,17 +85,24 @@ def test_a_replica_without_its_router_gets_no_requests(
         assert health_of(client) == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_without_any_router_health_says_so(checkpoint: tuple[Path, Any], local: Local, actors: Actors) -> None:
+def test_without_any_router_health_says_so(
+    checkpoint: tuple[Path, Any], local: Local, actors: Actors, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running_cluster(local(checkpoint[0], recovery_timeout_s=0.5)) as address, Client(address) as client:
         assert health_of(client) == health_pb2.HealthCheckResponse.SERVING
         held = client.inference.Generate(ids_request(PROMPT, 480))
         next(held)
+        honest = Router.load
+        monkeypatch.setattr(Router, "load", lambda _: 1 / 0)  # no successor can start
         actors.of(Router)[0].stop()
         until(lambda: health_of(client) == health_pb2.HealthCheckResponse.NOT_SERVING)
         assert code_of(client) == grpc.StatusCode.UNAVAILABLE
         with pytest.raises(grpc.RpcError) as caught:
             list(held)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        monkeypatch.setattr(Router, "load", honest)
+        until(lambda: health_of(client) == health_pb2.HealthCheckResponse.SERVING)
+        assert code_of(client) == grpc.StatusCode.OK
 
 
 def test_results_of_the_wrong_shape_are_an_error_not_wrong_tokens(
@@ -103,7 +110,10 @@ def test_results_of_the_wrong_shape_are_an_error_not_wrong_tokens(
 ) -> None:
     honest = ExpertBank.forward
     monkeypatch.setattr(ExpertBank, "forward", lambda *args: honest(*args)[:1])
-    with running_cluster(local(checkpoint[0], recovery_timeout_s=0.5)) as address, Client(address) as client:
+    with (
+        running_cluster(local(checkpoint[0], step_timeout_s=0.5, recovery_timeout_s=0.5)) as address,
+        Client(address) as client,
+    ):
         assert code_of(client) == grpc.StatusCode.UNAVAILABLE
 
 

@@ -1,0 +1,43 @@
+"""How long a device computes, without waiting for it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Stopwatch:
+    """Adds up the ``seconds`` spent inside ``running`` blocks. One thread measures, any may read.
+
+    On a GPU the time is that between two events on the current stream, and counts once a later block begins: the
+    host runs ahead of the device, and waiting for it would hold up the next batch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        self._on_gpu = device.type == "cuda"
+        self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time what is computed inside. A block that raises does not count."""
+        if self._on_gpu:
+            self._collect()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._open.append((begin, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - started
+
+    def _collect(self) -> None:
+        while self._open and self._open[0][1].query():
+            begin, end = self._open.popleft()
+            self.seconds += begin.elapsed_time(end) / 1000.0

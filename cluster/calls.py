@@ -1,0 +1,32 @@
+"""Calls to several actors at the same time, and what came of them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+FIGURES_TIMEOUT_S = 2.0
+"""An actor that does not tell its figures within this time is taken for dead where its life is in doubt."""
+
+
+def answers(calls: Mapping[str, Future[Any]], timeout_s: float = FIGURES_TIMEOUT_S) -> dict[str, Any]:
+    """The results by name, without those that do not come in time."""
+    deadline = time.monotonic() + timeout_s
+    came = {}
+    for name, call in calls.items():
+        try:
+            came[name] = call.result(max(0.0, deadline - time.monotonic()))
+        except Exception as error:  # whatever keeps it from telling its figures, the others' are still wanted
+            log.warning("%s does not tell its figures: %r", name, error)
+    return came
+
+
+def log_failure(done: Future[Any]) -> None:
+    """A callback for calls that nobody waits for."""
+    if not done.cancelled() and (error := done.exception()) is not None:
+        log.warning("an actor did not follow: %r", error)

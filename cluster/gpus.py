@@ -1,0 +1,51 @@
+"""Refuses a cluster that is to use GPUs where there are none, before any actor starts there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from actors.transport.cupy_nccl import cuda_missing, requirements_missing
+from cluster.config import ConfigError, ServerConfig
+from cluster.fleet import Fleet
+from placement.spec import BundleRequest, Node
+
+
+class GpuCheck:
+    """Asks each node once. Without ``device: cuda`` and ``transport: nccl`` it asks nobody anything."""
+
+    def __init__(self, config: ServerConfig, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._key, self._missing = _what_is_needed(config)
+        self._fit: set[str] = set()
+
+    def before(self, requests: Sequence[BundleRequest], nodes: Sequence[Node]) -> None:
+        """Raise ConfigError if no node that may hold one of ``requests`` has a GPU: it would be waited for in vain."""
+        for request in requests:
+            fitting = [node for node in nodes if request.fits(node)]
+            if request.gpus and fitting and not any(node.gpus for node in fitting):
+                self._refuse(fitting, "Ray knows of no GPU there")
+
+    def after(self, node_ids: Sequence[str]) -> None:
+        """Raise ConfigError, with everything that is missing, if one of these nodes cannot do what is asked."""
+        new = set(node_ids) - self._fit
+        if self._missing is not None and new:
+            self._refuse([node for node in self._fleet.nodes() if node.node_id in new])
+            self._fit |= new
+
+    def _refuse(self, nodes: Sequence[Node], *more: str) -> None:
+        assert self._missing is not None
+        found = self._fleet.on_nodes([node.node_id for node in nodes], self._missing)
+        told = [
+            f"node {node.address}: {'; '.join([*more, *found[node.node_id]])}"
+            for node in nodes
+            if more or found[node.node_id]
+        ]
+        if told:
+            raise ConfigError(f"{self._key} cannot be used: {'. '.join(told)}")
+
+
+def _what_is_needed(config: ServerConfig) -> tuple[str, Callable[[], list[str]] | None]:
+    """The key that asks for it, and what tells what is missing on a node."""
+    if config.transport == "nccl":
+        return "transport: nccl", requirements_missing
+    return "device: cuda", cuda_missing if config.device == "cuda" else None
