@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -291,3 +292,36 @@ def test_whatever_happens_each_batch_is_answered_once_and_right(events: list[tup
     bench.answer_all()
     check(bench, wanted)
     assert not bench.attention.ready()
+
+
+class Group:
+    """As much of a group as is looked at: it counts its batches."""
+
+    failure: str | None = None
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        self.batches += 1
+        yield
+
+
+def test_over_a_group_a_step_boundary_waits_for_answers_that_nobody_needs_any_more() -> None:
+    """A shard whose results are not taken could send no others."""
+    bench = Bench(MAP)
+    group = Group()
+    assert bench.data.routes is not None
+    bench.data.routes.group = group  # type: ignore[assignment]
+    bench.ask(step=1, layer=LAYERS[-1])
+    late = {name: frame.tag for name in bench.shards if (frame := bench.frame(name))}
+    wanted = bench.ask(step=2, layer=LAYERS[-1])
+    bench.answer_all()
+    check(bench, wanted)
+    assert group.batches == 2
+    for name, tag in late.items():
+        assert not bench.boundary
+        bench.shards[name].send(Kind.RESULTS, tag, [b""], soon())
+        bench.take(name)
+    assert bench.boundary

@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from actors.engine.request import FinishReason, TokenEvent
-from actors.messages import Kind, decode_tokens, encode_tokens, expect_parts, tensor_bytes, tensor_from
-from actors.transport.base import Frame, FrameTag, ProtocolError
+from actors.messages import (
+    Kind,
+    decode_tokens,
+    encode_tokens,
+    expect_parts,
+    indices_from,
+    tensor_bytes,
+    tensor_from,
+    tensor_part,
+)
+from actors.transport.base import Frame, FrameTag, Medium, ProtocolError
 
 
 def frame(*parts: bytes) -> Frame:
@@ -41,3 +50,34 @@ def test_events_come_back() -> None:
 def test_the_number_of_parts_is_checked() -> None:
     with pytest.raises(ProtocolError, match="2 parts, expected 3"):
         expect_parts(frame(b"a", b"b"), 3)
+
+
+class Carrier:
+    """As much of a wire as is looked at."""
+
+    def __init__(self, medium: Medium) -> None:
+        self.medium = medium
+
+
+@pytest.mark.parametrize("medium", Medium)
+def test_tensors_go_as_they_are_where_the_wire_carries_them(medium: Medium) -> None:
+    rows = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
+    part = tensor_part(rows, Carrier(medium))  # type: ignore[arg-type]
+    if medium is Medium.NCCL:
+        assert part is rows
+    else:
+        assert isinstance(part, memoryview)
+        assert len(part) == 12
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_tensor_of_bytes_is_read_like_memory(count: int) -> None:
+    rows = torch.arange(count * 3, dtype=torch.bfloat16).view(count, 3)
+    came = rows.clone().view(-1).view(torch.uint8)
+    back = tensor_from(came, torch.bfloat16, 3)
+    assert torch.equal(back, rows)
+    assert not count or back.data_ptr() == came.data_ptr()
+    with pytest.raises(ProtocolError, match="a part of 7 bytes is not whole rows of 6 bytes"):
+        tensor_from(torch.zeros(7, dtype=torch.uint8), torch.bfloat16, 3)
+    with pytest.raises(ProtocolError, match="belongs in host memory"):
+        indices_from(came)

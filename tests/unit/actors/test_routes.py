@@ -57,3 +57,38 @@ def test_a_lost_shard_is_passed_over_from_then_on(routes: ExpertRoutes) -> None:
 def test_without_is_for_one_batch_only(routes: ExpertRoutes) -> None:
     assert owners(routes, 0, ("a",))[0] == ""
     assert owners(routes, 0)[0] == "a"
+
+
+class Group:
+    """As much of a group as is looked at."""
+
+    failure: str | None = None
+
+
+@pytest.fixture
+def grouped(routes: ExpertRoutes) -> ExpertRoutes:
+    return ExpertRoutes(MAP, routes.wires, Group())  # type: ignore[arg-type]
+
+
+def test_a_group_that_is_over_takes_every_shard_with_it(grouped: ExpertRoutes) -> None:
+    """One that left in order takes only itself."""
+    grouped.lose("c")
+    assert grouped.lost == {"c"}
+    assert owners(grouped, 0) == ["a", "a", "b", "b"]
+    grouped.group.failure = "b died"  # type: ignore[union-attr,misc]
+    grouped.lose("b")
+    assert grouped.lost == {"a", "b", "c"}
+    assert owners(grouped, 0) == ["", "", "", ""]
+
+
+def test_a_group_is_quiet_when_every_frame_was_answered_or_it_is_torn(
+    routes: ExpertRoutes, grouped: ExpertRoutes
+) -> None:
+    routes.asked = grouped.asked = 2
+    assert routes.quiet
+    assert not grouped.quiet
+    grouped.answered = 2
+    assert grouped.quiet
+    grouped.asked = 3
+    grouped.lose("a")
+    assert grouped.quiet

@@ -37,3 +37,10 @@ def test_same_input_same_answer() -> None:
     wants = [BundleRequest(str(n), 0.5) for n in range(8)]
     nodes = [node("b"), node("a"), node("c", 2.0)]
     assert spread(wants, nodes) == spread(wants, list(reversed(nodes)))
+
+
+def test_gpus_are_counted_like_cpus() -> None:
+    nodes = [Node("a", "10.0.0.1", 8.0), Node("b", "10.0.0.2", 4.0, gpus_free=2.0, gpus=2.0)]
+    wants = [BundleRequest(f"expert-{n}", 0.25, gpus=1.0) for n in range(3)]
+    assert spread(wants, nodes) == ["b", "b", None]
+    assert spread([BundleRequest("expert-0", 0.25)], nodes) == ["a"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,3 +58,8 @@ def test_views_do_not_copy() -> None:
     view = byte_view(memoryview(data).cast("I"))
     data[5] = 9
     assert (view.format, view[5]) == ("B", 9)
+
+
+def test_a_tensor_is_refused_where_wires_carry_bytes() -> None:
+    with pytest.raises(TypeError, match="a part is a Tensor; over this wire parts are bytes, bytearray or memoryview"):
+        byte_view(torch.zeros(3, dtype=torch.uint8))
