@@ -169,7 +169,8 @@ class AttentionShard:
         return known
 
     def stats(self) -> AttentionStats:
-        """Queue, KV blocks, counters and traffic."""
+        """Queue, KV blocks, counters and traffic. Raises RuntimeError when the data plane has failed."""
+        self._loop.check()
         with self._lock:
             running, waiting = self._scheduler.n_running, self._scheduler.n_waiting
             free = self._blocks.n_free

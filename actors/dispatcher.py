@@ -1,8 +1,8 @@
 """Dispatcher: the router's data plane. Sends each batch's rows to the shards of the map, combines what comes back.
 
-The main path: ``take`` (a batch comes from an attention shard), ``dispatch``, ``on_results``, ``combine``. A shard that
-is lost costs no batch: what it owed is sent again, to another replica at once, or to whoever holds its experts when
-the next map is committed, within the batch's deadline. Never is an expert left out.
+The main path: ``dispatch`` (a batch came from an attention shard), ``on_results``, ``combine``. A shard that is lost
+costs no batch: what it owed is sent again, to another replica at once, or to whoever holds its experts when the next
+map is committed, within the batch's deadline. Never is an expert left out.
 
 Everything here runs in the router's loop thread.
 """
@@ -73,8 +73,10 @@ class Dispatcher:
         last_layer: int,
         timeout_s: float,
         drop: Drop,
+        on_loss: Callable[[], None] = lambda: None,
     ) -> None:
-        """``last_layer``: the MoE layer with which a step ends. Rows are kept and combined on ``device``."""
+        """``last_layer``: the MoE layer with which a step ends. Rows are kept and combined on ``device``. ``on_loss``
+        is called whenever a shard of the map in force is lost."""
         self.name = name
         self.routes: ExpertRoutes | None = None
         self.rows_per_shard: dict[str, int] = {}
@@ -87,6 +89,7 @@ class Dispatcher:
         self._last_layer = last_layer
         self._timeout_s = timeout_s
         self._drop = drop
+        self._on_loss = on_loss
         self._pending: dict[int, DispatchHandle] = {}
         self._mid_step: dict[Wire, float] = {}  # sources inside a step, and until when to believe it
         self._number = 0
@@ -192,6 +195,7 @@ class Dispatcher:
         if self.routes is None or shard not in self.routes.wires:
             return
         self.routes.lose(shard)
+        self._on_loss()
         gone = self.routes.lost
         for handle in list(self._pending.values()):
             owed = [attempt for attempt, (owner, _) in handle.owed.items() if owner in gone]

@@ -6,6 +6,7 @@ be added, copied, or killed while streams run.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -22,10 +23,12 @@ from actors.model.families import load_spec
 from actors.model.weights import Checkpoint
 from actors.settings import ModelSettings
 from actors.stopwatch import Stopwatch
-from actors.transport.base import Address, Buffer, EndpointFactory, Frame, PeerGone, TransportError, Wire
+from actors.transport.base import Address, Buffer, EndpointFactory, Frame, PeerGone, Wire
 from actors.transport.nccl_group import GroupPlan
 from actors.transport.nccl_join import Lobby
 from placement.expert_map import Expert
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class ExpertShard:
         self._bank = ExpertBank({}, self._spec.d_model, model.torch_dtype, model.row_block)
         self._changing = threading.Lock()
         self._epoch = 0
+        self._wanted_epoch = 0  # of the latest load
         self._loaded_bytes = 0
         self._rows = self._pairs = 0
         self._busy = Stopwatch(model.torch_device)
@@ -72,6 +76,7 @@ class ExpertShard:
 
         Nothing is taken away: maps of other epochs go on being served. Returns how many were read.
         """
+        self._wanted_epoch = max(self._wanted_epoch, epoch)
         with self._changing:
             missing = set(experts) - self._bank.experts
             with Checkpoint(self._model.path) as checkpoint:
@@ -97,9 +102,11 @@ class ExpertShard:
         self._groups.leave(epoch)
 
     def keep(self, epoch: int, experts: Iterable[Expert]) -> None:
-        """Let go of everything but ``experts``: no router works by another map than ``epoch`` any more."""
+        """Let go of everything but ``experts``: maps up to ``epoch`` need no more. Ignored when a ``load`` for a later
+        one has come meanwhile: calls may overtake each other."""
         with self._changing:
-            self._bank, self._epoch = self._bank.only(experts), epoch
+            if epoch >= self._wanted_epoch:
+                self._bank, self._epoch = self._bank.only(experts), epoch
 
     def loaded_bytes(self) -> int:
         """Bytes read so far, for a progress bar."""
@@ -133,7 +140,8 @@ class ExpertShard:
         deadline = time.monotonic() + self._model.step_timeout_s
         try:
             out = self._compute(frame)
-        except (ValueError, KeyError, RuntimeError, TransportError) as error:
+        except Exception as error:  # whatever a request brings, it ends that request alone
+            log.exception("a request of %s cannot be computed", wire.peer)
             text = f"expert shard {self.name}: {type(error).__name__}: {error}"
             told: list[Buffer] = [text.encode()]
             wire.send(Kind.FAILED, frame.tag, told, deadline)

@@ -86,14 +86,20 @@ class Groups:
             _end(joined)
 
     def _join(self, plan: GroupPlan, join: Callable[[Backend, Callable[[], bool]], Joined]) -> Joined:
+        def given_up() -> bool:
+            return plan.epoch <= self._given_up
+
+        late = WireTimeout(f"{self._name}: the group of epoch {plan.epoch} was given up")
         with self._joining:
-            joined = join(self._get_backend(), lambda: plan.epoch <= self._given_up)
+            if given_up():
+                raise late
+            joined = join(self._get_backend(), given_up)
             with self._changing:
-                if plan.epoch > self._given_up:
+                if not given_up():
                     self._joined[plan.epoch] = joined
                     return joined
         _end(joined)
-        raise WireTimeout(f"the group of epoch {plan.epoch} was given up")
+        raise late
 
     def _get_backend(self) -> Backend:
         with self._changing:

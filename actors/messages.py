@@ -117,7 +117,14 @@ def encode_tokens(events: Sequence[TokenEvent]) -> list[Buffer]:
 
 
 def decode_tokens(frame: Frame) -> list[TokenEvent]:
-    """The events of a TOKENS frame, as they were given to ``encode_tokens``."""
+    """The events of a TOKENS frame, as they were given to ``encode_tokens``. ProtocolError if it is none."""
+    try:
+        return _token_events(frame)
+    except (ValueError, IndexError) as error:
+        raise ProtocolError(f"a TOKENS frame cannot be read: {error}") from error
+
+
+def _token_events(frame: Frame) -> list[TokenEvent]:
     records, ids, messages = map(on_host, expect_parts(frame, 3))
     told: dict[str, Any] = json.loads(bytes(messages)) if len(messages) else {}
     rows = np.frombuffer(records, dtype=_EVENT)

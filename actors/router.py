@@ -39,7 +39,13 @@ from actors.transport.base import (
     WireTimeout,
 )
 from actors.transport.nccl_group import GroupPlan
-from placement.expert_map import ExpertMap
+from placement.expert_map import ExpertMap, held_only_by
+
+_CONNECT_S = 10.0
+
+
+class StaleEpoch(RuntimeError):
+    """A map is to be prepared or committed that was given up, or never prepared."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Router:
         self._gate: Gate | None = None
         self._prepared: ExpertRoutes | None = None
         self._staged: ExpertRoutes | None = None  # to be put in force by the loop
-        self._staging = threading.Lock()
+        self._given_up = 0  # maps up to this epoch were withdrawn
+        self._staging = threading.Lock()  # guards the three above
         self._committed = threading.Event()
         self._losses = threading.Condition()
         self._stopped = False
@@ -83,6 +90,7 @@ class Router:
             last_layer,
             model.step_timeout_s,
             self._loop.drop,
+            self._tell_loss,
         )
         self._groups = Groups(name, model.torch_device, model.step_timeout_s)
         self._endpoint = make_endpoint(name, self._loop.add)
@@ -107,46 +115,75 @@ class Router:
         """Connect to the shards of ``expert_map`` that have no live wire yet. The map in force stays in force.
 
         With a ``plan``: form that group with all its members instead. Errors: TransportError when a shard cannot be
-        reached in time; then nothing has changed.
+        reached in time whose experts have no other; StaleEpoch when the epoch was withdrawn. Then nothing has changed.
         """
-        self.withdraw()
+        with self._staging:
+            if expert_map.epoch <= self._given_up:
+                raise StaleEpoch(f"router {self.name}: epoch {expert_map.epoch} was given up")
+            older, self._prepared = self._prepared, None
+        self._discard(older)
         if plan is None:
-            self._prepare_wires(expert_map, shards, medium, time.monotonic() + timeout_s)
-            return
-        group, wires = self._groups.join_as_router(plan, self._endpoint, shards, medium, timeout_s)
-        self._prepared = ExpertRoutes(expert_map, wires, group)
-        for wire in wires.values():
-            self._loop.add(wire)
+            routes = self._connect(expert_map, shards, medium, time.monotonic() + timeout_s)
+        else:
+            group, wires = self._groups.join_as_router(plan, self._endpoint, shards, medium, timeout_s)
+            routes = ExpertRoutes(expert_map, wires, group)
+        with self._staging:
+            given_up = expert_map.epoch <= self._given_up
+            if not given_up:
+                self._prepared = routes
+        if given_up:
+            self._discard(routes)
+            raise StaleEpoch(f"router {self.name}: epoch {expert_map.epoch} was given up")
+        self._watch(routes)
 
-    def _prepare_wires(
+    def _connect(
         self, expert_map: ExpertMap, shards: Mapping[str, Address], medium: Medium | None, deadline: float
-    ) -> None:
+    ) -> ExpertRoutes:
+        """Routes over the wires that live and new ones. Shards that cannot be reached count as lost, if the others
+        hold all of their experts; else TransportError."""
         now = self._data.routes
-        kept = {s: now.wires[s] for s in expert_map.shards if now and s in now.wires and s not in now.lost}
-        fresh: dict[str, Wire] = {}
-        try:
-            for shard in expert_map.shards:
-                if shard not in kept:
-                    fresh[shard] = self._endpoint.connect(shards[shard], deadline, medium)
-        except TransportError:
-            for wire in fresh.values():
+        wires = {s: now.wires[s] for s in expert_map.shards if now and s in now.wires and s not in now.lost}
+        fresh: list[Wire] = []
+        unreachable: dict[str, TransportError] = {}
+        for shard in expert_map.shards:
+            if shard in wires:
+                continue
+            try:
+                wires[shard] = self._endpoint.connect(
+                    shards[shard], min(deadline, time.monotonic() + _CONNECT_S), medium
+                )
+                fresh.append(wires[shard])
+            except TransportError as error:
+                unreachable[shard] = error
+        if held_only_by(expert_map, unreachable):
+            for wire in fresh:
                 wire.close()
-            raise
-        self._prepared = ExpertRoutes(expert_map, {**kept, **fresh})
-        for wire in fresh.values():
-            self._loop.add(wire)
+            raise next(iter(unreachable.values()))
+        routes = ExpertRoutes(expert_map, wires)
+        for shard in unreachable:
+            routes.lose(shard)
+        return routes
+
+    def _watch(self, routes: ExpertRoutes) -> None:
+        """Let the loop serve the wires that are new in ``routes``; what was lost of the old ones meanwhile is lost."""
+        now = self._data.routes
+        for shard, wire in routes.wires.items():
+            if now is None or now.wires.get(shard) is not wire:
+                self._loop.add(wire)
+            elif shard in now.lost:
+                routes.lose(shard)
 
     def commit(self, epoch: int, timeout_s: float) -> None:
         """Put the prepared map in force at the next step boundary; returns when it is.
 
-        Errors: ValueError when no map of this epoch is prepared, WireTimeout when a step in flight kept it from its
+        Errors: StaleEpoch when no map of this epoch is prepared, WireTimeout when a step in flight kept it from its
         commit; it is withdrawn then.
         """
-        prepared = self._prepared
-        if prepared is None or prepared.epoch != epoch:
-            raise ValueError(f"router {self.name}: epoch {epoch} is not prepared")
-        self._committed.clear()
         with self._staging:
+            prepared = self._prepared
+            if prepared is None or prepared.epoch != epoch:
+                raise StaleEpoch(f"router {self.name}: epoch {epoch} is not prepared")
+            self._committed.clear()
             self._staged, self._prepared = prepared, None
         self._loop.wake()
         if self._committed.wait(timeout_s):
@@ -154,19 +191,31 @@ class Router:
         with self._staging:
             if self._staged is not prepared:
                 return
-            self._staged, self._prepared = None, prepared
-        self.withdraw()
+            self._staged = None
+        self._discard(prepared)
         raise WireTimeout(f"router {self.name}: a step in flight kept epoch {epoch} from its commit")
 
-    def withdraw(self) -> None:
-        """Forget a map that was prepared and not committed; the wires made for it are closed, its group is left."""
-        prepared, self._prepared = self._prepared, None
+    def withdraw(self, epoch: int) -> None:
+        """Maps up to ``epoch`` shall not be prepared any more, one that is being prepared included: the wires made for
+        them are closed, their group is left. The map in force stays. Idempotent."""
+        with self._staging:
+            self._given_up = max(self._given_up, epoch)
+            prepared = self._prepared
+            if prepared is None or prepared.epoch > epoch:
+                return
+            self._prepared = None
+        self._discard(prepared)
+
+    def _discard(self, routes: ExpertRoutes | None) -> None:
+        """Close the wires of routes that will not be used, but for those that the map in force uses too."""
+        if routes is None:
+            return
         in_force = set(self._data.routes.wires.values()) if self._data.routes else set()
-        for wire in prepared.wires.values() if prepared else ():
+        for wire in routes.wires.values():
             if wire not in in_force:
                 wire.close()
-        if prepared is not None and prepared.group is not None:
-            self._groups.leave(prepared.epoch)
+        if routes.group is not None:
+            self._groups.leave(routes.epoch)
 
     def new_ids(self) -> tuple[bytes, bytes]:
         """For a :class:`GroupPlan`. This router must live until the group has formed: it answers who joins."""
@@ -195,7 +244,8 @@ class Router:
         return {layer: rows.copy() for layer, rows in list(self._data.expert_rows.items())}
 
     def stats(self) -> RouterStats:
-        """The map in force, load counters, and traffic."""
+        """The map in force, load counters, and traffic. Raises RuntimeError when the data plane has failed."""
+        self._loop.check()
         data = self._data
         return RouterStats(
             pid=os.getpid(),
@@ -244,8 +294,10 @@ class Router:
         routes = self._data.routes
         if routes is not None and routes.wires.get(wire.peer) is wire:
             self._data.lose_shard(wire.peer)
-            with self._losses:
-                self._losses.notify_all()
+
+    def _tell_loss(self) -> None:
+        with self._losses:
+            self._losses.notify_all()
 
     def _on_tick(self) -> None:
         now = time.monotonic()
@@ -260,8 +312,7 @@ class Router:
         old = self._data.routes
         self._data.install(routes)
         self._committed.set()
-        with self._losses:
-            self._losses.notify_all()
+        self._tell_loss()
         kept = set(routes.wires.values())
         for wire in old.wires.values() if old else ():
             if wire not in kept:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +15,13 @@ from expertmesh.v1.control_pb2 import Role
 from actors.attention import AttentionShard
 from actors.router import Router
 from actors.transport.base import Address
-from cluster.deployment import Deployment, left
+from cluster.calls import results
+from cluster.deployment import PROCESS_START_S, Deployment, left
 from cluster.expert_fleet import ExpertFleet
 from cluster.fleet import ActorUnreachable, Bundle
 from cluster.gateway.peers import AttentionPeer
 from cluster.loss_watch import LossWatch
+from cluster.refusals import ChangeFailed
 from cluster.roster import Member
 from placement.spec import BundleRequest
 
@@ -39,6 +43,14 @@ class Replica:
         return self.shard, self.router
 
 
+@dataclass(frozen=True)
+class Started:
+    """A replica that has read its weights, and the addresses of its members by name."""
+
+    replica: Replica
+    addresses: dict[str, Address]
+
+
 class AttentionFleet:
     """The attention replicas of a cluster. One thread at a time changes it."""
 
@@ -49,12 +61,18 @@ class AttentionFleet:
         self._config = deployment.config.attention
         self._addresses: dict[str, Address] = {}
         self._vacant: list[Bundle | None] = []  # rooms of lost replicas that have no successor yet
+        self._leaving: list[Replica] = []
         self.replicas: list[Replica] = []
 
     @property
     def wanted(self) -> int:
-        """How many there are to be: those that are lost will be replaced."""
-        return len(self.replicas) + len(self._vacant)
+        """How many there are to be: those that are lost will be replaced, those that leave will not."""
+        return len(self.staying) + len(self._vacant)
+
+    @property
+    def staying(self) -> list[Replica]:
+        """The replicas that do not leave, oldest first."""
+        return [replica for replica in self.replicas if replica not in self._leaving]
 
     @property
     def routers(self) -> list[Member]:
@@ -73,18 +91,23 @@ class AttentionFleet:
         return [self._deployment.request("attention", self._config, actors=2) for _ in range(count)]
 
     def spawn(self, bundles: Sequence[Bundle]) -> list[Replica]:
-        """One replica per bundle. They do not serve yet."""
-        beside = [r.shard.bundle for r in self.replicas if r.shard.bundle] + list(bundles)
-        settings = self._deployment.settings([bundle.node_id for bundle in bundles])
-        roster = self._deployment.roster
-        spawned = []
-        for bundle in bundles:
-            name = bundle.name.replace("attention", "router")
-            router = roster.spawn(Role.ROLE_ROUTER, Router, name, bundle, settings.router(bundle))
-            own = (settings.attention(bundle, beside), settings.engine(bundle))
-            shard = roster.spawn(Role.ROLE_ATTENTION, AttentionShard, bundle.name, bundle, *own)
-            spawned.append(Replica(shard, router))
-        return spawned
+        """One replica per bundle. They do not serve yet. If that fails, nothing of it is left, the bundles neither."""
+        spawned: list[Member] = []
+        try:
+            beside = [r.shard.bundle for r in self.replicas if r.shard.bundle] + list(bundles)
+            settings = self._deployment.settings([bundle.node_id for bundle in bundles])
+            for bundle in bundles:
+                name = bundle.name.replace("attention", "router")
+                spawned.append(self._spawn(Role.ROLE_ROUTER, Router, name, bundle, settings.router(bundle)))
+                own = (settings.attention(bundle, beside), settings.engine(bundle))
+                spawned.append(self._spawn(Role.ROLE_ATTENTION, AttentionShard, bundle.name, bundle, *own))
+        except BaseException:
+            for member in spawned:
+                self._deployment.roster.end(member)
+            for bundle in bundles:
+                self._deployment.release(bundle)
+            raise
+        return [Replica(shard, router) for router, shard in zip(spawned[::2], spawned[1::2], strict=True)]
 
     def begin(self, replicas: Sequence[Replica]) -> dict[str, Future[Any]]:
         """Let them read their weights; the futures give each one's address, by name."""
@@ -104,76 +127,124 @@ class AttentionFleet:
 
     # -- changes --------------------------------------------------------------------------------------------------
 
-    def resize(self, count: int, experts: ExpertFleet, deadline: float) -> None:
-        """Another number of replicas; the youngest go first, and their streams move."""
-        more = count - len(self.replicas)
-        if more > 0:
-            self.add(self._deployment.reserve(self.requests(more), left(deadline)), experts, deadline)
-        self.retire(self.replicas[count:], experts, deadline)
+    def missing(self, count: int) -> int:
+        """How many replicas have to be started for ``count``, beside those that will be for lost ones."""
+        return max(0, count - self.wanted)
 
-    def add(self, bundles: Sequence[Bundle], experts: ExpertFleet, deadline: float) -> list[Replica]:
-        """Start a replica in each of these bundles and let the gateways use it. All or none."""
-        spawned: list[Replica] = []
+    def start(self, bundles: Sequence[Bundle], deadline: float) -> list[Started]:
+        """Replicas that have read their weights, with their addresses; they serve after ``add``. All or none."""
+        replicas = self.spawn(bundles)
         try:
-            spawned = self.spawn(bundles)
-            loads = self.begin(spawned)
-            addresses = {name: load.result(left(deadline)) for name, load in loads.items()}
-            self.connect(spawned, addresses, experts, deadline)
-            for replica in spawned:
-                peer = AttentionPeer(replica.shard.handle, addresses[replica.shard.name])
-                for gateway in self._deployment.roster.of(Role.ROLE_GATEWAY):
-                    gateway.handle.call(
-                        "attach", peer, self._deployment.medium, left(deadline), timeout_s=left(deadline)
-                    )
+            self._await_life(replicas, deadline)
+            loads = self.begin(replicas)
+            addresses = results(loads, deadline)
         except BaseException:
-            self._dismiss(spawned)
-            for bundle in bundles:
-                self._deployment.release(bundle)
+            self.dismiss(replicas)
             raise
-        return spawned
+        return [Started(r, {member.name: addresses[member.name] for member in r.members}) for r in replicas]
 
-    def retire(self, leaving: Sequence[Replica], experts: ExpertFleet, deadline: float) -> None:
-        """Nothing new for these; when their streams have ended, or were moved after drain_timeout_s, they go."""
+    def add(self, started: Sequence[Started], experts: ExpertFleet, deadline: float) -> list[Replica]:
+        """Connect replicas that were started, and let the gateways use them. All or none."""
+        replicas = [new.replica for new in started]
+        try:
+            addresses = {name: address for new in started for name, address in new.addresses.items()}
+            self.connect(replicas, addresses, experts, deadline)
+            for replica in replicas:
+                peer = AttentionPeer(replica.shard.handle, addresses[replica.shard.name])
+                arguments = ("attach", peer, self._deployment.medium, left(deadline))
+                gateways = self._deployment.roster.of(Role.ROLE_GATEWAY)
+                results({g.name: g.handle.begin(*arguments) for g in gateways}, deadline, may_be_gone=True)
+        except BaseException:
+            self.dismiss(replicas)
+            raise
+        return replicas
+
+    def leave(self, count: int) -> list[Replica]:
+        """Whom to ``retire`` so that ``count`` stay: the youngest. Rooms of lost ones are given back if not needed.
+
+        Should they die before they are gone, nobody takes their place.
+        """
+        while self._vacant and self.wanted > count:
+            self._deployment.release(self._vacant.pop())
+        leaving = self.staying[count:]
+        self.leave_these(leaving)
+        return leaving
+
+    def leave_these(self, leaving: Sequence[Replica]) -> None:
+        """They are going to be retired."""
+        self._leaving += leaving
+
+    def retire(self, leaving: Sequence[Replica]) -> list[Replica]:
+        """Nothing new for these, which ``leave``; returns when their streams have ended, or were moved after
+        drain_timeout_s. Waits for long: repairs may go on meanwhile.
+
+        Returns those that nobody uses any more, to be dismissed. Raises ChangeFailed naming a replica that has to
+        stay, when none of them could be retired.
+        """
         patience = self._deployment.config.drain_timeout_s
         gateways = self._deployment.roster.of(Role.ROLE_GATEWAY)
-        calls = [
-            (gateway, gateway.handle.begin("retire", replica.shard.name, patience))
-            for replica in leaving
-            for gateway in gateways
-        ]
-        for gateway, call in calls:
+        calls = {r: [g.handle.begin("retire", r.shard.name, patience) for g in gateways] for r in leaving}
+        free: list[Replica] = []
+        failures: list[Exception] = []
+        for replica, asked in calls.items():
             try:
-                call.result(patience + _RETIRE_SLACK_S)
-            except ActorUnreachable as error:
-                log.warning("%s is gone: %s", gateway.name, error)
+                for call in asked:
+                    with suppress(ActorUnreachable):  # a gateway that is gone uses nobody
+                        call.result(patience + _RETIRE_SLACK_S)
+                free.append(replica)
+            except Exception as error:  # OnlyShard, TimeoutError: this one has to stay, the others may go
+                log.warning("%s stays: %r", replica.shard.name, error)
+                failures.append(error)
+                self._leaving.remove(replica)
+        if failures and not free:
+            raise ChangeFailed(f"nobody could be retired: {failures[0]}")
+        return free
+
+    def part_with(self, leaving: Sequence[Replica], experts: ExpertFleet, deadline: float) -> None:
+        """Retired replicas go."""
         try:
             experts.part_with([replica.router for replica in leaving], deadline)
         finally:
-            self._dismiss(list(leaving))
+            self.dismiss(leaving)
 
-    def replace(self, lost: Sequence[Member], experts: ExpertFleet, deadline: float) -> list[Replica]:
-        """Start a replica for each one of which a part died; gateways move its streams. Returns the new ones."""
+    def forget(self, lost: Sequence[Member], experts: ExpertFleet, deadline: float) -> None:
+        """Replicas of which a part died are no more; their rooms wait for successors."""
         names = {member.name for member in lost}
-        started = []
         gone = [r for r in self.replicas if names & {member.name for member in r.members}]
         for dead in gone:
             self.replicas.remove(dead)
             for member in dead.members:
                 self._deployment.roster.discard(member, "its partner was lost")
-            self._vacant.append(dead.shard.bundle)
+            if dead in self._leaving:
+                self._deployment.release(dead.shard.bundle)
+            else:
+                self._vacant.append(dead.shard.bundle)
         experts.part_with([dead.router for dead in gone], deadline)
-        while self._vacant:
-            bundle = self._deployment.renew(self._vacant[0], self.requests(1)[0], left(deadline))
-            self._vacant[0] = None  # should the start fail, its room is given back
-            started += self.add([bundle], experts, deadline)
-            self._vacant.pop(0)
-        return started
 
-    def _dismiss(self, replicas: Sequence[Replica]) -> None:
+    def replace(self, experts: ExpertFleet, deadline: float) -> None:
+        """Start a replica for each one that is missing. Where the room of a lost one is still there it is used."""
+        while self._vacant:
+            room, self._vacant[0] = self._vacant[0], None  # should the start fail, its room is given back
+            bundle = self._deployment.renew(room, self.requests(1)[0], left(deadline))
+            self.add(self.start([bundle], deadline), experts, deadline)
+            self._vacant.pop(0)
+
+    def dismiss(self, replicas: Sequence[Replica]) -> None:
+        """End them, and give their rooms back."""
         for replica in replicas:
-            if replica in self.replicas:
-                self.replicas.remove(replica)
+            for members in (self.replicas, self._leaving):
+                if replica in members:
+                    members.remove(replica)
             for member in replica.members:
                 self._addresses.pop(member.name, None)
                 self._deployment.roster.end(member)
             self._deployment.release(replica.shard.bundle)
+
+    def _await_life(self, replicas: Sequence[Replica], deadline: float) -> None:
+        """Wait until the processes are up, not too long: Ray may not know yet that a node is dead."""
+        members = [member for replica in replicas for member in replica.members]
+        soon = min(deadline, time.monotonic() + PROCESS_START_S)
+        results({member.name: member.handle.begin("stats") for member in members}, soon)
+
+    def _spawn(self, role: Role, cls: type, name: str, bundle: Bundle, *args: object) -> Member:
+        return self._deployment.roster.spawn(role, cls, name, bundle, *args)

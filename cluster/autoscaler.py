@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from expertmesh.v1.control_pb2 import ClusterEventKind
 
@@ -18,7 +19,8 @@ log = logging.getLogger(__name__)
 
 
 class Autoscaler:
-    """Every ``interval_s`` it looks at the expert shards' load; ```apply(wanted)`` carries out what is decided."""
+    """Every ``interval_s`` it looks at the expert shards' load; ``apply(wanted, reason)`` carries out what is decided,
+    or returns False."""
 
     def __init__(
         self,
@@ -26,14 +28,20 @@ class Autoscaler:
         events: EventLog,
         experts: ExpertFleet,
         changing: Callable[[], bool],
-        apply: Callable[[int], None],
+        apply: Callable[[int, str], bool],
     ) -> None:
         self._config = config
         self._events = events
         self._experts = experts
         self._changing = changing
         self._apply = apply
-        self._policy = config.policy
+        # what the model and the slots allow counts as well: else an impossible decision would come again and again
+        least, most = experts.least, experts.most
+        self._policy = replace(
+            config.policy,
+            minimum=min(max(config.minimum, least), most),
+            maximum=min(max(config.maximum, least), most),
+        )
         self._state = State()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="autoscaler", daemon=True)
@@ -57,14 +65,15 @@ class Autoscaler:
                 self._events.tell(ClusterEventKind.CLUSTER_EVENT_KIND_FAILED, text)
 
     def _look(self) -> None:
-        decision, self._state = decide(self._snapshot(), self._policy, self._state)
+        decision, state = decide(self._snapshot(), self._policy, self._state)
         if not decision.change:
-            return
-        dry = self._config.mode == "dry-run"
-        text = f"{'would scale' if dry else 'scaling'} experts to {decision.wanted}: {decision.reason}"
-        self._events.tell(ClusterEventKind.CLUSTER_EVENT_KIND_SCALING_DECIDED, text)
-        if not dry:
-            self._apply(decision.wanted)
+            self._state = state
+        elif self._config.mode == "dry-run":
+            self._state = state
+            text = f"would scale experts to {decision.wanted}: {decision.reason}"
+            self._events.tell(ClusterEventKind.CLUSTER_EVENT_KIND_SCALING_DECIDED, text)
+        elif self._apply(decision.wanted, f"scaling experts to {decision.wanted}: {decision.reason}"):
+            self._state = state  # else it was not carried out, and is decided anew at the next look
 
     def _snapshot(self) -> PoolSnapshot:
         shards = self._experts.shards

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,19 +17,24 @@ from dataclasses import dataclass, replace
 from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1.control_pb2 import ClusterEventKind, Role
 
+from actors.attention import NoMemory
+from actors.model.errors import CheckpointError
 from actors.model.families import load_spec
-from cluster.attention_fleet import AttentionFleet
+from actors.router import StaleEpoch
+from actors.transport.base import TransportError
+from cluster.attention_fleet import AttentionFleet, Replica
 from cluster.autoscaler import Autoscaler
-from cluster.config import ServerConfig
-from cluster.deployment import Deployment, left
+from cluster.config import ConfigError, ServerConfig
+from cluster.deployment import ROOM_S, Deployment, left
 from cluster.events import EventLog
 from cluster.expert_fleet import ExpertFleet, expert_requests
-from cluster.fleet import ActorHandle, Fleet
+from cluster.fleet import ActorHandle, ActorUnreachable, Fleet
 from cluster.gateway.server import Gateway
 from cluster.loss_watch import LossWatch
 from cluster.model_source import model_name
-from cluster.operations import BadOperation, Busy, Leaving, find_target
-from cluster.roster import Member, Roster
+from cluster.operations import Leaving, find_node, find_target
+from cluster.refusals import BadOperation, Busy, ChangeFailed
+from cluster.roster import Member, Roster, Stopping
 from cluster.supervisor import Supervisor
 from cluster.view import cluster_view
 
@@ -42,6 +47,9 @@ _MOST_CHANGES = 4  # each waits in a thread of this actor, and looking at the cl
 _ONCE_IN_S = 30.0
 _READING = "reading weights"
 _STOP_ORDER = (Role.ROLE_GATEWAY, Role.ROLE_ATTENTION, Role.ROLE_ROUTER, Role.ROLE_EXPERT)
+
+
+_MAY_HAPPEN = (ActorUnreachable, TransportError, TimeoutError, StaleEpoch, NoMemory, ConfigError, CheckpointError)
 
 
 class StartFailed(RuntimeError):
@@ -71,11 +79,12 @@ class Controller:
         self._experts: ExpertFleet | None = None
         self._autoscaler: Autoscaler | None = None
         self._own: ActorHandle | None = None
-        self._changing = threading.Lock()
+        self._operating = threading.Lock()  # operators and the autoscaler, one after the other; taken before _changing
+        self._changing = threading.Lock()  # whoever changes a fleet or a map: not while waiting for room or processes
         self._queue = threading.BoundedSemaphore(_MOST_CHANGES)
         self._progress = Progress()
         self._address = ""
-        self._reconnected: dict[str, float] = {}
+        self._trusted_from: dict[str, float] = {}
         self._asked: dict[str, Future[int]] = {}
         self._loaded: dict[str, int] = {}
 
@@ -140,42 +149,51 @@ class Controller:
         return [event.SerializeToString() for event in self._events.after(after, timeout_s)]
 
     def scale_experts(self, shards: int) -> bytes:
-        """Another number of expert shards. Raises BadOperation, NoRoom."""
-        with self._change():
-            experts, deadline = self._ready(), self._deadline()
+        """Another number of expert shards. Raises BadOperation, NoRoom, ChangeFailed, Busy."""
+        with self._change(f"scaling experts to {shards}") as (experts, deadline):
             if not experts.least <= shards <= experts.most:
                 raise BadOperation("shards", f"{shards}; allowed are {experts.least} to {experts.most}")
-            read = experts.resize(shards, deadline)
+            read = self._scale_experts(experts, shards, deadline)
             assert experts.map is not None
             response = pb.ScaleExpertsResponse(expert_map_epoch=experts.map.epoch, experts_read=read)
             response.shards.extend(shard.name for shard in experts.shards)
             return response.SerializeToString()
 
     def scale_attention(self, replicas: int) -> bytes:
-        """Another number of attention replicas. Raises BadOperation, NoRoom."""
-        with self._change():
-            experts, deadline = self._ready(), self._deadline()
+        """Another number of attention replicas. Raises BadOperation, NoRoom, ChangeFailed, Busy."""
+        with self._change(f"scaling attention to {replicas}") as (experts, deadline):
             if not 1 <= replicas <= _MOST_REPLICAS:
                 raise BadOperation("replicas", f"{replicas}; allowed are 1 to {_MOST_REPLICAS}")
-            self._attention.resize(replicas, experts, deadline)
-            names = [replica.shard.name for replica in self._attention.replicas]
+            attention = self._attention
+            bundles = self._deployment.reserve(attention.requests(attention.missing(replicas)), left(deadline))
+            started = attention.start(bundles, deadline)
+            with self._changing:
+                if started:
+                    attention.add(started, experts, deadline)
+                leaving = attention.leave(replicas)
+            self._retire(leaving, experts)
+            names = [replica.shard.name for replica in attention.staying]
             return pb.ScaleAttentionResponse(replicas=names).SerializeToString()
 
     def rebalance(self) -> bytes:
-        """Spread the experts anew by the load that was counted."""
-        with self._change():
-            experts = self._ready()
-            read, before, after = experts.rebalance(self._deadline())
+        """Spread the experts anew by the load that was counted. Raises ChangeFailed, Busy."""
+        with self._change("rebalancing") as (experts, deadline), self._changing:
+            read, before, after = experts.rebalance(deadline)
             assert experts.map is not None
             response = pb.RebalanceResponse(
                 expert_map_epoch=experts.map.epoch, experts_read=read, imbalance_before=before, imbalance_after=after
             )
             return response.SerializeToString()
 
-    def drain(self, actor: str, node: str) -> bytes:
-        """Take one shard, or everything on a node, out of service. Raises BadOperation, NoRoom."""
-        with self._change():
-            experts, deadline = self._ready(), self._deadline()
+    def drain(self, actor: str, node: str, undo: bool) -> bytes:
+        """Take one shard, or everything on a node, out of service; or with ``undo`` let a node be used again.
+
+        Raises BadOperation, NoRoom, ChangeFailed, Busy.
+        """
+        with self._change(f"draining {actor or node}") as (experts, deadline):
+            if undo:
+                self._deployment.cordoned -= {find_node(node, self._fleet)}
+                return pb.DrainResponse().SerializeToString()
             leaving = find_target(actor, node, self._fleet, experts, self._attention)
             cordoned = self._deployment.cordoned
             self._deployment.cordoned = cordoned | ({leaving.node} if leaving.node else set())
@@ -212,9 +230,9 @@ class Controller:
         self._experts = experts
         address = self._open(gateway, deadline)
         self._supervisor.start()
-        experts.restore_spares(deadline)
+        experts.restore_spares(left(deadline))
         self._autoscaler = Autoscaler(
-            self._config.experts.autoscale, self._events, experts, self._changing.locked, self._scale_by_load
+            self._config.experts.autoscale, self._events, experts, self._operating.locked, self._scale_by_load
         )
         self._autoscaler.start()
         return address
@@ -254,27 +272,44 @@ class Controller:
                 self._roster.lose(replica.shard, "a gateway lost its wire")
             experts, deadline = self._ready(), self._deadline()
             still = suspects & experts.missed()  # a repair may have settled what was reported
-            members = [shard for shard in experts.shards if shard.name in still]
+            members = [shard for shard in experts.living if shard.name in still]
             answers = experts.stats(members)
-            dead = [shard for shard in members if shard.name not in answers]
-            for shard in dead:
-                self._roster.lose(shard, "a router lost it, and it does not answer")
-            if members and not dead:
-                experts.reconnect(deadline)  # else the map that replaces the dead connects to the others anew
+            for shard in members:
+                if shard.name not in answers:
+                    self._roster.lose(shard, "a router lost it, and it does not answer")
+                elif time.monotonic() < self._trusted_from.get(shard.name, 0.0):
+                    self._roster.lose(shard, "routers lose it again and again")
+            if members and experts.living == experts.shards:  # else the map that replaces the dead does it
+                if not self._deployment.nccl:  # there one death makes all of them suspects
+                    self._trusted_from.update({shard.name: time.monotonic() + _ONCE_IN_S for shard in members})
+                experts.reconnect(deadline)
 
     def _repair(self, lost: list[Member]) -> None:
-        """Replace what died. Called again with the same members if it raises."""
-        with self._changing:
-            experts, deadline = self._ready(), self._deadline()
-            started = [member.name for member in experts.replace(lost, deadline)]
-            started += [replica.shard.name for replica in self._attention.replace(lost, experts, deadline)]
-            if any(member.role == Role.ROLE_GATEWAY for member in lost) and not self._roster.of(Role.ROLE_GATEWAY):
-                started.append(self._replace_gateway(deadline))
-            for name in started:
-                self._events.tell(ClusterEventKind.CLUSTER_EVENT_KIND_ACTOR_STARTED, f"{name} was started", name)
-            experts.restore_spares(deadline)
+        """Replace what died, each kind whether or not the others work out. Called again with the same if it raises."""
+        experts, deadline = self._ready(), self._deadline()
+        failures: list[Exception] = []
 
-    def _replace_gateway(self, deadline: float) -> str:
+        def attempt(part: Callable[..., object], *arguments: object) -> None:
+            try:
+                part(*arguments)
+            except Stopping:
+                raise
+            except Exception as error:  # told below; what else died is to be replaced all the same
+                log.warning("a repair failed", exc_info=True)
+                failures.append(error)
+
+        with self._changing:
+            attempt(experts.forget_spares, lost)
+            attempt(self._attention.forget, lost, experts, deadline)
+            attempt(experts.replace, lost, deadline)
+            attempt(self._attention.replace, experts, deadline)
+            if any(member.role == Role.ROLE_GATEWAY for member in lost) and not self._roster.of(Role.ROLE_GATEWAY):
+                attempt(self._replace_gateway, deadline)
+        attempt(experts.restore_spares, ROOM_S)
+        if failures:
+            raise failures[0]
+
+    def _replace_gateway(self, deadline: float) -> None:
         """A new door at the same address; open streams were lost with the old one, clients resume them."""
         gateway = self._spawn_gateway(int(self._address.rpartition(":")[2]))
         try:
@@ -283,46 +318,94 @@ class Controller:
         except BaseException:
             self._roster.discard(gateway, "it could not open")
             raise
-        return gateway.name
 
     def _repair_failed(self, error: Exception) -> None:
         text = f"a repair failed and will be tried again: {type(error).__name__}: {error}"
         self._events.tell(ClusterEventKind.CLUSTER_EVENT_KIND_FAILED, text)
 
-    def _scale_by_load(self, wanted: int) -> None:
-        """What the autoscaler decided. Refused while something else is being changed."""
-        if not self._changing.acquire(blocking=False):
-            return
+    def _scale_by_load(self, wanted: int, reason: str) -> bool:
+        """What the autoscaler decided. False, and nothing done, while something else is being changed."""
+        if not self._operating.acquire(blocking=False):
+            return False
         try:
-            experts = self._ready()
-            experts.resize(max(experts.least, min(wanted, experts.most)), self._deadline())
+            self._events.tell(ClusterEventKind.CLUSTER_EVENT_KIND_SCALING_DECIDED, reason)
+            self._scale_experts(self._ready(), wanted, self._deadline())
         finally:
-            self._changing.release()
+            self._operating.release()
+        return True
 
     # -- parts of the above ---------------------------------------------------------------------------------------
 
+    def _scale_experts(self, experts: ExpertFleet, count: int, deadline: float) -> int:
+        """New shards are placed, started and filled before the map is held up for the change itself."""
+        more = count - len(experts.living)
+        if not more and count == experts.wanted:
+            return 0
+        requests = expert_requests(self._deployment, max(0, more))
+        started = experts.start(self._deployment.reserve(requests, left(deadline)), deadline)
+        return self._spread(experts, lambda: (experts.living + started)[:count], started, deadline)
+
+    def _spread(
+        self, experts: ExpertFleet, over: Callable[[], list[Member]], started: list[Member], deadline: float
+    ) -> int:
+        """Spread the experts over the shards that ``over()`` gives. On failure those that were ``started`` go."""
+        try:
+            shards, base = over(), experts.map
+            new = experts.plan(shards)
+            experts.read_ahead(new, started, deadline)
+            with self._changing:
+                if (shards, base) != (over(), experts.map):  # a repair has changed it meanwhile
+                    new = experts.plan(over())
+                return experts.change(new, started, deadline)
+        except BaseException:
+            experts.dismiss(started)
+            raise
+
     def _drain(self, leaving: Leaving, experts: ExpertFleet, deadline: float) -> list[str]:
         """Successors first, where there are to be any; then the leaving ones go."""
-        elsewhere = bool(leaving.node)
-        started: list[str] = []
-        if leaving.replicas:
-            if elsewhere:
-                requests = self._attention.requests(len(leaving.replicas))
-                bundles = self._deployment.reserve(requests, left(deadline))
-                started += [r.shard.name for r in self._attention.add(bundles, experts, deadline)]
-            self._attention.retire(leaving.replicas, experts, deadline)
+        attention, elsewhere = self._attention, bool(leaving.node)
+        requests = attention.requests(len(leaving.replicas) if elsewhere else 0)
+        wanted = requests + expert_requests(self._deployment, len(leaving.shards) if elsewhere else 0)
+        bundles = self._deployment.reserve(wanted, left(deadline))  # for all of them, before anything moves
+        shards = experts.start(bundles[len(requests) :], deadline)
         if leaving.shards:
-            started += [shard.name for shard in experts.drain(leaving.shards, elsewhere, deadline)]
-        return started
+            self._spread(
+                experts, lambda: [s for s in experts.living if s not in leaving.shards] + shards, shards, deadline
+            )
+        started = attention.start(bundles[: len(requests)], deadline)
+        with self._changing:
+            if started:
+                attention.add(started, experts, deadline)
+            attention.leave_these(leaving.replicas)
+        self._retire(leaving.replicas, experts)
+        experts.dismiss(leaving.spares)
+        return [shard.name for shard in shards] + [new.replica.shard.name for new in started]
+
+    def _retire(self, leaving: list[Replica], experts: ExpertFleet) -> None:
+        if leaving:
+            free = self._attention.retire(leaving)
+            with self._changing:
+                self._attention.part_with(free, experts, self._deadline())
 
     @contextmanager
-    def _change(self) -> Iterator[None]:
-        """An operator's change, when the ones before are through. Raises Busy when too many wait already."""
+    def _change(self, what: str) -> Iterator[tuple[ExpertFleet, float]]:
+        """An operator's change, when the ones before are through. Whatever keeps it from working is told as an event.
+
+        Raises Busy when too many wait already, ChangeFailed for what may happen to any change.
+        """
         if not self._queue.acquire(blocking=False):
             raise Busy(f"{_MOST_CHANGES} changes are waiting or under way already")
         try:
-            with self._changing:
-                yield
+            with self._operating:
+                yield self._ready(), self._deadline()
+        except (BadOperation, Stopping):
+            raise
+        except Exception as error:
+            text = str(error) or f"not done within start_timeout_s ({self._config.start_timeout_s:g} s)"
+            self._events.tell(ClusterEventKind.CLUSTER_EVENT_KIND_FAILED, f"{what} failed: {text}")
+            if isinstance(error, _MAY_HAPPEN):
+                raise ChangeFailed(f"{what} failed: {text}") from error
+            raise
         finally:
             self._queue.release()
 

@@ -16,6 +16,13 @@ from cluster.roster import Roster
 from cluster.settings import SettingsFactory
 from placement.spec import BundleRequest
 
+PROCESS_START_S = 30.0
+"""A new process that does not answer within this time is given up: its node may be dead."""
+
+
+ROOM_S = 10.0
+"""A repair waits so long for room, and tries again later: others may be waiting for theirs."""
+
 
 class Deployment:
     """One per cluster. Bundles that it reserved are given back at the latest by ``release_all``.
@@ -64,7 +71,7 @@ class Deployment:
             self._bundles[request.name] = replace(bundle, name=request.name)
             return self._bundles[request.name]
         self.release(bundle)
-        return self.reserve([request], timeout_s)[0]
+        return self.reserve([request], min(timeout_s, ROOM_S))[0]
 
     def release(self, bundle: Bundle | None) -> None:
         """Give a bundle back. Idempotent."""

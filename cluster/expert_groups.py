@@ -13,7 +13,7 @@ from typing import Any
 
 from actors.transport.base import Address
 from actors.transport.nccl_group import GroupPlan
-from cluster.calls import answers, log_failure
+from cluster.calls import LIFE_TIMEOUT_S, answers, log_failure
 from cluster.deployment import Deployment, left
 from cluster.fleet import ActorUnreachable
 from cluster.roster import Member, Roster
@@ -90,7 +90,7 @@ class ExpertGroups:
             self._end(given_up)
 
     def _alive(self, members: Sequence[Member]) -> set[str]:
-        came = answers({member.name: member.handle.begin("stats") for member in members})
+        came = answers({member.name: member.handle.begin("stats") for member in members}, LIFE_TIMEOUT_S)
         for member in members:
             if member.name not in came:
                 self._roster.lose(member, "it does not answer")

@@ -27,11 +27,12 @@ class LocalHandle(ActorHandle):
 
     def begin(self, method: str, *args: Any) -> Future[Any]:
         """See ActorHandle. An actor that has ended is as unreachable as a dead process."""
-        if self.ended.done():
-            unreachable: Future[Any] = Future()
-            unreachable.set_exception(ActorUnreachable(f"{self.name} has ended"))
-            return unreachable
-        return self._pool.submit(getattr(self.actor, method), *args)
+        if not self.ended.done():
+            with suppress(RuntimeError):  # the fleet is closed
+                return self._pool.submit(getattr(self.actor, method), *args)
+        unreachable: Future[Any] = Future()
+        unreachable.set_exception(ActorUnreachable(f"{self.name} has ended"))
+        return unreachable
 
     def end(self) -> None:
         """Stop the object; from then on it is unreachable. Idempotent."""

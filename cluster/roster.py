@@ -80,6 +80,7 @@ class Roster:
         member = Member(role, self.fleet.spawn(cls, name, bundle, *args), bundle)
         with self._lock:
             self._members[name] = member
+        self._events.tell(ClusterEventKind.CLUSTER_EVENT_KIND_ACTOR_STARTED, f"{name} is being started", name)
         self.fleet.watch(member.handle).add_done_callback(lambda end: self._ended(member, end))
         return member
 
@@ -94,18 +95,19 @@ class Roster:
         self.fleet.kill(member.handle)
         self._events.tell(ClusterEventKind.CLUSTER_EVENT_KIND_ACTOR_STOPPED, f"{member.name} was stopped", member.name)
 
-    def discard(self, member: Member, reason: str) -> None:
-        """End an actor's process without asking: it is dead, or of no use."""
-        if self._forget(member):
-            self.fleet.kill(member.handle)
-            self._events.tell(
-                ClusterEventKind.CLUSTER_EVENT_KIND_ACTOR_LOST, f"{member.name} is lost: {reason}", member.name
-            )
+    def discard(self, member: Member, reason: str) -> bool:
+        """End an actor's process without asking: it is dead, or of no use. False if it was off duty already."""
+        if not self._forget(member):
+            return False
+        self.fleet.kill(member.handle)
+        self._events.tell(
+            ClusterEventKind.CLUSTER_EVENT_KIND_ACTOR_LOST, f"{member.name} is lost: {reason}", member.name
+        )
+        return True
 
     def lose(self, member: Member, reason: str) -> None:
         """An actor is of no use any more: end its process and report its loss, as if it had died by itself."""
-        if self.find(member.name) is member:
-            self.discard(member, reason)
+        if self.discard(member, reason):
             self._on_lost(member)
 
     def close(self) -> None:

@@ -101,15 +101,27 @@ class Supervisor:
         self._rounds.append(time.monotonic())
 
     def _work(self) -> None:
-        if self._suspects:
-            with self._news:
-                suspects, self._suspects = self._suspects, frozenset()
-            self._examine(suspects)
+        failure = self._examine_suspects() if self._suspects else None
         if lost := list(self._lost):
             self._slow_down()
             self._repair(lost)
             with self._news:
                 del self._lost[: len(lost)]
+        if failure is not None:
+            raise failure
+
+    def _examine_suspects(self) -> Exception | None:
+        with self._news:
+            suspects, self._suspects = self._suspects, frozenset()
+        try:
+            self._examine(suspects)
+        except Stopping:
+            raise
+        except Exception as error:  # those who are lost are to be replaced all the same
+            with self._news:
+                self._suspects |= suspects  # nobody reports them a second time
+            return error
+        return None
 
     def _wait_to_retry(self, known: int) -> None:
         until = time.monotonic() + self._delay_s

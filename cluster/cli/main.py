@@ -96,11 +96,12 @@ def drain(
     node: Annotated[
         str | None, typer.Option(metavar="ID", help="Everything on this node; as many start elsewhere.")
     ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Let a drained node be used again.")] = False,
 ) -> int:
     """Take one shard, or everything on a node, out of service; streams run on."""
     from cluster.cli.operate import run_drain
 
-    return run_drain(connection, actor, node)
+    return run_drain(connection, actor, node, undo)
 
 
 @app.command()

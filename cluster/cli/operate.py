@@ -31,8 +31,12 @@ def run_rebalance(connection: Connection) -> int:
     return _operate(connection, _rebalance)
 
 
-def run_drain(connection: Connection, actor: str | None, node: str | None) -> int:
-    """Take an actor, or everything on a node, out of service; the exit status."""
+def run_drain(connection: Connection, actor: str | None, node: str | None, undo: bool) -> int:
+    """Take an actor, or everything on a node, out of service, or let a node be used again; the exit status."""
+    if undo:
+        if node is None or actor is not None:
+            return complain("--undo goes with --node ID alone")
+        return _operate(connection, lambda stub: _undo(stub, pb.DrainRequest(node=node, undo=True)))
     if (actor is None) == (node is None):
         return complain("name either one shard (expert-0, attention-1) or one node (--node ID)")
     request = pb.DrainRequest(actor=actor) if actor is not None else pb.DrainRequest(node=node)
@@ -90,6 +94,11 @@ def _drain(stub: ControlStub, request: pb.DrainRequest) -> None:
     print(f"stopped: {', '.join(done.stopped) or 'nothing ran there'}")
     if done.started:
         print(f"started for them: {', '.join(done.started)}")
+
+
+def _undo(stub: ControlStub, request: pb.DrainRequest) -> None:
+    stub.Drain(request)
+    print(f"{request.node} may be used again")
 
 
 def _operate(connection: Connection, work: Callable[[ControlStub], None]) -> int:

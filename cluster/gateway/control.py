@@ -10,13 +10,12 @@ import grpc
 from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1 import control_pb2_grpc
 
-from actors.transport.base import TransportError
 from cluster.fleet import ActorHandle, ActorUnreachable
 from cluster.gateway.errors import FailedPrecondition, InvalidRequest, Overloaded, Unavailable
-from cluster.gateway.peers import OnlyShard
 from cluster.gateway.status import abort
 from cluster.gateway.watch import ClusterWatch
-from cluster.operations import BadOperation, Busy
+from cluster.refusals import BadOperation, Busy, ChangeFailed
+from cluster.roster import Stopping
 from placement.bundles import NoRoom
 
 _VIEW_TIMEOUT_S = 10.0
@@ -69,11 +68,17 @@ class ControlService(control_pb2_grpc.ControlServicer):
 
     async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext) -> pb.DrainResponse:
         """A shard, or a node, out of service."""
-        return pb.DrainResponse.FromString(await self._ask(context, "drain", request.actor, request.node))
+        return pb.DrainResponse.FromString(await self._ask(context, "drain", request.actor, request.node, request.undo))
+
+    def close(self) -> None:
+        """The gateway ends."""
+        self._watch.close()
 
     async def _ask(self, context: grpc.aio.ServicerContext, method: str, *arguments: Any) -> bytes:
         try:
-            answer: bytes = await asyncio.wrap_future(self._controller.begin(method, *arguments))
+            # shielded: what was asked is carried out, whether or not somebody waits for the answer
+            call = asyncio.wrap_future(self._controller.begin(method, *arguments))
+            answer: bytes = await asyncio.shield(call)
             return answer
         except Exception as error:
             await _abort(context, error)
@@ -86,12 +91,12 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoRetur
             await abort(context, InvalidRequest(error.field, error.description))
         case NoRoom():
             await abort(context, FailedPrecondition(str(error), "NO_ROOM"))
+        case ChangeFailed():
+            await abort(context, FailedPrecondition(str(error), "CHANGE_FAILED"))
         case Busy():
             await abort(context, Overloaded("CHANGES_WAITING", _RETRY_S))
-        case OnlyShard():
-            await abort(context, FailedPrecondition(str(error), "NO_ROOM"))
-        case ActorUnreachable():
+        case Stopping():
+            await abort(context, Unavailable("DRAINING", _RETRY_S))
+        case ActorUnreachable() | TimeoutError():
             await abort(context, Unavailable("CONTROLLER_DOWN", _RETRY_S))
-        case TransportError() | TimeoutError():
-            await abort(context, Unavailable("SHARDS_DOWN", _RETRY_S))
     await abort(context, error)

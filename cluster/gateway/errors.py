@@ -73,11 +73,11 @@ class _RetryLater(ServiceError):
 
 
 class Overloaded(_RetryLater):
-    """The service, or the caller's share of it, is full (``QUEUE_FULL``)."""
+    """The service, or the caller's share of it, is full (``QUEUE_FULL``, ``CHANGES_WAITING``)."""
 
 
 class Unavailable(_RetryLater):
-    """The service cannot answer for the moment (``DRAINING``, ``SHARDS_DOWN``)."""
+    """The service cannot answer for the moment (``DRAINING``, ``SHARDS_DOWN``, ``CONTROLLER_DOWN``)."""
 
 
 class DeadlineExceeded(ServiceError):
@@ -104,7 +104,7 @@ class Conflict(ServiceError):
 
 class FailedPrecondition(ServiceError):
     """The request is well formed, but the state it relies on is not there. ``reason`` is from a closed set, in
-    UPPER_SNAKE_CASE (``NO_ROOM``), or empty."""
+    UPPER_SNAKE_CASE (``NO_ROOM``, ``CHANGE_FAILED``), or empty."""
 
     def __init__(self, description: str, reason: str = "") -> None:
         super().__init__(description)

@@ -76,6 +76,7 @@ class Gateway:
         self._stopped = False
         self._model: ServedModel | None = None
         self._inference: InferenceService | None = None
+        self._control: ControlService | None = None
         self._controller: ActorHandle | None = None
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
@@ -147,7 +148,8 @@ class Gateway:
         return self._address
 
     def stats(self) -> GatewayStats:
-        """Open streams and totals."""
+        """Open streams and totals. Raises RuntimeError when the data plane has failed."""
+        self._data.check()
         requests = self._inference.requests if self._inference else 0
         return GatewayStats(os.getpid(), self._address, len(self._streams), requests, self._streams.replays)
 
@@ -175,7 +177,8 @@ class Gateway:
         self._server = grpc.aio.server(interceptors=[keeper], options=_server_options(settings.max_message))
         self._inference = InferenceService(self._model, self._streams)
         inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, self._server)
-        control_pb2_grpc.add_ControlServicer_to_server(ControlService(self._controller), self._server)
+        self._control = ControlService(self._controller)
+        control_pb2_grpc.add_ControlServicer_to_server(self._control, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME)
         if settings.reflection:
@@ -202,6 +205,8 @@ class Gateway:
         await self._streams.drain(_DRAIN_S)
         if self._server is not None:
             await self._server.stop(_CLOSE_S)
+        if self._control is not None:
+            self._control.close()
 
     def _await(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -218,6 +223,7 @@ class Gateway:
             log.info("attention shard %s is retired", wire.peer)
         else:
             log.error("attention shard %s is gone: %s", wire.peer, error)
+        if wire.peer not in self._retired and self._data.failure is None:  # else it is this end that failed
             with self._losses:
                 self._lost = self._lost | {wire.peer}
                 self._losses.notify_all()

@@ -41,6 +41,7 @@ class Stream:
         self.run: Run | None = None
         self.runs = 0
         self.admitted = False
+        self.doubtful = False  # a shard that is lost may have admitted it
         self.ended = False
         self._recovery_s = recovery_s
         self.search = Search(recovery_s)
@@ -87,7 +88,7 @@ class Stream:
             timeout_s=None if self.deadline == math.inf else self.deadline - now,
             gateway=gateway,
             generated_ids=tuple(self.log),
-            replay=self.runs > 0,
+            replay=self.admitted or self.doubtful,
         )
 
     def push(self, event: TokenEvent) -> None:

@@ -135,10 +135,10 @@ class Streams:
         before its broken connection was noticed. Raises Conflict for the same id with another body, InvalidRequest,
         Overloaded, Unavailable, DeadlineExceeded.
         """
-        client = (tenant, request.request_id)
-        request = self._supplant(client, request)
         if self._draining:
             raise Unavailable(DRAINING, _RETRY_S)
+        client = (tenant, request.request_id)
+        request = self._supplant(client, request)
         deadline = math.inf if timeout_s is None else _now() + timeout_s
         stream = Stream(client, request, deadline, self._recovery_timeout_s)
         self._open.add(stream)
@@ -258,6 +258,7 @@ class Streams:
         answer.add_done_callback(_forget)
         await asyncio.wait((answer, over), return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
+            stream.doubtful = True
             return None
         return self._answered(run, answer)
 
@@ -269,6 +270,7 @@ class Streams:
             stream.admitted = True
             self.replays += stream.runs > 1
         elif stream.run is run:
+            stream.doubtful = stream.doubtful or unreachable
             stream.search.failed(run.peer.name)
             if unreachable or (refusal is not None and refusal.kind == Refusal.UNAVAILABLE):
                 self._peers.suspect(run.peer.name)

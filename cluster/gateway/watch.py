@@ -1,4 +1,4 @@
-"""The cluster's events for everybody who watches: one question to the controller at a time, whoever many they are."""
+"""The cluster's events for everybody who watches: one question to the controller at a time, however many they are."""
 
 from __future__ import annotations
 
@@ -27,37 +27,43 @@ class ClusterWatch:
     async def follow(self, after: int) -> AsyncIterator[ClusterEvent]:
         """Events after this one, for ever. Raises ActorUnreachable when the controller is gone."""
         self._watchers += 1
-        if self._reader is None or self._reader.done():
-            self._reader = asyncio.create_task(self._read())
-        reader = self._reader
         try:
             while True:
                 for event in [e for e in self._events if e.sequence > after]:
                     after = event.sequence
                     yield event
+                reader = self._running_reader()
+                async with self._news:
+                    while self._last() <= after and not reader.done():
+                        await self._news.wait()
                 if reader.done():
                     reader.result()
-                async with self._news:
-                    while not reader.done() and self._last() <= after:
-                        await self._news.wait()
         finally:
             self._watchers -= 1
-            if not self._watchers:
-                reader.cancel()
+
+    def _running_reader(self) -> asyncio.Task[None]:
+        """The reader outlives the last watcher by one question, which cannot be taken back: the next uses it again."""
+        if self._reader is None or self._reader.done():
+            self._reader = asyncio.create_task(self._read())
+        return self._reader
 
     def _last(self) -> int:
         return self._events[-1].sequence if self._events else 0
 
     async def _read(self) -> None:
-        """Asks, with patience, for what comes after the last event known."""
+        """Ask, with patience, for what comes after the last event known, as long as somebody watches."""
         try:
-            while True:
+            while self._watchers:
                 call = self._controller.begin("events", self._last(), _POLL_S)
                 for data in await asyncio.wrap_future(call):
                     self._events.append(ClusterEvent.FromString(data))
                 async with self._news:
                     self._news.notify_all()
-        except BaseException:
+        finally:
             async with self._news:
                 self._news.notify_all()
-            raise
+
+    def close(self) -> None:
+        """The gateway ends."""
+        if self._reader is not None:
+            self._reader.cancel()

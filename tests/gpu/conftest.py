@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from actors.transport.cupy_nccl import CupyBackend, requirements_missing
+from actors.transport.cupy_nccl import CupyBackend, cuda_missing, requirements_missing
 from tests.multiprocess.transport.nccl_members import Fleet
+from tests.serving import tiny_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what lies in this folder unless NCCL can be used here."""
-    missing = requirements_missing()
-    if missing:
-        skip = pytest.mark.skip(reason="no NCCL on this machine: " + "; ".join(missing))
-        for item in items:
-            if "gpu" in item.path.parts:
-                item.add_marker(skip)
+    """Skip what lies in this folder unless NCCL, or for files without it in their names a GPU, can be used here."""
+    no_nccl, no_gpu = requirements_missing(), cuda_missing()
+    for item in items:
+        if "gpu" in item.path.parts and "nccl" in item.path.name and no_nccl:
+            item.add_marker(pytest.mark.skip(reason="no NCCL on this machine: " + "; ".join(no_nccl)))
+        elif "gpu" in item.path.parts and no_gpu:
+            item.add_marker(pytest.mark.skip(reason="no GPU on this machine: " + "; ".join(no_gpu)))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder of a random deepseek_v3 checkpoint, and the Hugging Face model that wrote it (on the CPU)."""
+    path = tmp_path_factory.mktemp("v3")
+    return path, tiny_model(path)
 
 
 @pytest.fixture

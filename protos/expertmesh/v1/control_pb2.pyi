@@ -130,12 +130,14 @@ class RebalanceResponse(_message.Message):
     def __init__(self, expert_map_epoch: _Optional[int] = ..., experts_read: _Optional[int] = ..., imbalance_before: _Optional[float] = ..., imbalance_after: _Optional[float] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
-    __slots__ = ("actor", "node")
+    __slots__ = ("actor", "node", "undo")
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
     actor: str
     node: str
-    def __init__(self, actor: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
+    undo: bool
+    def __init__(self, actor: _Optional[str] = ..., node: _Optional[str] = ..., undo: _Optional[bool] = ...) -> None: ...
 
 class DrainResponse(_message.Message):
     __slots__ = ("stopped", "started")

@@ -30,7 +30,8 @@ class ControlStub:
 
     Calls that change the cluster return when the change is in force; streams run on meanwhile. They are carried out one
     after the other, and to their end even if the caller goes away. INVALID_ARGUMENT names the field that cannot be;
-    FAILED_PRECONDITION (reason NO_ROOM) says what no node had room for, and nothing was changed.
+    FAILED_PRECONDITION (reason NO_ROOM or CHANGE_FAILED) says what kept it from being completed: what was in force stays.
+    RESOURCE_EXHAUSTED (reason CHANGES_WAITING): too many are waiting already.
     """
 
     def __init__(self, channel):
@@ -76,7 +77,8 @@ class ControlServicer:
 
     Calls that change the cluster return when the change is in force; streams run on meanwhile. They are carried out one
     after the other, and to their end even if the caller goes away. INVALID_ARGUMENT names the field that cannot be;
-    FAILED_PRECONDITION (reason NO_ROOM) says what no node had room for, and nothing was changed.
+    FAILED_PRECONDITION (reason NO_ROOM or CHANGE_FAILED) says what kept it from being completed: what was in force stays.
+    RESOURCE_EXHAUSTED (reason CHANGES_WAITING): too many are waiting already.
     """
 
     def GetCluster(self, request, context):
@@ -168,7 +170,8 @@ class Control:
 
     Calls that change the cluster return when the change is in force; streams run on meanwhile. They are carried out one
     after the other, and to their end even if the caller goes away. INVALID_ARGUMENT names the field that cannot be;
-    FAILED_PRECONDITION (reason NO_ROOM) says what no node had room for, and nothing was changed.
+    FAILED_PRECONDITION (reason NO_ROOM or CHANGE_FAILED) says what kept it from being completed: what was in force stays.
+    RESOURCE_EXHAUSTED (reason CHANGES_WAITING): too many are waiting already.
     """
 
     @staticmethod

@@ -168,7 +168,7 @@ class DoubleCommunicator:
         self._wake()
         self._thread.join()
         for pending in (*([self._active] if self._active else ()), *self._queue):
-            for transfer in pending.receives:
+            for transfer in () if pending.over else pending.receives:  # what has arrived may be in use by now
                 transfer.tensor.numpy().fill(GARBAGE)
             pending.over = True
         for sock in (self._listener, *self._called.values(), *(link.sock for link in self._links.values())):

@@ -85,6 +85,40 @@ def test_a_failed_repair_is_tried_again_with_the_same(log: Log, monkeypatch: pyt
     assert [str(error) for error in log.errors] == ["no room"] * 2
 
 
+def test_suspects_are_not_forgotten_when_examining_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_FIRST_RETRY_S", 0.0)
+    log = Log()
+
+    def examine(suspects: frozenset[str]) -> None:
+        log.examined.append(suspects)
+        if len(log.examined) < 3:
+            raise OSError("no wire")
+        log.rounds.release()
+
+    log.supervisor = Supervisor(examine, log.repair, log.failed)
+    log.supervisor.start()
+    log.supervisor.suspect(frozenset({"a"}))
+    log.wait()
+    log.supervisor.stop()
+    assert log.examined == [{"a"}] * 3
+    assert len(log.errors) == 2
+
+
+def test_who_is_lost_is_replaced_though_examining_others_fails() -> None:
+    log = Log()
+
+    def examine(suspects: frozenset[str]) -> None:
+        raise OSError("no wire")
+
+    log.supervisor = Supervisor(examine, log.repair, log.failed)
+    log.supervisor.suspect(frozenset({"a"}))
+    log.supervisor.lost("b")  # type: ignore[arg-type]
+    log.supervisor.start()
+    log.wait()
+    log.supervisor.stop()
+    assert log.repaired == [["b"]]
+
+
 def test_news_ends_the_wait_for_a_retry(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "_FIRST_RETRY_S", 3600.0)
     log.fail = 1

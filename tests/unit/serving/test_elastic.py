@@ -12,11 +12,15 @@ import grpc
 import pytest
 from expertmesh.v1 import control_pb2 as pb
 
+from actors.attention import AttentionShard
 from actors.expert import ExpertShard
 from actors.model.errors import CheckpointError
-from cluster.config import ServerConfig
+from actors.router import Router
+from actors.transport.base import PeerGone
+from cluster.config import ConfigError, ServerConfig
 from cluster.controller import Controller
 from cluster.launch import _local_controller
+from placement.expert_map import ExpertMap
 from tests.chorus import singing
 from tests.paged_runner import random_ids
 from tests.serving import VOCABULARY, Client, Reference, greedy, ids_request
@@ -110,6 +114,90 @@ def answers(client: Client) -> bool:
         return False
 
 
+def test_a_failed_start_of_a_change_gives_its_room_back(
+    checkpoint: tuple[Path, Any], local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a new node the model is missing: nothing of the change is left."""
+    with running(local(checkpoint[0])) as (client, controller):
+        reserved = dict(controller._deployment._bundles)
+
+        def settings(*_: Any) -> None:
+            raise ConfigError("model: no such folder on that node")
+
+        monkeypatch.setattr(controller._deployment, "settings", settings)
+        for call in (
+            lambda: client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=4)),
+            lambda: client.control.ScaleAttention(pb.ScaleAttentionRequest(replicas=3)),
+        ):
+            code, text = refusal(call)
+            assert code == grpc.StatusCode.FAILED_PRECONDITION
+            assert "no such folder on that node" in text
+        assert controller._deployment._bundles == reserved
+        assert len(names_after(controller)) == 5
+
+
+def test_a_router_that_is_late_does_not_mix_up_two_changes(
+    checkpoint: tuple[Path, Any], local: Local, wanted: list[Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One router fails to prepare at once while the other is still preparing: the next change finds both in order."""
+    release, honest, failed = threading.Event(), Router.prepare, threading.Event()
+
+    def prepare(router: Router, expert_map: ExpertMap, *args: Any) -> None:
+        if expert_map.epoch > 1 and not release.is_set():
+            if router.name == "router-0":
+                failed.set()
+                raise PeerGone("no way")
+            assert release.wait(60)
+        honest(router, expert_map, *args)
+
+    config = local(checkpoint[0], **{"attention.replicas": 2})
+    with running(config) as (client, _), singing(client, PROMPTS, wanted[:4]):
+        monkeypatch.setattr(Router, "prepare", prepare)
+        first = client.control.ScaleExperts.future(pb.ScaleExpertsRequest(shards=3))
+        assert failed.wait(60)
+        second = client.control.ScaleExperts.future(pb.ScaleExpertsRequest(shards=4))
+        release.set()
+        assert first.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert len(second.result().shards) == 4
+        epochs = {actor.router.expert_map_epoch for actor in client.load(pb.ROLE_ROUTER)}
+        assert epochs == {second.result().expert_map_epoch}
+
+
+def test_what_can_be_repaired_is_while_something_else_cannot(
+    checkpoint: tuple[Path, Any], local: Local, wanted: list[Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No expert shard can start, which its replicas bear; an attention shard that dies meanwhile is replaced."""
+    config = local(checkpoint[0], **{"experts.shards": 3, "experts.min_replicas": 2})
+    with running(config) as (client, controller), singing(client, PROMPTS, wanted[:4]):
+        monkeypatch.setattr(ExpertShard, "listen", lambda _: 1 / 0)
+        crash(controller, "expert-0")
+        until(lambda: any(e.kind == pb.CLUSTER_EVENT_KIND_FAILED for e in client.cluster().events))
+        crash(controller, "attention-0")
+        until(lambda: names(client, pb.ROLE_ATTENTION) == ["attention-1"])
+        assert names(client, pb.ROLE_EXPERT) == ["expert-1", "expert-2"]
+        more = client.control.ScaleAttention(pb.ScaleAttentionRequest(replicas=2))
+        assert list(more.replicas) == ["attention-1", "attention-2"]
+        down = client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=2))  # the dead one is not missed any more
+        assert list(down.shards) == ["expert-1", "expert-2"]
+
+
+def test_scaling_while_a_replica_is_missing_counts_it(
+    checkpoint: tuple[Path, Any], local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(local(checkpoint[0], **{"attention.replicas": 2})) as (client, controller):
+        honest = AttentionShard.load
+        monkeypatch.setattr(AttentionShard, "load", lambda _: 1 / 0)
+        crash(controller, "attention-0")
+        until(lambda: any(e.kind == pb.CLUSTER_EVENT_KIND_FAILED for e in client.cluster().events))
+        assert client.cluster().attention_replicas_wanted == 2
+        down = client.control.ScaleAttention(pb.ScaleAttentionRequest(replicas=1))
+        assert list(down.replicas) == ["attention-1"]
+        monkeypatch.setattr(AttentionShard, "load", honest)
+        up = client.control.ScaleAttention(pb.ScaleAttentionRequest(replicas=2))
+        assert len(up.replicas) == 2
+        assert len(names(client, pb.ROLE_ATTENTION)) == 2
+
+
 def test_a_spare_takes_the_place_of_a_dead_shard(
     checkpoint: tuple[Path, Any], local: Local, wanted: list[Reference]
 ) -> None:
@@ -123,6 +211,11 @@ def test_a_spare_takes_the_place_of_a_dead_shard(
         crash(controller, "expert-0")
         until(lambda: names(client, pb.ROLE_EXPERT) == ["expert-1", "expert-2", "expert-3"])
         assert [actor.expert.experts for actor in client.load(pb.ROLE_EXPERT)] == [16, 16, 0]
+        crash(controller, "expert-3")  # the spare itself
+        until(lambda: names(client, pb.ROLE_EXPERT) == ["expert-1", "expert-2", "expert-4"])
+        crash(controller, "expert-1")
+        until(lambda: names(client, pb.ROLE_EXPERT) == ["expert-2", "expert-4", "expert-5"])
+        assert client.cluster().expert_shards_wanted == 2
 
 
 def names_after(controller: Controller) -> list[str]:
@@ -232,8 +325,12 @@ def test_a_change_that_fails_half_way_leaves_everything_as_it_was(
 
     monkeypatch.setattr(ExpertShard, "load", load)
     with running(local(checkpoint[0])) as (client, _), singing(client, PROMPTS, wanted[:4]):
-        code, _ = refusal(lambda: client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=4)))
-        assert code == grpc.StatusCode.INTERNAL
+        code, text = refusal(lambda: client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=4)))
+        assert (code, text) == (
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "scaling experts to 4 failed: model.safetensors: gone",
+        )
+        assert client.cluster().events[-1].message == text
         assert names(client, pb.ROLE_EXPERT) == ["expert-0", "expert-1"]
         assert client.cluster().expert_map_epoch == 1
         until(lambda: [actor.expert.experts for actor in client.load(pb.ROLE_EXPERT)] == [16, 16])
@@ -295,12 +392,21 @@ def test_watching_tells_what_happens(checkpoint: tuple[Path, Any], local: Local)
         watchers = [client.control.WatchCluster(pb.WatchClusterRequest()) for _ in range(2)]
         client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=3))
         for watcher in watchers:
-            event = next(watcher).event
+            seen = [next(watcher).event for _ in range(7)]
+            assert [e.sequence for e in seen] == [1, 2, 3, 4, 5, 6, 7]
+            assert [e.actor for e in seen[:5]] == ["gateway-0", "expert-0", "expert-1", "router-0", "attention-0"]
+            assert seen[5].message == "expert-2 is being started"
+            event = seen[6]
             assert event.kind == pb.CLUSTER_EVENT_KIND_MAP_COMMITTED
             assert "expert map 2 is in force on expert-0, expert-1, expert-2" in event.message
         later = client.control.WatchCluster(pb.WatchClusterRequest(after=event.sequence))
         client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=2))
         kinds = [next(later).event.kind for _ in range(2)]
         assert kinds == [pb.CLUSTER_EVENT_KIND_MAP_COMMITTED, pb.CLUSTER_EVENT_KIND_ACTOR_STOPPED]
+        for _ in range(40):  # each leaves at once: no question to the controller stays behind for it
+            brief = client.control.WatchCluster(pb.WatchClusterRequest())
+            next(brief)
+            brief.cancel()
+        assert client.cluster().expert_map_epoch == 3
         for watcher in (*watchers, later):
             watcher.cancel()

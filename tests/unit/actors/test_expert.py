@@ -1,0 +1,102 @@
+"""An expert shard between its calls: what it reads and lets go, and requests that it cannot compute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.expert import ExpertShard
+from actors.messages import Kind, array_bytes, expect_parts, failure_text, tensor_from
+from actors.settings import ModelSettings
+from actors.transport.base import Frame, FrameTag, Wire
+from actors.transport.local import LocalNetwork
+from tests.checkpoints import write_deepseek_v3
+
+HELD = [(1, 0), (1, 1), (2, 3)]
+
+
+def soon() -> float:
+    return time.monotonic() + 20.0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("v3")
+    write_deepseek_v3(path, seed=1)
+    return path
+
+
+@pytest.fixture
+def shard(checkpoint: Path) -> Iterator[tuple[ExpertShard, Wire]]:
+    """One that holds HELD, and a router's wire to it."""
+    network = LocalNetwork()
+    shard = ExpertShard("expert-0", ModelSettings(checkpoint, "float32", 0, 1, 10.0), network.endpoint)
+    address = shard.listen()
+    assert shard.load(1, HELD) == 3
+    router = network.endpoint("router-0", lambda wire: None)
+    wire = router.connect(address, soon())
+    yield shard, wire
+    wire.close()
+    router.close()
+    shard.stop()
+
+
+def ask(wire: Wire, layer: int, pair_row: list[int], experts: list[int], width: int) -> Frame:
+    """Two rows of ones, of so many floats, to these experts."""
+    rows = np.ones((2, width), np.float32)
+    parts = [array_bytes(rows), array_bytes(np.array(pair_row, np.int32)), array_bytes(np.array(experts, np.int32))]
+    wire.send(Kind.DISPATCH, FrameTag(step=1, layer=layer), parts, soon())
+    return wire.recv(soon())
+
+
+def width(shard: ExpertShard) -> int:
+    return shard._spec.d_model
+
+
+@pytest.mark.parametrize(
+    ("layer", "pair_row", "experts", "why"),
+    [
+        (1, [0, 1], [0, 2], "expert 2 of layer 1"),
+        (0, [0], [0], "expert 0 of layer 0"),
+        (1, [0, 5], [0, 1], "index 5"),
+        (1, [0], [0, 1], "expert-0: "),
+    ],
+)
+def test_a_request_that_cannot_be_computed_ends_alone(
+    shard: tuple[ExpertShard, Wire], layer: int, pair_row: list[int], experts: list[int], why: str
+) -> None:
+    """The router is told; the wire, the shard and the next request are as if nothing had happened."""
+    actor, wire = shard
+    frame = ask(wire, layer, pair_row, experts, width(actor))
+    assert frame.kind == Kind.FAILED
+    assert why in failure_text(frame)
+    sound = ask(wire, 1, [0, 1, 1], [0, 0, 1], width(actor))
+    assert sound.kind == Kind.RESULTS
+    out = tensor_from(expect_parts(sound, 1)[0], torch.float32, width(actor))
+    assert out.shape[0] == 3
+    assert torch.equal(out[0], out[1])
+    assert actor.stats().experts == 3
+
+
+def test_it_keeps_what_it_is_told_and_reads_only_what_it_lacks(shard: tuple[ExpertShard, Wire]) -> None:
+    actor, _ = shard
+    assert actor.load(2, [*HELD, (2, 5)]) == 1
+    actor.keep(2, [(1, 0), (2, 5)])
+    assert (actor.stats().experts, actor.stats().epoch) == (2, 2)
+    assert actor.load(3, HELD) == 2
+
+
+def test_a_keep_that_was_overtaken_by_a_later_load_is_ignored(shard: tuple[ExpertShard, Wire]) -> None:
+    """The change of epoch 2 has failed, that of epoch 3 needs what it had read: the calls come in the wrong order."""
+    actor, _ = shard
+    actor.load(2, [*HELD, (2, 5)])
+    actor.load(3, [*HELD, (2, 5)])
+    actor.keep(2, HELD)
+    assert actor.stats().experts == 4
+    actor.keep(3, HELD)
+    assert actor.stats().experts == 3
