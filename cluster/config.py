@@ -40,6 +40,11 @@ def _byte_size(value: Any) -> Any:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def _switch(value: Any) -> Any:
+    """YAML takes a bare on or off for a truth value."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 def _not_one(value: int) -> int:
     if value == 1:
         raise ValueError("a context of 1 has no room for an answer; write at least 2, or 0 for the model's own")
@@ -88,7 +93,7 @@ class AttentionConfig(_Section):
 class AutoscaleConfig(_Section):
     """When the number of expert shards follows the load. All times in seconds."""
 
-    mode: Literal["off", "dry-run", "on"] = "off"
+    mode: Annotated[Literal["off", "dry-run", "on"], BeforeValidator(_switch)] = "off"
     minimum: int = Field(1, ge=1, le=4096)
     maximum: int = Field(8, ge=1, le=4096)
     target_busy: float = Field(0.6, ge=0, le=1, description="share of its time that a shard should compute; 0: unused")
@@ -272,14 +277,15 @@ def _explain(error: dict[str, Any]) -> str:
     """One pydantic error as "key: what is wrong (given ...)"; a typo is answered with the keys that exist."""
     location = error["loc"]
     key = ".".join(map(str, location))
+    text = error["msg"].removeprefix("Value error, ")
     if not key:  # of several keys: the message names them
         return str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key; allowed here: {', '.join(sorted(_section(location[:-1]).model_fields))}"
     # whoever takes the hash for the token itself must not find it in a log
     if location[:1] == ("access",) and location[-1] not in _SHOWN_OF_ACCESS:
-        return f"{key}: {error['msg']}"
-    return f"{key}: {error['msg']} (given {error['input']!r})"
+        return f"{key}: {text}"
+    return f"{key}: {text} (given {error['input']!r})"
 
 
 def _section(location: Sequence[str | int]) -> type[_Section]:

@@ -35,6 +35,7 @@ from cluster.model_source import model_name
 from cluster.operations import Leaving, find_node, find_target
 from cluster.refusals import BadOperation, Busy, ChangeFailed
 from cluster.roster import Member, Roster, Stopping
+from cluster.settings import check_shards
 from cluster.supervisor import Supervisor
 from cluster.view import cluster_view
 
@@ -213,7 +214,9 @@ class Controller:
         bundles = self._deployment.reserve(replicas + shards, left(deadline))
         self._progress.phase = "preparing the model"
         settings = self._deployment.settings([home, *(bundle.node_id for bundle in bundles)])
-        experts = ExpertFleet(self._deployment, load_spec(settings.paths[home]), lambda: attention.routers)
+        spec = load_spec(settings.paths[home])
+        check_shards(self._config, spec)
+        experts = ExpertFleet(self._deployment, spec, lambda: attention.routers)
         self._progress.phase = "starting actors"
         gateway = self._spawn_gateway()
         spawned = experts.spawn(bundles[len(replicas) :])

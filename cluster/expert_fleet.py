@@ -16,18 +16,18 @@ from actors.expert import ExpertShard, ExpertStats
 from actors.model.spec import MoEDecoderSpec
 from actors.transport.base import Address
 from cluster.calls import answers, results
-from cluster.config import ConfigError
 from cluster.deployment import PROCESS_START_S, Deployment, left
 from cluster.expert_maps import ExpertMaps, Routers
 from cluster.fleet import Bundle
 from cluster.roster import Member
+from cluster.settings import shard_limits
 from placement.balance import BalancePolicy, ShardRoom, imbalance, plan
 from placement.expert_map import ExpertMap, replaced
 from placement.spec import BundleRequest
 
 
 class ExpertFleet:
-    """The expert shards of a cluster. One thread at a time changes it.
+    """The expert shards of a cluster, from ``least`` to ``most``. One thread at a time changes it.
 
     ``spec`` says which experts there are; ``routers`` gives the routers that work by the map now.
     """
@@ -38,6 +38,7 @@ class ExpertFleet:
         self._spec = spec
         self._routers = routers
         self._maps = ExpertMaps(deployment, routers)
+        self.least, self.most = shard_limits(deployment.config, spec)
         self._shards: dict[str, Member] = {}
         self._spares: dict[str, Member] = {}
         self._addresses: dict[str, Address] = {}
@@ -63,18 +64,6 @@ class ExpertFleet:
         """How many there are to be."""
         return len(self._shards)
 
-    @property
-    def least(self) -> int:
-        """Fewest shards that can hold every expert as often as configured."""
-        copies = self._spec.moe.n_experts * self._config.min_replicas
-        room = self._config.slots and -(-len(self._spec.moe_layers) * copies // self._config.slots)
-        return max(self._config.min_replicas, room)
-
-    @property
-    def most(self) -> int:
-        """With more shards than copies of a layer's experts some would hold nothing of it."""
-        return self._spec.moe.n_experts * self._config.min_replicas
-
     # -- start ----------------------------------------------------------------------------------------------------
 
     def spawn(self, bundles: Sequence[Bundle]) -> list[Member]:
@@ -95,12 +84,7 @@ class ExpertFleet:
         return spawned
 
     def begin(self, shards: list[Member], deadline: float) -> list[Future[Any]]:
-        """Make the first map over ``shards`` and let them read; the futures end when they have. Raises ConfigError."""
-        if not self.least <= len(shards) <= self.most:
-            raise ConfigError(
-                f"experts.shards: {len(shards)}; allowed are {self.least} to {self.most}: "
-                f"{self._config.min_replicas} replica(s) of {self._spec.moe.n_experts} experts a layer"
-            )
+        """Make the first map over ``shards`` and let them read; the futures end when they have."""
         self._shards = {shard.name: shard for shard in self.listening(shards, deadline)}
         new = self.plan(shards)
         self._maps.in_force = new

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -17,6 +18,9 @@ from cluster.fleet import ActorHandle, ActorUnreachable
 
 log = logging.getLogger(__name__)
 
+_CONTROLLER_LOST = (
+    "the controller has died: streams go on, but nothing can be changed or repaired; stop this and start it anew"
+)
 _PROGRESS_S = 0.25
 _STOP_TIMEOUT_S = 60.0
 
@@ -76,9 +80,12 @@ def _ray_controller(config: ServerConfig) -> Iterator[ActorHandle]:
         if left := sweep():
             log.warning("removed what an earlier cluster had left: %s", ", ".join(left))
         controller = start_controller(CONTROLLER, config, secrets.token_bytes(32))
+        stopping = threading.Event()
+        controller.watch().add_done_callback(lambda _: None if stopping.is_set() else log.error(_CONTROLLER_LOST))
         try:
             yield controller
         finally:
+            stopping.set()
             _stop(controller)
 
 
@@ -89,5 +96,5 @@ def _stop(controller: ActorHandle) -> None:
     try:
         controller.call("stop", timeout_s=_STOP_TIMEOUT_S)
     except (ActorUnreachable, FutureTimeout) as error:
-        log.warning("the controller did not stop in order: %r", error)
+        log.warning("the controller did not stop in order: %s", error or type(error).__name__)
     sweep()

@@ -33,7 +33,7 @@ def find_target(actor: str, node: str, fleet: Fleet, experts: ExpertFleet, atten
         node_id = find_node(node, fleet)
         if node_id == fleet.home():
             raise BadOperation(
-                "node", f"{node_id}: the controller and the gateway run there, and end with `serve` alone"
+                "node", f"{node_id}: the controller and the gateway run there, they end only with `expertmesh serve`"
             )
         return _on_node(node_id, experts, attention)
     if not actor:
@@ -56,7 +56,8 @@ def find_node(node: str, fleet: Fleet) -> str:
     matching = [n.node_id for n in nodes if n.alive and n.node_id.startswith(node)]
     if len(matching) != 1:
         known = ", ".join(n.node_id for n in nodes if n.alive)
-        raise BadOperation("node", f"{node!r} is the id of {len(matching)} nodes, must be of one; there are {known}")
+        begins = f"{len(matching)} nodes' ids begin" if matching else "no node's id begins"
+        raise BadOperation("node", f"{begins} with {node!r}, one is needed; there are {known}")
     return matching[0]
 
 

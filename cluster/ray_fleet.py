@@ -83,13 +83,19 @@ class RayHandle(ActorHandle):
             return
         error = done.exception()
         if isinstance(error, RayActorError):
-            result.set_exception(ActorUnreachable(f"{self.name}: {error}"))
+            result.set_exception(ActorUnreachable(f"{self.name}: {_cause(error)}"))
         elif isinstance(error, RayTaskError):
             result.set_exception(error.cause)  # the error itself; Ray's wrapper carries a remote traceback as text
         elif error is not None:
             result.set_exception(error)
         else:
             result.set_result(done.result())
+
+
+def _cause(error: RayActorError) -> str:
+    """What Ray tells over many lines, in one: of a constructor that raised, its error; else what became of the actor."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if "creation task" in lines[0] else lines[0]
 
 
 def start_actor(role: type, name: str, strategy: Any, gpus: float, *args: Any) -> RayHandle:

@@ -11,6 +11,7 @@ import torch
 
 from actors.model.families import load_spec
 from actors.model.kv_cache import KVCache
+from actors.model.spec import MoEDecoderSpec
 from actors.settings import EngineSettings, ModelSettings
 from cluster.access import AccessList, refuse_open_door
 from cluster.config import ConfigError, ServerConfig
@@ -132,3 +133,23 @@ def torch_dtype(config: ServerConfig, path: Path) -> torch.dtype:
     dtype = getattr(torch, config.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def shard_limits(config: ServerConfig, spec: MoEDecoderSpec) -> tuple[int, int]:
+    """Fewest and most expert shards: the fewest that can hold every expert as often as configured, and as many as there
+    are copies of a layer's experts; with more, some would hold nothing of it."""
+    experts = config.experts
+    copies = spec.moe.n_experts * experts.min_replicas
+    room = experts.slots and -(-len(spec.moe_layers) * copies // experts.slots)
+    return max(experts.min_replicas, room), copies
+
+
+def check_shards(config: ServerConfig, spec: MoEDecoderSpec) -> None:
+    """Raise ConfigError when the model cannot be spread over so many shards."""
+    least, most = shard_limits(config, spec)
+    if not least <= config.experts.shards <= most:
+        raise ConfigError(
+            f"experts.shards: {config.experts.shards}; allowed are {least} to {most}: the model has "
+            f"{spec.moe.n_experts} experts a layer, min_replicas is {config.experts.min_replicas}"
+            + (f", slots is {config.experts.slots}" if config.experts.slots else "")
+        )

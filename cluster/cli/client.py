@@ -52,7 +52,7 @@ def _no_answer(connection: Connection, details: str) -> str:
         cause = details.rpartition("OPENSSL_internal:")[2].removesuffix(": OK")
         return f"no TLS connection to {target}: {cause} (is --ca the authority of its certificate?)"
     if "Socket closed" in details and tls is None:
-        return f"the server at {target} does not take plaintext; does it speak TLS (--ca FILE or --tls)?"
+        return f"the server at {target} closed the connection; it has ended, or it speaks TLS (--ca FILE or --tls)"
     if "Socket closed" in details and tls is not None and tls.certificate is None:
         return f"the server at {target} closed the TLS connection; does it want a certificate (--cert, --key)?"
     return f"no gateway answers at {target} (is `expertmesh serve` running? --target HOST:PORT chooses another)"

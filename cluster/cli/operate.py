@@ -75,7 +75,8 @@ def _scale(stub: ControlStub, fleet: str, count: int) -> None:
             names = list(done.shards)
         else:
             names, read = list(stub.ScaleAttention(pb.ScaleAttentionRequest(replicas=count)).replicas), ""
-    print(f"{len(names)} {fleet} shard(s): {', '.join(names)}{read}")
+    kind = "expert" if fleet == "experts" else "attention"
+    print(f"{len(names)} {kind} shard{'s' if len(names) > 1 else ''}: {', '.join(names)}{read}")
 
 
 def _rebalance(stub: ControlStub) -> None:
@@ -124,6 +125,6 @@ def _parse(text: str) -> tuple[str, int]:
     fleet, _, number = text.partition("=")
     if fleet not in _FLEETS or not number.isascii() or not number.isdigit():
         raise ValueError(f"{text!r}: write FLEET=N with a whole number, FLEET one of {', '.join(_FLEETS)}")
-    if int(number) >= 2**32:
-        raise ValueError(f"{text!r}: the number is too large")
+    if not 1 <= int(number) < 2**32:
+        raise ValueError(f"{text!r}: the number must be at least 1, and below 2^32")
     return fleet, int(number)

@@ -124,12 +124,14 @@ def weight_bytes(config: ServerConfig) -> int:
 
     Returns the bytes of its files. Raises ConfigError, CheckpointError, UnsupportedModelError, TokenizerError.
     """
+    from actors.model.families import load_spec
     from actors.model.weights import Checkpoint
     from cluster.gateway.server import served_model
     from cluster.model_source import resolve_model
-    from cluster.settings import SettingsFactory
+    from cluster.settings import SettingsFactory, check_shards
 
     path = resolve_model(config.model, progress=True)
+    check_shards(config, load_spec(path))
     served_model(SettingsFactory(config, {"": path}).gateway(""))
     Checkpoint(path).close()
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))

@@ -18,7 +18,7 @@ def run_token(tenant: str, role: str, share: float) -> int:
     try:
         load_config(None, {"access.tokens": [entry]})
     except ConfigError as error:
-        return complain(str(error))
+        return complain(str(error).replace("access.tokens.0.", "--"))
     print("the token is on stdout and kept nowhere; the configuration takes:", file=sys.stderr)
     print(yaml.safe_dump({"access": {"tokens": [entry]}}, sort_keys=False), end="", file=sys.stderr, flush=True)
     print(token)

@@ -35,7 +35,7 @@ def authenticate(access: AccessList, headers: Sequence[str]) -> Caller:
         raise Unauthenticated("TOKEN_MISSING", "a token is needed: authorization: Bearer TOKEN")
     token = bearer_token(headers[0]) if len(headers) == 1 else None
     if token is None:
-        raise Unauthenticated("TOKEN_MALFORMED", "the credentials are not one authorization: Bearer TOKEN")
+        raise Unauthenticated("TOKEN_MALFORMED", "send exactly one header `authorization: Bearer TOKEN`")
     found = access.caller(token)
     if found is None:
         raise Unauthenticated("TOKEN_UNKNOWN", "the token is not known here")

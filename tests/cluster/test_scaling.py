@@ -33,8 +33,8 @@ def test_16_streams_while_both_fleets_are_scaled(
     config = distributed(ray_address, deepseek[0], drain_timeout_s=1.0)
     with running_cluster(config) as address, Client(address) as client:
         with singing(client, PROMPTS * 4, wanted * 4) as chorus:
-            assert "4 experts shard(s): expert-0, expert-1, expert-2, expert-3" in told(address, "scale", "experts=4")
-            assert "2 attention shard(s): attention-0, attention-1" in told(address, "scale", "attention=2")
+            assert "4 expert shards: expert-0, expert-1, expert-2, expert-3" in told(address, "scale", "experts=4")
+            assert "2 attention shards: attention-0, attention-1" in told(address, "scale", "attention=2")
             until(lambda: all(a.attention.tokens for a in client.load(pb.ROLE_ATTENTION)))
             view = client.cluster()
             groups = {a.name: a.placement_group for a in view.actors if a.placement_group}
@@ -42,8 +42,8 @@ def test_16_streams_while_both_fleets_are_scaled(
             assert groups["attention-1"] == groups["router-1"]
             assert all(a.expert.rows for a in view.actors if a.role == pb.ROLE_EXPERT)
             out = told(address, "scale", "experts=2", "attention=1")
-            assert "2 experts shard(s): expert-0, expert-1" in out
-            assert "1 attention shard(s): attention-0" in out
+            assert "2 expert shards: expert-0, expert-1" in out
+            assert "1 attention shard: attention-0" in out
             assert "experts were read" in told(address, "rebalance") or "left alone" in told(address, "rebalance")
             chorus.after(200)
         with capsys.disabled():

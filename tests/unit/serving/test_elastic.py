@@ -20,6 +20,7 @@ from actors.transport.base import PeerGone
 from cluster.config import ConfigError, ServerConfig
 from cluster.controller import Controller
 from cluster.launch import _local_controller
+from cluster.local_fleet import LocalFleet
 from placement.expert_map import ExpertMap
 from tests.chorus import singing
 from tests.paged_runner import random_ids
@@ -112,6 +113,30 @@ def answers(client: Client) -> bool:
         return len(client.tokens(PROMPTS[0], 4)) == 4
     except grpc.RpcError:
         return False
+
+
+def test_a_change_that_waits_for_room_holds_no_repair_up(
+    checkpoint: tuple[Path, Any], local: Local, wanted: list[Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, room, honest = threading.Event(), threading.Event(), LocalFleet.reserve
+
+    def reserve(fleet: LocalFleet, requests: Any, *args: Any) -> Any:
+        if len(requests) == 2:
+            asked.set()
+            assert room.wait(60)
+        return honest(fleet, requests, *args)
+
+    with running(local(checkpoint[0])) as (client, controller), singing(client, PROMPTS, wanted[:4]):
+        monkeypatch.setattr(LocalFleet, "reserve", reserve)
+        change = client.control.ScaleExperts.future(pb.ScaleExpertsRequest(shards=4))
+        assert asked.wait(60)
+        crash(controller, "expert-0")
+        until(lambda: client.cluster().expert_map_epoch == 2)
+        crash(controller, "attention-0")
+        until(lambda: len(names(client, pb.ROLE_ATTENTION)) == 1)
+        room.set()
+        assert len(change.result().shards) == 4
+        assert "expert-0" not in change.result().shards
 
 
 def test_a_failed_start_of_a_change_gives_its_room_back(
