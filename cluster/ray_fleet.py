@@ -93,7 +93,7 @@ class RayHandle(ActorHandle):
 
 
 def _cause(error: RayActorError) -> str:
-    """What Ray tells over many lines, in one: of a constructor that raised, its error; else what became of the actor."""
+    """What Ray tells over many lines, in one: the error of a constructor that raised, else what became of the actor."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if "creation task" in lines[0] else lines[0]
 
