@@ -128,7 +128,8 @@ class Router:
             group, wires = self._groups.join_as_router(plan, self._endpoint, shards, medium, timeout_s)
             routes = ExpertRoutes(expert_map, wires, group)
         with self._staging:
-            given_up = expert_map.epoch <= self._given_up
+            newer = self._prepared is not None and self._prepared.epoch > expert_map.epoch
+            given_up = newer or expert_map.epoch <= self._given_up
             if not given_up:
                 self._prepared = routes
         if given_up:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1.control_pb2 import ClusterEventKind, Role
@@ -25,15 +25,16 @@ from actors.transport.base import TransportError
 from cluster.attention_fleet import AttentionFleet, Replica
 from cluster.autoscaler import Autoscaler
 from cluster.config import ConfigError, ServerConfig
-from cluster.deployment import ROOM_S, Deployment, left
+from cluster.deployment import Deployment, left
 from cluster.events import EventLog
 from cluster.expert_fleet import ExpertFleet, expert_requests
 from cluster.fleet import ActorHandle, ActorUnreachable, Fleet
-from cluster.gateway.server import Gateway
+from cluster.gateway_fleet import GatewayFleet
 from cluster.loss_watch import LossWatch
 from cluster.model_source import model_name
 from cluster.operations import Leaving, find_node, find_target
 from cluster.refusals import BadOperation, Busy, ChangeFailed
+from cluster.repairs import Repairs
 from cluster.roster import Member, Roster, Stopping
 from cluster.settings import check_shards
 from cluster.supervisor import Supervisor
@@ -45,7 +46,6 @@ _STATS_TIMEOUT_S = 2.0
 _SHOWN_EVENTS = 10
 _MOST_REPLICAS = 1024
 _MOST_CHANGES = 4  # each waits in a thread of this actor, and looking at the cluster must go on
-_ONCE_IN_S = 30.0
 _READING = "reading weights"
 _STOP_ORDER = (Role.ROLE_GATEWAY, Role.ROLE_ATTENTION, Role.ROLE_ROUTER, Role.ROLE_EXPERT)
 
@@ -72,20 +72,22 @@ class Controller:
         self._config = config
         self._fleet = fleet
         self._events = EventLog()
-        self._supervisor = Supervisor(self._examine, self._repair, self._repair_failed)
+        self._supervisor = Supervisor(
+            lambda suspects: self._repairs.examine(suspects),
+            lambda lost: self._repairs.repair(lost),
+            self._repair_failed,
+        )
         self._roster = Roster(fleet, self._events, self._supervisor.lost)
         self._deployment = Deployment(config, fleet, self._roster, self._events)
-        self._losses = LossWatch(self._supervisor.suspect)
-        self._attention = AttentionFleet(self._deployment, self._losses)
+        losses = LossWatch(self._supervisor.suspect)
+        self._attention = AttentionFleet(self._deployment, losses)
+        self._gateways = GatewayFleet(self._deployment, self._attention, losses)
         self._experts: ExpertFleet | None = None
         self._autoscaler: Autoscaler | None = None
-        self._own: ActorHandle | None = None
         self._operating = threading.Lock()  # operators and the autoscaler, one after the other; taken before _changing
         self._changing = threading.Lock()  # whoever changes a fleet or a map: not while waiting for room or processes
         self._queue = threading.BoundedSemaphore(_MOST_CHANGES)
         self._progress = Progress()
-        self._address = ""
-        self._trusted_from: dict[str, float] = {}
         self._asked: dict[str, Future[int]] = {}
         self._loaded: dict[str, int] = {}
 
@@ -96,10 +98,9 @@ class Controller:
 
         On any failure whatever was started is stopped and released before the error goes on.
         """
-        self._own = own
         try:
             with self._changing:
-                return self._start(time.monotonic() + self._config.start_timeout_s)
+                return self._start(own, time.monotonic() + self._config.start_timeout_s)
         except TimeoutError as error:
             self.stop()
             raise StartFailed(self._late()) from error
@@ -207,7 +208,7 @@ class Controller:
 
     # -- the steps of start ---------------------------------------------------------------------------------------
 
-    def _start(self, deadline: float) -> str:
+    def _start(self, own: ActorHandle, deadline: float) -> str:
         attention, home = self._attention, self._fleet.home()
         replicas = attention.requests(self._config.attention.replicas)
         shards = expert_requests(self._deployment, self._config.experts.shards)
@@ -218,7 +219,7 @@ class Controller:
         check_shards(self._config, spec)
         experts = ExpertFleet(self._deployment, spec, lambda: attention.routers)
         self._progress.phase = "starting actors"
-        gateway = self._spawn_gateway()
+        gateway = self._gateways.spawn()
         spawned = experts.spawn(bundles[len(replicas) :])
         pairs = attention.spawn(bundles[: len(replicas)])
         self._progress.phase = _READING
@@ -231,7 +232,8 @@ class Controller:
         self._progress.phase = "connecting"
         attention.connect(pairs, addresses, experts, deadline)
         self._experts = experts
-        address = self._open(gateway, deadline)
+        self._repairs = Repairs(self._deployment, experts, attention, self._gateways, self._changing)
+        address = self._gateways.open(gateway, own, deadline)
         self._supervisor.start()
         experts.restore_spares(left(deadline))
         self._autoscaler = Autoscaler(
@@ -239,21 +241,6 @@ class Controller:
         )
         self._autoscaler.start()
         return address
-
-    def _spawn_gateway(self, port: int | None = None) -> Member:
-        home = self._fleet.home()
-        settings = self._deployment.settings([home]).gateway(home)
-        if port is not None:
-            settings = replace(settings, port=port)
-        name = self._roster.fresh_name("gateway")
-        return self._roster.spawn(Role.ROLE_GATEWAY, Gateway, name, None, settings)
-
-    def _open(self, gateway: Member, deadline: float) -> str:
-        arguments = (self._attention.peers, self._own, self._deployment.medium, left(deadline))
-        gateway.handle.call("connect", *arguments, timeout_s=left(deadline))
-        self._address = str(gateway.handle.call("serve", timeout_s=left(deadline)))
-        self._losses.follow(gateway)
-        return self._address
 
     def _late(self) -> str:
         return f"not up within start_timeout_s ({self._config.start_timeout_s:g} s); last: {self._progress.phase}"
@@ -266,61 +253,6 @@ class Controller:
             self._asked[member.name] = member.handle.begin("loaded_bytes")
 
     # -- changes that nobody asked for ----------------------------------------------------------------------------
-
-    def _examine(self, suspects: frozenset[str]) -> None:
-        """Some router has lost these expert shards: those that answer are connected anew, the others are lost. Or a
-        gateway has lost attention shards: whether they live or not, they are of no use without it."""
-        with self._changing:
-            for replica in [r for r in self._attention.replicas if r.shard.name in suspects]:
-                self._roster.lose(replica.shard, "a gateway lost its wire")
-            experts, deadline = self._ready(), self._deadline()
-            still = suspects & experts.missed()  # a repair may have settled what was reported
-            members = [shard for shard in experts.living if shard.name in still]
-            answers = experts.stats(members)
-            for shard in members:
-                if shard.name not in answers:
-                    self._roster.lose(shard, "a router lost it, and it does not answer")
-                elif time.monotonic() < self._trusted_from.get(shard.name, 0.0):
-                    self._roster.lose(shard, "routers lose it again and again")
-            if members and experts.living == experts.shards:  # else the map that replaces the dead does it
-                if not self._deployment.nccl:  # there one death makes all of them suspects
-                    self._trusted_from.update({shard.name: time.monotonic() + _ONCE_IN_S for shard in members})
-                experts.reconnect(deadline)
-
-    def _repair(self, lost: list[Member]) -> None:
-        """Replace what died, each kind whether or not the others work out. Called again with the same if it raises."""
-        experts, deadline = self._ready(), self._deadline()
-        failures: list[Exception] = []
-
-        def attempt(part: Callable[..., object], *arguments: object) -> None:
-            try:
-                part(*arguments)
-            except Stopping:
-                raise
-            except Exception as error:  # told below; what else died is to be replaced all the same
-                log.warning("a repair failed", exc_info=True)
-                failures.append(error)
-
-        with self._changing:
-            attempt(experts.forget_spares, lost)
-            attempt(self._attention.forget, lost, experts, deadline)
-            attempt(experts.replace, lost, deadline)
-            attempt(self._attention.replace, experts, deadline)
-            if any(member.role == Role.ROLE_GATEWAY for member in lost) and not self._roster.of(Role.ROLE_GATEWAY):
-                attempt(self._replace_gateway, deadline)
-        attempt(experts.restore_spares, ROOM_S)
-        if failures:
-            raise failures[0]
-
-    def _replace_gateway(self, deadline: float) -> None:
-        """A new door at the same address; open streams were lost with the old one, clients resume them."""
-        gateway = self._spawn_gateway(int(self._address.rpartition(":")[2]))
-        try:
-            gateway.handle.call("load", timeout_s=left(deadline))
-            self._open(gateway, deadline)
-        except BaseException:
-            self._roster.discard(gateway, "it could not open")
-            raise
 
     def _repair_failed(self, error: Exception) -> None:
         text = f"a repair failed and will be tried again: {type(error).__name__}: {error}"
@@ -357,7 +289,9 @@ class Controller:
             new = experts.plan(shards)
             experts.read_ahead(new, started, deadline)
             with self._changing:
-                if (shards, base) != (over(), experts.map):  # a repair has changed it meanwhile
+                if (shards, base) != (over(), experts.map):  # a repair has changed it meanwhile, or has to
+                    if len(over()) < len(shards):
+                        raise ActorUnreachable("an expert shard was lost meanwhile; it is being replaced")
                     new = experts.plan(over())
                 return experts.change(new, started, deadline)
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
@@ -23,6 +24,7 @@ class LocalHandle(ActorHandle):
         self.name = name
         self.actor = actor
         self.ended: Future[None] = Future()
+        self._ending = threading.Lock()
         self._pool = pool
 
     def begin(self, method: str, *args: Any) -> Future[Any]:
@@ -35,10 +37,11 @@ class LocalHandle(ActorHandle):
         return unreachable
 
     def end(self) -> None:
-        """Stop the object; from then on it is unreachable. Idempotent."""
-        self.actor.stop()
+        """Make it unreachable, then stop the object. Idempotent."""
         with suppress(InvalidStateError):
             self.ended.set_exception(ActorUnreachable(f"{self.name} has ended"))
+        with self._ending:  # whoever is told of the end may end it too
+            self.actor.stop()
 
 
 class LocalFleet(Fleet):

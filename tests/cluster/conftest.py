@@ -23,21 +23,29 @@ PROMPTS = [random_ids(length, seed=length, vocab=VOCABULARY) for length in (2, 9
 ROLE = "expertmesh.io/role"
 
 
+SMALL = {"num_cpus": 4, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+
+
 @pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
-    """Address of a cluster with nodes labelled attention and experts, and a head without a label."""
+def ray_cluster() -> Iterator[Any]:
+    """A cluster with nodes labelled attention and experts, and a head without a label."""
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
-    small = {"num_cpus": 4, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=small)
+    cluster = Cluster(initialize_head=True, head_node_args=SMALL)
     try:
-        cluster.add_node(**small, labels={ROLE: "attention"})
-        cluster.add_node(**small, labels={ROLE: "experts"})
-        yield cluster.address
+        cluster.add_node(**SMALL, labels={ROLE: "attention"})
+        cluster.add_node(**SMALL, labels={ROLE: "experts"})
+        yield cluster
     finally:
         cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_address(ray_cluster: Any) -> str:
+    """Its address."""
+    return str(ray_cluster.address)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from expertmesh.v1 import control_pb2 as pb
 
 from cluster.launch import running_cluster
 from tests.chorus import Chorus, singing
-from tests.cluster.conftest import PROMPTS, distributed, kv_in_use, nothing_of_ours, rings_mapped
+from tests.cluster.conftest import PROMPTS, SMALL, distributed, kv_in_use, nothing_of_ours, rings_mapped
 from tests.serving import Client, Reference
 from tests.waiting import until
 
@@ -95,3 +95,29 @@ def test_attention_shards_and_routers_are_killed(
         assert client.load(pb.ROLE_GATEWAY)[0].gateway.replays > 0
         until(lambda: kv_in_use(client) == 0)
     assert nothing_of_ours(ray_address)
+
+
+@pytest.mark.timeout(300)
+def test_a_node_dies(
+    ray_cluster: Any, deepseek: tuple[Path, Any], wanted: list[Reference], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its shard starts anew on the other node of its kind, though Ray takes a while to notice that the node is dead."""
+    pool = {"expertmesh.io/pool": "doomed"}
+    nodes = [ray_cluster.add_node(**SMALL, labels=pool) for _ in range(2)]
+    try:
+        config = distributed(ray_cluster.address, deepseek[0], **{"experts.node_labels": pool})
+        with running_cluster(config) as address, Client(address) as client:
+            where = {actor.name: actor.node_id for actor in client.load(pb.ROLE_EXPERT)}
+            assert set(where.values()) == {node.node_id for node in nodes}
+            with singing(client, PROMPTS, wanted) as chorus:
+                begin = time.monotonic()
+                ray_cluster.remove_node(nodes[0], allow_graceful=False)
+                lost = next(name for name, node in where.items() if node == nodes[0].node_id)
+                until(lambda: replaced(client, lost, pb.ROLE_EXPERT, 2), 120)
+                chorus.after(8 * len(PROMPTS))
+                gap = chorus.longest_gap(begin)
+            report(capsys, "an expert shard's node", [gap], chorus)
+            assert {actor.node_id for actor in client.load(pb.ROLE_EXPERT)} == {nodes[1].node_id}
+        assert nothing_of_ours(ray_cluster.address)
+    finally:
+        ray_cluster.remove_node(nodes[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import threading
@@ -59,12 +60,15 @@ class Bench:
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     """A bench that leaves nothing behind: no descriptor, no thread, nothing in /dev/shm."""
+    gc.collect()
     before = (len(os.listdir("/proc/self/fd")), threading.active_count(), set(os.listdir("/dev/shm")))
     bench = Bench()
     yield bench
     bench.close()
     after = (len(os.listdir("/proc/self/fd")), threading.active_count(), set(os.listdir("/dev/shm")))
-    assert after[:2] == before[:2], "descriptors or threads were left behind"
+    # fewer are no fault: what an earlier test of this process had closed may go late
+    assert after[0] <= before[0], "descriptors were left behind"
+    assert after[1] <= before[1], "threads were left behind"
     assert not {name for name in after[2] - before[2] if "expertmesh" in name}
 
 

@@ -82,7 +82,7 @@ def test_expert_shards_die_in_mid_stream(
     with running(config) as (client, controller), singing(client, PROMPTS, wanted):
         for epoch in (2, 3, 4):
             crash(controller, names(client, pb.ROLE_EXPERT)[0])
-            until(lambda epoch=epoch: client.cluster().expert_map_epoch == epoch)
+            until(lambda epoch=epoch: client.cluster().expert_map_epoch >= epoch)
         gone = [event for event in client.cluster().events if event.kind == pb.CLUSTER_EVENT_KIND_ACTOR_LOST]
         assert [event.actor for event in gone] == ["expert-0", "expert-1", "expert-2"]
     shards = names_after(controller)
@@ -131,7 +131,7 @@ def test_a_change_that_waits_for_room_holds_no_repair_up(
         change = client.control.ScaleExperts.future(pb.ScaleExpertsRequest(shards=4))
         assert asked.wait(60)
         crash(controller, "expert-0")
-        until(lambda: client.cluster().expert_map_epoch == 2)
+        until(lambda: client.cluster().expert_map_epoch >= 2)
         crash(controller, "attention-0")
         until(lambda: len(names(client, pb.ROLE_ATTENTION)) == 1)
         room.set()
@@ -398,7 +398,7 @@ def test_a_wire_that_breaks_between_living_ends_is_made_anew(
         router = controller._roster.find("router-0")
         assert router is not None
         router.handle.actor._data.routes.wires["expert-1"].close()  # type: ignore[attr-defined]
-        until(lambda: client.cluster().expert_map_epoch == 2)
+        until(lambda: client.cluster().expert_map_epoch >= 2)
         assert names(client, pb.ROLE_EXPERT) == ["expert-0", "expert-1"]
 
 

@@ -208,7 +208,7 @@ def test_commands_that_get_no_answer_say_why(
     assert asked(closed, *ca).startswith("UNAUTHENTICATED: a token is needed")
     assert "--token-file FILE, or $EXPERTMESH_TOKEN" in asked(plain, EXPERTMESH_TOKEN="wrong")
     assert asked(closed, *ca, EXPERTMESH_TOKEN=USER).startswith("PERMISSION_DENIED: role admin is needed")
-    assert "does it speak TLS (--ca FILE or --tls)?" in asked(closed)
+    assert "or it speaks TLS (--ca FILE or --tls)" in asked(closed)
     wrong = asked(closed, "--ca", str(stranger.certificate), EXPERTMESH_TOKEN=ADMIN)
     assert wrong.startswith(f"no TLS connection to {closed}: CERTIFICATE_VERIFY_FAILED")
     assert asked(closed, "--tls").startswith(f"no TLS connection to {closed}: CERTIFICATE_VERIFY_FAILED")
@@ -249,7 +249,7 @@ def test_the_command_that_makes_tokens(tmp_path: Path) -> None:
     assert yaml.safe_load(entry.read_text())["access"]["tokens"][0]["sha256"] == token_hash(token)
     assert AccessList(load_config(entry).access.tokens).caller(token) == Caller("123", "admin", 2.5)
     assert run("token", "--tenant", "123").stdout != made.stdout
-    assert "access.tokens.0.tenant" in failed("token", "--tenant", "a/b")
+    assert "--tenant: " in failed("token", "--tenant", "a/b")
     assert "'user' or 'admin'" in failed("token", "--tenant", "a", "--role", "root")
     assert "greater than 0" in failed("token", "--tenant", "a", "--share", "0")
 
