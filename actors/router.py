@@ -20,6 +20,7 @@ import numpy as np
 from actors.dispatcher import Dispatcher
 from actors.groups import Groups
 from actors.loop import LoopThread
+from actors.losses import Known, Losses
 from actors.messages import Kind, expect_parts, tensor_from
 from actors.model.families import load_spec
 from actors.model.gate import Gate
@@ -75,8 +76,7 @@ class Router:
         self._given_up = 0  # maps up to this epoch were withdrawn
         self._staging = threading.Lock()  # guards the three above
         self._committed = threading.Event()
-        self._losses = threading.Condition()
-        self._stopped = False
+        self._losses = Losses(f"router {name}")
         self._loaded_bytes = 0
         self._loop = LoopThread(
             name, self._on_frame, self._on_gone, model.thread_count, self._next_deadline, self._on_tick
@@ -226,19 +226,10 @@ class Router:
         """The group of ``epoch`` is over, or shall not form: no router works by it. Idempotent."""
         self._groups.leave(epoch)
 
-    def wait_for_loss(self, epoch: int, known: frozenset[str], timeout_s: float) -> tuple[int, frozenset[str]]:
+    def wait_for_loss(self, epoch: int, known: frozenset[str], timeout_s: float) -> Known:
         """Epoch of the map in force, and its shards whose wires are lost: as soon as that is not (epoch, known), or
         after ``timeout_s``. Raises RuntimeError once the router is stopped."""
-
-        def now() -> tuple[int, frozenset[str]]:
-            routes = self._data.routes
-            return (routes.epoch, routes.lost) if routes is not None else (0, frozenset())
-
-        with self._losses:
-            self._losses.wait_for(lambda: now() != (epoch, known) or self._stopped, timeout_s)
-            if self._stopped:
-                raise RuntimeError(f"router {self.name} is stopped")
-        return now()
+        return self._losses.wait((epoch, known), timeout_s)
 
     def expert_rows(self) -> dict[int, np.ndarray]:
         """int64[E] by layer: (row, expert) pairs that were sent to each expert since the start."""
@@ -260,9 +251,7 @@ class Router:
 
     def stop(self) -> None:
         """Close every wire and end the loop thread. Idempotent."""
-        with self._losses:
-            self._stopped = True
-            self._losses.notify_all()
+        self._losses.close()
         self._endpoint.close()
         self._loop.stop()
         self._groups.close()
@@ -297,8 +286,9 @@ class Router:
             self._data.lose_shard(wire.peer)
 
     def _tell_loss(self) -> None:
-        with self._losses:
-            self._losses.notify_all()
+        routes = self._data.routes
+        assert routes is not None  # a map comes before its losses
+        self._losses.tell(routes.epoch, routes.lost)
 
     def _on_tick(self) -> None:
         now = time.monotonic()

@@ -92,15 +92,15 @@ class AttentionFleet:
 
     def spawn(self, bundles: Sequence[Bundle]) -> list[Replica]:
         """One replica per bundle. They do not serve yet. If that fails, nothing of it is left, the bundles neither."""
-        spawned: list[Member] = []
+        spawned, spawn = list[Member](), self._deployment.roster.spawn
         try:
             beside = [r.shard.bundle for r in self.replicas if r.shard.bundle] + list(bundles)
             settings = self._deployment.settings([bundle.node_id for bundle in bundles])
             for bundle in bundles:
                 name = bundle.name.replace("attention", "router")
-                spawned.append(self._spawn(Role.ROLE_ROUTER, Router, name, bundle, settings.router(bundle)))
+                spawned.append(spawn(Role.ROLE_ROUTER, Router, name, bundle, settings.router(bundle)))
                 own = (settings.attention(bundle, beside), settings.engine(bundle))
-                spawned.append(self._spawn(Role.ROLE_ATTENTION, AttentionShard, bundle.name, bundle, *own))
+                spawned.append(spawn(Role.ROLE_ATTENTION, AttentionShard, bundle.name, bundle, *own))
         except BaseException:
             for member in spawned:
                 self._deployment.roster.end(member)
@@ -245,6 +245,3 @@ class AttentionFleet:
         members = [member for replica in replicas for member in replica.members]
         soon = min(deadline, time.monotonic() + PROCESS_START_S)
         results({member.name: member.handle.begin("stats") for member in members}, soon)
-
-    def _spawn(self, role: Role, cls: type, name: str, bundle: Bundle, *args: object) -> Member:
-        return self._deployment.roster.spawn(role, cls, name, bundle, *args)

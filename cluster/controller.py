@@ -1,7 +1,7 @@
 """Controller: turns the configuration into a running cluster, changes it on demand, repairs it, and tells what runs.
 
-The main path is ``start``: place → spawn → load → connect → open the gateway. Later changes are one method each; they
-are carried out one at a time, under ``_changing``, repairs among them. Nothing here is on the way of a token.
+The main path is ``start``: place → spawn → load → connect → open the gateway. Later changes are one method each,
+and carried out one after the other; ``repairs.py`` is what nobody asks for. Nothing here is on the way of a token.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from cluster.view import cluster_view
 
 log = logging.getLogger(__name__)
 
-_STATS_TIMEOUT_S = 2.0
 _SHOWN_EVENTS = 10
 _MOST_REPLICAS = 1024
 _MOST_CHANGES = 4  # each waits in a thread of this actor, and looking at the cluster must go on
@@ -134,9 +133,7 @@ class Controller:
         """The cluster as a serialised ``expertmesh.v1.GetClusterResponse``."""
         experts = self._experts
         epoch = experts.map.epoch if experts and experts.map else 0
-        view: pb.GetClusterResponse = cluster_view(
-            model_name(self._config.model), epoch, self._fleet, self._roster.all(), _STATS_TIMEOUT_S
-        )
+        view = cluster_view(model_name(self._config.model), epoch, self._fleet, self._roster.all())
         view.attention_replicas_wanted = self._attention.wanted
         view.expert_autoscaling = self._config.experts.autoscale.mode
         view.events.extend(self._events.latest(_SHOWN_EVENTS))

@@ -13,7 +13,7 @@ from typing import Any
 
 from actors.transport.base import Address
 from actors.transport.nccl_group import GroupPlan
-from cluster.calls import LIFE_TIMEOUT_S, answers, log_failure
+from cluster.calls import log_failure
 from cluster.deployment import Deployment, left
 from cluster.fleet import ActorUnreachable
 from cluster.roster import Member, Roster
@@ -62,9 +62,9 @@ class ExpertGroups:
         Who does not answer is lost first: forming with the dead would only end at the deadline. Routers are left out
         then. Errors: ActorUnreachable (a shard of the map; no router at all), TransportError, TimeoutError.
         """
-        alive = self._alive((*routers, *shards))
-        members = [router for router in routers if router.name in alive]
-        dead = sorted({shard.name for shard in shards} - alive)
+        alive = self._roster.answering((*routers, *shards))
+        members = [router for router in routers if router in alive]
+        dead = sorted(shard.name for shard in shards if shard not in alive)
         if dead or not members:
             raise ActorUnreachable(f"{', '.join(dead) or 'every router'} does not answer")
         dispatch_id, results_id = members[0].handle.call("new_ids", timeout_s=left(deadline))
@@ -88,13 +88,6 @@ class ExpertGroups:
         given_up, self._next = self._next, None
         if given_up is not None:
             self._end(given_up)
-
-    def _alive(self, members: Sequence[Member]) -> set[str]:
-        came = answers({member.name: member.handle.begin("stats") for member in members}, LIFE_TIMEOUT_S)
-        for member in members:
-            if member.name not in came:
-                self._roster.lose(member, "it does not answer")
-        return set(came)
 
     def _await(self, calls: Mapping[Member, Future[Any]], deadline: float) -> None:
         """Wait for all, or for the first that fails: the others would wait for that one for ever."""

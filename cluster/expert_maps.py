@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from expertmesh.v1.control_pb2 import ClusterEventKind
 
 from actors.transport.base import Address
-from cluster.calls import LIFE_TIMEOUT_S, answers, log_failure, results
+from cluster.calls import log_failure, results
 from cluster.deployment import Deployment, left
 from cluster.expert_groups import ExpertGroups
 from cluster.fleet import ActorUnreachable
@@ -138,19 +138,11 @@ class ExpertMaps:
         known = {name: addresses[name] for name in new.shards}
         if self._groups is not None:
             return self._groups.form(new, routers, [shards[name] for name in new.shards], known, deadline)
-        there = self._alive(routers)
+        there = self._deployment.roster.answering(routers)
         arguments = (new, known, self._deployment.medium, left(deadline))
         calls = {router.name: router.handle.begin("prepare", *arguments) for router in there}
         prepared = results(calls, deadline, may_be_gone=True)
         return [router for router in there if router.name in prepared]
-
-    def _alive(self, routers: Sequence[Member]) -> list[Member]:
-        """Those that answer. One that hangs would keep everybody waiting, at each change anew."""
-        came = answers({router.name: router.handle.begin("stats") for router in routers}, LIFE_TIMEOUT_S)
-        for router in routers:
-            if router.name not in came:
-                self._deployment.roster.lose(router, "it does not answer")
-        return [router for router in routers if router.name in came]
 
     def _commit(self, routers: Sequence[Member], new: ExpertMap) -> None:
         patience = 2 * self._deployment.config.step_timeout_s + _COMMIT_SLACK_S  # within it any step ends

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from actors.losses import Known
 from cluster.roster import Member
 
 _PATIENCE_S = 30.0
-
-Known = tuple[int, frozenset[str]]
 
 
 class LossWatch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from typing import Any
 
 from expertmesh.v1.control_pb2 import ClusterEventKind, Role
 
+from cluster.calls import LIFE_TIMEOUT_S, answers
 from cluster.events import EventLog
 from cluster.fleet import ActorHandle, Bundle, Fleet
 
@@ -109,6 +110,14 @@ class Roster:
         """An actor is of no use any more: end its process and report its loss, as if it had died by itself."""
         if self.discard(member, reason):
             self._on_lost(member)
+
+    def answering(self, members: Sequence[Member]) -> list[Member]:
+        """Those that answer; the others are lost. One that hangs would keep everybody waiting, at each change anew."""
+        came = answers({member.name: member.handle.begin("stats") for member in members}, LIFE_TIMEOUT_S)
+        for member in members:
+            if member.name not in came:
+                self.lose(member, "it does not answer")
+        return [member for member in members if member.name in came]
 
     def close(self) -> None:
         """Nothing is started from now on, and nobody is missed."""

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Any
 
 from expertmesh.v1 import control_pb2 as pb
 
+from cluster.calls import answers
 from cluster.fleet import Fleet
 from cluster.roster import Member
 
-log = logging.getLogger(__name__)
 
-
-def cluster_view(
-    model: str, epoch: int, fleet: Fleet, members: Sequence[Member], timeout_s: float
-) -> pb.GetClusterResponse:
-    """Ask every member for its figures at the same time; one that does not answer in ``timeout_s`` is UNREACHABLE."""
+def cluster_view(model: str, epoch: int, fleet: Fleet, members: Sequence[Member]) -> pb.GetClusterResponse:
+    """Ask every member for its figures at the same time; one that does not answer soon is UNREACHABLE."""
     view = pb.GetClusterResponse(model=model, expert_map_epoch=epoch)
     for node in fleet.nodes():
         view.nodes.add(node_id=node.node_id, address=node.address, alive=node.alive, labels=dict(node.labels))
@@ -31,21 +25,17 @@ def cluster_view(
         node_id=fleet.home(),
         pid=os.getpid(),
     )
-    deadline = time.monotonic() + timeout_s
-    calls = [(member, member.handle.begin("stats")) for member in members]
-    for member, call in calls:
+    told = answers({member.name: member.handle.begin("stats") for member in members})
+    for member in members:
         actor = view.actors.add(name=member.handle.name, role=member.role, node_id=fleet.node_id(member.handle))
         if member.bundle is not None:
             actor.placement_group, actor.bundle = member.bundle.group, member.bundle.index
-        _fill(view, actor, call, deadline)
+        _fill(view, actor, told.get(member.name))
     return view
 
 
-def _fill(view: pb.GetClusterResponse, actor: pb.Actor, call: Future[Any], deadline: float) -> None:
-    try:
-        stats = call.result(max(0.0, deadline - time.monotonic()))
-    except Exception as error:  # whatever keeps it from telling its figures, the others' are still wanted
-        log.warning("%s does not answer: %r", actor.name, error)
+def _fill(view: pb.GetClusterResponse, actor: pb.Actor, stats: Any) -> None:
+    if stats is None:
         actor.state = pb.ACTOR_STATE_UNREACHABLE
         return
     actor.state = pb.ACTOR_STATE_READY

@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from actors.loop import LoopThread
+from actors.losses import Known, Losses
 from actors.messages import Kind, decode_tokens
 from actors.model.families import load_spec
 from actors.transport.base import Address, EndpointFactory, Frame, Medium, PeerGone, ProtocolError, Wire
@@ -71,9 +72,7 @@ class Gateway:
         self._streams = Streams(name, settings.recovery_timeout_s)
         self._wires: dict[str, Wire] = {}
         self._retired: set[str] = set()
-        self._lost: frozenset[str] = frozenset()
-        self._losses = threading.Condition()
-        self._stopped = False
+        self._losses = Losses(f"gateway {name}")
         self._model: ServedModel | None = None
         self._inference: InferenceService | None = None
         self._control: ControlService | None = None
@@ -133,14 +132,10 @@ class Gateway:
             wire.close()
         return moved
 
-    def wait_for_loss(self, epoch: int, known: frozenset[str], timeout_s: float) -> tuple[int, frozenset[str]]:
+    def wait_for_loss(self, epoch: int, known: frozenset[str], timeout_s: float) -> Known:
         """Names of all attention shards whose wires were lost, as soon as there are others than ``known``, or after
         ``timeout_s``; as a router tells it of expert shards, but of one epoch. RuntimeError once it is stopped."""
-        with self._losses:
-            self._losses.wait_for(lambda: self._lost != known or self._stopped, timeout_s)
-            if self._stopped:
-                raise RuntimeError(f"gateway {self.name} is stopped")
-            return epoch, self._lost
+        return self._losses.wait((epoch, known), timeout_s)
 
     def serve(self) -> str:
         """Open the door. Returns "HOST:PORT"; raises PortInUse, and ConfigError for TLS files it cannot use."""
@@ -157,9 +152,7 @@ class Gateway:
         """Refuse new calls, give running ones a few seconds, close everything. Idempotent."""
         if self._loop.is_closed():
             return
-        with self._losses:
-            self._stopped = True
-            self._losses.notify_all()
+        self._losses.close()
         self._await(self._close())
         self._endpoint.close()
         self._data.stop()
@@ -224,9 +217,8 @@ class Gateway:
         else:
             log.error("attention shard %s is gone: %s", wire.peer, error)
         if wire.peer not in self._retired and self._data.failure is None:  # else it is this end that failed
-            with self._losses:
-                self._lost = self._lost | {wire.peer}
-                self._losses.notify_all()
+            epoch, lost = self._losses.now
+            self._losses.tell(epoch, lost | {wire.peer})
         self._wires.pop(wire.peer, None)
         self._loop.call_soon_threadsafe(self._streams.lose_peer, wire.peer)
 

@@ -10,7 +10,7 @@ from expertmesh.v1.control_pb2 import Role
 
 from actors.transport.base import Address, WireTimeout
 from actors.transport.nccl_group import GroupPlan
-from cluster import expert_groups
+from cluster import roster
 from cluster.config import load_config
 from cluster.deployment import Deployment
 from cluster.events import EventLog
@@ -57,7 +57,7 @@ class Town:
     """Two routers and two shards on duty."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(expert_groups, "LIFE_TIMEOUT_S", 0.05)
+        monkeypatch.setattr(roster, "LIFE_TIMEOUT_S", 0.05)
         self.actors = {name: Actor(name) for name in ("r0", "r1", "s0", "s1")}
         fleet = LocalFleet()
         monkeypatch.setattr(fleet, "spawn", lambda role, name, bundle, *args: self.actors[name])
