@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from actors.router import Router
 from actors.transport.base import PeerGone
 from cluster.config import ConfigError, ServerConfig
 from cluster.controller import Controller
-from cluster.launch import _local_controller
 from cluster.local_fleet import LocalFleet
 from placement.expert_map import ExpertMap
 from tests.chorus import singing
+from tests.local_cluster import names, running
 from tests.paged_runner import random_ids
 from tests.serving import VOCABULARY, Client, Reference, greedy, ids_request
 from tests.waiting import until
@@ -37,23 +36,11 @@ def wanted(checkpoint: tuple[Path, Any]) -> list[Reference]:
     return [greedy(checkpoint[1], prompt, COUNT) for prompt in PROMPTS]
 
 
-@contextmanager
-def running(config: ServerConfig) -> Iterator[tuple[Client, Controller]]:
-    """A local cluster, its client and its controller."""
-    with _local_controller(config) as handle, Client(handle.call("start", handle, timeout_s=60)) as client:
-        assert isinstance(handle.actor, Controller)
-        yield client, handle.actor
-
-
 def crash(controller: Controller, name: str) -> None:
     """Let an actor end by itself, as by kill -9."""
     member = controller._roster.find(name)
     assert member is not None
     member.handle.end()  # type: ignore[attr-defined]
-
-
-def names(client: Client, role: int) -> list[str]:
-    return [actor.name for actor in client.load(role)]
 
 
 def test_16_streams_while_both_fleets_are_scaled(

@@ -6,7 +6,7 @@ import gc
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from actors.transport.nccl_group import GroupPlan, NcclGroup
 from cluster import gpus
 from cluster.config import ServerConfig
 from cluster.controller import Controller
-from cluster.launch import _local_controller
 from tests.chorus import singing
+from tests.local_cluster import names, running
 from tests.multiprocess.transport import nccl_double
 from tests.multiprocess.transport.nccl_double import DoubleBackend
 from tests.paged_runner import random_ids
@@ -60,13 +60,6 @@ def config(checkpoint: tuple[Path, Any], local: Callable[..., ServerConfig]) -> 
     return make
 
 
-@contextmanager
-def running(config: ServerConfig) -> Iterator[tuple[Client, Controller]]:
-    with _local_controller(config) as handle, Client(handle.call("start", handle, timeout_s=60)) as client:
-        assert isinstance(handle.actor, Controller)
-        yield client, handle.actor
-
-
 def kill(controller: Controller, name: str) -> None:
     """As by kill -9: nobody is told farewell."""
     member = controller._roster.find(name)
@@ -75,10 +68,6 @@ def kill(controller: Controller, name: str) -> None:
     for joined in actor._groups._joined.values():
         joined.group.abort("killed")
     member.handle.end()  # type: ignore[attr-defined]
-
-
-def names(client: Client, role: int) -> list[str]:
-    return [actor.name for actor in client.load(role)]
 
 
 def maps(client: Client) -> int:
