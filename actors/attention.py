@@ -75,6 +75,8 @@ class AttentionStats:
     steps: int
     tokens: int
     busy_s: float
+    experts_wait_s: float
+    moe_batches: int
     wires: tuple[WireTraffic, ...]
 
 
@@ -184,6 +186,8 @@ class AttentionShard:
             steps=self._steps,
             tokens=self._tokens,
             busy_s=self._busy_s,
+            experts_wait_s=0.0,
+            moe_batches=0,
             wires=traffic(self._loop.wires()),
         )
 

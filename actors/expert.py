@@ -44,6 +44,7 @@ class ExpertStats:
     rows: int
     pairs: int
     busy_s: float
+    batches: int
 
 
 class ExpertShard:
@@ -124,6 +125,7 @@ class ExpertShard:
             rows=self._rows,
             pairs=self._pairs,
             busy_s=self._busy.seconds,
+            batches=0,
         )
 
     def stop(self) -> None:

@@ -60,6 +60,9 @@ class RouterStats:
     rows_per_shard: dict[str, int]
     reroutes: int
     longest_wait_s: float
+    batches: int
+    dispatch_s: float
+    combine_s: float
     wires: tuple[WireTraffic, ...]
 
 
@@ -246,6 +249,9 @@ class Router:
             rows_per_shard=dict(data.rows_per_shard),
             reroutes=data.reroutes,
             longest_wait_s=data.longest_wait_s,
+            batches=0,
+            dispatch_s=0.0,
+            combine_s=0.0,
             wires=traffic(self._loop.wires()),
         )
 

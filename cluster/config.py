@@ -146,11 +146,18 @@ class TlsConfig(_Section):
 
 
 class GatewayConfig(_Section):
-    """The gRPC door."""
+    """The doors: gRPC and HTTP, with the same TLS, tokens and validator; and two that tell nothing of any request."""
 
     # min_length: to gRPC an empty host is every address, to the resolver it is loopback
     host: str = Field("127.0.0.1", min_length=1)
-    port: int = Field(50051, ge=0, le=65535, description="0: any free port")
+    port: int = Field(50051, ge=0, le=65535, description="gRPC; 0: any free port")
+    http_port: int | None = Field(8000, ge=0, le=65535, description="OpenAI's API; 0: any free port; null: none")
+    health_port: int | None = Field(
+        None, ge=0, le=65535, description="gRPC health in plaintext, for probes that speak no TLS; null: none"
+    )
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="/metrics and /health in plaintext and without tokens; null: none"
+    )
     reflection: bool = True
     max_message: ByteSize = Field(64 * 2**20, ge=2**10)
     tls: TlsConfig | None = None
@@ -187,6 +194,21 @@ class AccessConfig(_Section):
         return self
 
 
+class TelemetryConfig(_Section):
+    """Where traces and metrics go, and what logs look like. Prompts and answers are in none of them."""
+
+    otlp_endpoint: str = Field(
+        "", pattern=r"^(https?://[^\s/?#]+(/[^\s?#]*)?)?$", description="OTLP over HTTP: http://HOST:4318; empty: none"
+    )
+    otlp_headers: dict[str, str] = Field(default_factory=dict, description="sent with each export, as for its tokens")
+    trace_ratio: float = Field(
+        1.0, ge=0, le=1, description="share of requests that are traced; those with a traceparent as that says"
+    )
+    metrics_interval_s: float = Field(60.0, gt=0, le=86400, description="between two exports of metrics over OTLP")
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
 class RayConfig(_Section):
     """Which Ray cluster to use."""
 
@@ -220,7 +242,19 @@ class ServerConfig(_Section):
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     access: AccessConfig = Field(default_factory=AccessConfig)
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
+
+    @model_validator(mode="after")
+    def _a_port_each(self) -> ServerConfig:
+        doors = self.gateway
+        ports = {"port": doors.port, "http_port": doors.http_port}
+        ports |= {"health_port": doors.health_port, "metrics_port": doors.metrics_port}
+        seen: dict[int, str] = {}
+        for key, port in ports.items():
+            if port and (first := seen.setdefault(port, key)) != key:
+                raise ValueError(f"gateway.{key}: {port}, but gateway.{first} has it; each needs a port of its own")
+        return self
 
     @model_validator(mode="after")
     def _gpus_for_who_needs_them(self) -> ServerConfig:

@@ -29,6 +29,7 @@ from cluster.deployment import Deployment, left
 from cluster.events import EventLog
 from cluster.expert_fleet import ExpertFleet, expert_requests
 from cluster.fleet import ActorHandle, ActorUnreachable, Fleet
+from cluster.gateway.settings import Doors
 from cluster.gateway_fleet import GatewayFleet
 from cluster.loss_watch import LossWatch
 from cluster.model_source import model_name
@@ -92,8 +93,8 @@ class Controller:
 
     # -- start and stop -------------------------------------------------------------------------------------------
 
-    def start(self, own: ActorHandle) -> str:
-        """Bring everything up and return the gateway's "HOST:PORT". ``own`` is this controller, for the gateway.
+    def start(self, own: ActorHandle) -> Doors:
+        """Bring everything up and return where the gateway listens. ``own`` is this controller, for the gateway.
 
         On any failure whatever was started is stopped and released before the error goes on.
         """
@@ -205,7 +206,7 @@ class Controller:
 
     # -- the steps of start ---------------------------------------------------------------------------------------
 
-    def _start(self, own: ActorHandle, deadline: float) -> str:
+    def _start(self, own: ActorHandle, deadline: float) -> Doors:
         attention, home = self._attention, self._fleet.home()
         replicas = attention.requests(self._config.attention.replicas)
         shards = expert_requests(self._deployment, self._config.experts.shards)
@@ -230,14 +231,14 @@ class Controller:
         attention.connect(pairs, addresses, experts, deadline)
         self._experts = experts
         self._repairs = Repairs(self._deployment, experts, attention, self._gateways, self._changing)
-        address = self._gateways.open(gateway, own, deadline)
+        doors = self._gateways.open(gateway, own, deadline)
         self._supervisor.start()
         experts.restore_spares(left(deadline))
         self._autoscaler = Autoscaler(
             self._config.experts.autoscale, self._events, experts, self._operating.locked, self._scale_by_load
         )
         self._autoscaler.start()
-        return address
+        return doors
 
     def _late(self) -> str:
         return f"not up within start_timeout_s ({self._config.start_timeout_s:g} s); last: {self._progress.phase}"

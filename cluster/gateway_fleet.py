@@ -11,6 +11,7 @@ from cluster.attention_fleet import AttentionFleet
 from cluster.deployment import Deployment, left
 from cluster.fleet import ActorHandle
 from cluster.gateway.server import Gateway
+from cluster.gateway.settings import Doors, GatewaySettings
 from cluster.loss_watch import LossWatch
 from cluster.roster import Member
 
@@ -23,25 +24,27 @@ class GatewayFleet:
         self._attention = attention
         self._losses = losses
         self._controller: ActorHandle | None = None
-        self._address = ""
+        self._doors: Doors | None = None
 
     def spawn(self) -> Member:
         """A gateway that has still to ``load`` and to ``open``."""
         home = self._deployment.fleet.home()
         settings = self._deployment.settings([home]).gateway(home)
-        if self._address:  # its predecessor's, where clients look for it
-            settings = replace(settings, port=int(self._address.rpartition(":")[2]))
+        if self._doors is not None:
+            settings = _reopening(settings, self._doors)
         roster = self._deployment.roster
         return roster.spawn(Role.ROLE_GATEWAY, Gateway, roster.fresh_name("gateway"), None, settings)
 
-    def open(self, gateway: Member, controller: ActorHandle, deadline: float) -> str:
-        """Connect it to the attention shards and let clients in. Returns "HOST:PORT"."""
+    def open(self, gateway: Member, controller: ActorHandle, deadline: float) -> Doors:
+        """Connect it to the attention shards and let clients in."""
         self._controller = controller
         arguments = (self._attention.peers, controller, self._deployment.medium, left(deadline))
         gateway.handle.call("connect", *arguments, timeout_s=left(deadline))
-        self._address = str(gateway.handle.call("serve", timeout_s=left(deadline)))
+        doors = gateway.handle.call("serve", timeout_s=left(deadline))
+        assert isinstance(doors, Doors)
+        self._doors = doors
         self._losses.follow(gateway)
-        return self._address
+        return doors
 
     def replace(self, lost: Sequence[Member], deadline: float) -> None:
         """A new one at the same address, if it is among the lost; its streams went with it, clients resume them."""
@@ -56,3 +59,20 @@ class GatewayFleet:
         except BaseException:
             roster.discard(gateway, "it could not open")
             raise
+
+
+def _reopening(settings: GatewaySettings, doors: Doors) -> GatewaySettings:
+    """``settings`` with the ports of a predecessor's doors, where clients look for its successor."""
+
+    def port(address: str) -> int | None:
+        return int(address.rpartition(":")[2]) if address else None
+
+    grpc = port(doors.grpc)
+    assert grpc is not None
+    return replace(
+        settings,
+        port=grpc,
+        http_port=port(doors.http),
+        health_port=port(doors.health),
+        metrics_port=port(doors.metrics),
+    )

@@ -15,6 +15,7 @@ from cluster.access import refuse_open_door
 from cluster.config import ServerConfig
 from cluster.controller import Controller, Progress, StartFailed
 from cluster.fleet import ActorHandle, ActorUnreachable
+from cluster.gateway.settings import Doors
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ OnProgress = Callable[[Progress], None]
 
 
 @contextmanager
-def running_cluster(config: ServerConfig, on_progress: OnProgress = lambda _: None) -> Iterator[str]:
-    """Start everything, give the gateway's "HOST:PORT", stop everything when the block is left.
+def running_cluster(config: ServerConfig, on_progress: OnProgress = lambda _: None) -> Iterator[Doors]:
+    """Start everything, give the gateway's doors, stop everything when the block is left.
 
     Errors of the start (NoRoom, CheckpointError, PortInUse, ...) come as they are; nothing is left running then.
     """

@@ -52,6 +52,7 @@ def _attention(actor: pb.Actor, stats: Any) -> None:
     load.running, load.waiting = stats.running, stats.waiting
     load.kv_blocks, load.kv_blocks_free = stats.kv_blocks, stats.kv_blocks_free
     load.steps, load.tokens, load.busy_s = stats.steps, stats.tokens, stats.busy_s
+    load.experts_wait_s, load.moe_batches = stats.experts_wait_s, stats.moe_batches
 
 
 def _router(actor: pb.Actor, stats: Any) -> None:
@@ -59,18 +60,24 @@ def _router(actor: pb.Actor, stats: Any) -> None:
     actor.router.expert_map_epoch = stats.epoch
     actor.router.rows_per_shard.update(stats.rows_per_shard)
     actor.router.reroutes, actor.router.longest_wait_s = stats.reroutes, stats.longest_wait_s
+    actor.router.batches, actor.router.dispatch_s, actor.router.combine_s = (
+        stats.batches,
+        stats.dispatch_s,
+        stats.combine_s,
+    )
 
 
 def _expert(actor: pb.Actor, stats: Any) -> None:
     actor.weight_bytes = stats.weight_bytes
     load = actor.expert
     load.expert_map_epoch, load.experts = stats.epoch, stats.experts
-    load.rows, load.pairs, load.busy_s = stats.rows, stats.pairs, stats.busy_s
+    load.rows, load.pairs, load.busy_s, load.batches = stats.rows, stats.pairs, stats.busy_s, stats.batches
 
 
 def _gateway(actor: pb.Actor, stats: Any) -> None:
     load = actor.gateway
-    load.address, load.streams, load.requests = stats.address, stats.streams, stats.requests
+    load.address, load.http_address = stats.doors.grpc, stats.doors.http
+    load.streams, load.requests = stats.streams, stats.requests
     load.replays = stats.replays
 
 

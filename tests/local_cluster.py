@@ -14,7 +14,7 @@ from tests.serving import Client
 @contextmanager
 def running(config: ServerConfig) -> Iterator[tuple[Client, Controller]]:
     """A local cluster, its client and its controller."""
-    with _local_controller(config) as handle, Client(handle.call("start", handle, timeout_s=60)) as client:
+    with _local_controller(config) as handle, Client(handle.call("start", handle, timeout_s=60).grpc) as client:
         assert isinstance(handle.actor, Controller)
         yield client, handle.actor
 

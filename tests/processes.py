@@ -36,7 +36,8 @@ class Serving:
         self.process = process
         self.errors = errors
         self.ready = ready
-        self.address = ready.split(" at ")[1].split(";")[0]
+        self.address = ready.split(" at ")[1].split(";")[0].split(" ")[0]
+        self.http = ready.split("://")[1].split("/v1")[0] if "://" in ready else ""
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal, wait for the end; the exit status."""

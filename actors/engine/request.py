@@ -41,7 +41,8 @@ class GenerationRequest:
     generated before, on a shard that was lost: they are computed like the prompt, count towards
     ``max_tokens``, and are not published again, so that the first new token has index ``len(generated_ids)``
     and is drawn as it would have been. ``replay`` marks a request that was admitted before, on such a shard: a full
-    queue does not refuse it.
+    queue does not refuse it. ``traceparent`` is the W3C trace context of the span that waits for it, or empty; the
+    engine carries it along.
     """
 
     request_id: str
@@ -53,6 +54,7 @@ class GenerationRequest:
     gateway: str = ""
     generated_ids: tuple[int, ...] = ()
     replay: bool = False
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,9 @@ class TokenEvent:
 
     ``index`` counts generated tokens from 0. ``token`` is None when the event only tells the end; ``index``
     is then that of the token which would have come next. A stop id is reported as a token (so that usage
-    counts it) together with ``finish = STOP``.
+    counts it) together with ``finish = STOP``. The first token of a run on a shard carries how long the request
+    waited there for its first step and how long its prefill took, in seconds; elsewhere these are None. The engine has
+    no clock and leaves them to the shard.
     """
 
     request_id: str
@@ -69,3 +73,5 @@ class TokenEvent:
     token: int | None
     finish: FinishReason | None = None
     message: str = ""
+    queue_s: float | None = None
+    prefill_s: float | None = None

@@ -14,12 +14,12 @@ from cluster.config import load_config
 
 def run_demo(text: str) -> int:
     """One attention shard, one router, two expert shards, one gateway on a free port; the exit status."""
-    config = load_config(None, {"gateway.port": 0})
+    config = load_config(None, {"gateway.port": 0, "gateway.http_port": 0})
     signals = StopSignals()
     try:
-        with ready_cluster(config, weight_bytes(config), signals) as address:
+        with ready_cluster(config, weight_bytes(config), signals) as doors:
             signals.check()
-            connection = Connection(address)
+            connection = Connection(doors.grpc)
             signals.interrupting = True
             print(f"\n> {text}", flush=True)
             status = run_generate(text, connection, True, None, Sampling(None, None, None, None), [])

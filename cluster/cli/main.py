@@ -23,6 +23,7 @@ def serve(
     model: Annotated[str | None, typer.Option(help="A checkpoint's folder, or 'default'.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="Configuration; flags win over it.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC gateway; 0 takes a free one.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="Port of the HTTP gateway; 0 takes a free one.")] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Off loopback, serve even without TLS or tokens.")
     ] = False,
@@ -30,7 +31,7 @@ def serve(
     """Start the cluster and serve until Ctrl-C."""
     from cluster.cli.serve import run_serve
 
-    raise typer.Exit(run_serve(model, config, grpc_port, insecure))
+    raise typer.Exit(run_serve(model, config, grpc_port, http_port, insecure))
 
 
 @app.command()

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from cluster.access import missing_locks, refuse_open_door
 from cluster.cli.client import complain
 from cluster.config import ConfigError, ServerConfig, load_config
+from cluster.gateway.settings import Doors
 from cluster.model_source import model_name
 from cluster.tls import server_pem
 
@@ -30,14 +31,21 @@ _OPEN = {
 }
 
 
-def run_serve(model: str | None, config_file: Path | None, grpc_port: int | None, insecure: bool) -> int:
+def run_serve(
+    model: str | None, config_file: Path | None, grpc_port: int | None, http_port: int | None, insecure: bool
+) -> int:
     """Serve until SIGINT or SIGTERM; the exit status."""
     signals = StopSignals()
-    flags = {"model": model, "gateway.port": grpc_port, "gateway.insecure": insecure or None}
+    flags = {
+        "model": model,
+        "gateway.port": grpc_port,
+        "gateway.http_port": http_port,
+        "gateway.insecure": insecure or None,
+    }
     try:
         config = load_config(config_file, {key: value for key, value in flags.items() if value is not None})
         check_door(config)
-        check_port(config)
+        check_ports(config)
         with ready_cluster(config, weight_bytes(config), signals):
             signals.wait()
             print("stopping", file=sys.stderr, flush=True)
@@ -92,9 +100,16 @@ class StopSignals:
             raise Stopped
 
 
-def check_port(config: ServerConfig) -> None:
-    """Refuse early, and say who is there when that is one of us. Raises ConfigError."""
-    host, port = config.gateway.host, config.gateway.port
+def check_ports(config: ServerConfig) -> None:
+    """Refuse early what cannot be opened. Raises ConfigError."""
+    for key in ("port", "http_port", "health_port", "metrics_port"):
+        port = getattr(config.gateway, key)
+        if port is not None:
+            _check_port(key, config.gateway.host, port)
+
+
+def _check_port(key: str, host: str, port: int) -> None:
+    """Also says who is there, when that is one of us. Raises ConfigError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as error:
@@ -105,7 +120,7 @@ def check_port(config: ServerConfig) -> None:
             probe.bind(address)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise ConfigError(f"gateway.port: {port} is in use on {host}{_who(host, port)}") from None
+                raise ConfigError(f"gateway.{key}: {port} is in use on {host}{_who(key, host, port)}") from None
             raise ConfigError(f"gateway.host: cannot listen on {host}:{port}: {error.strerror}") from None
 
 
@@ -145,7 +160,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
     from cluster.controller import StartFailed
     from cluster.default_model import DefaultModelError
     from cluster.fleet import ActorUnreachable
-    from cluster.gateway.server import PortInUse
+    from cluster.gateway.settings import PortInUse
     from cluster.gateway.tokenizer import TokenizerError
     from cluster.ray_fleet import AlreadyServing
     from placement.bundles import NoRoom
@@ -167,7 +182,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def ready_cluster(config: ServerConfig, expected_bytes: int, signals: StopSignals) -> Iterator[str]:
+def ready_cluster(config: ServerConfig, expected_bytes: int, signals: StopSignals) -> Iterator[Doors]:
     """A running cluster, with a progress bar until it is up and then one line that says so."""
     from cluster.controller import Progress as StartProgress
     from cluster.launch import running_cluster
@@ -181,10 +196,10 @@ def ready_cluster(config: ServerConfig, expected_bytes: int, signals: StopSignal
             signals.check()
             bar.update(task, description=now.phase, completed=now.loaded_bytes)
 
-        with running_cluster(config, on_progress) as address:
+        with running_cluster(config, on_progress) as doors:
             bar.stop()
-            print(f"expertmesh is ready: {_summary(config)} at {address}; Ctrl-C stops it", flush=True)
-            yield address
+            print(f"expertmesh is ready: {_summary(config)} at {_where(config, doors)}; Ctrl-C stops it", flush=True)
+            yield doors
 
 
 def _summary(config: ServerConfig) -> str:
@@ -192,8 +207,16 @@ def _summary(config: ServerConfig) -> str:
     return f"{model_name(config.model)} on {attention} attention, {attention} router, {experts} expert shard(s)"
 
 
-def _who(host: str, port: int) -> str:
+def _where(config: ServerConfig, doors: Doors) -> str:
+    """The addresses that users need; the last two doors are for probes."""
+    scheme = "http" if config.gateway.tls is None else "https"
+    return doors.grpc + (f" (gRPC) and {scheme}://{doors.http}/v1 (HTTP)" if doors.http else "")
+
+
+def _who(key: str, host: str, port: int) -> str:
     """Who listens there, as far as it tells."""
+    if key != "port":
+        return "; choose another" + (", or null for no such door" if key == "http_port" else "")
     import grpc
     from expertmesh.v1.inference_pb2 import GetModelInfoRequest
     from expertmesh.v1.inference_pb2_grpc import InferenceStub

@@ -1,4 +1,4 @@
-"""Gateway: the way in. A gRPC server in an event loop of its own, fed with tokens by the data-plane thread."""
+"""Gateway: the way in. Its doors share an event loop, which the data-plane thread feeds with tokens."""
 
 from __future__ import annotations
 
@@ -9,52 +9,39 @@ import os
 import threading
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-import grpc
-from expertmesh.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from actors.loop import LoopThread
 from actors.losses import Known, Losses
 from actors.messages import Kind, decode_tokens
 from actors.model.families import load_spec
 from actors.transport.base import Address, EndpointFactory, Frame, Medium, PeerGone, ProtocolError, Wire
-from cluster.config import ConfigError, TlsConfig
+from cluster.config import ConfigError
 from cluster.fleet import ActorHandle
-from cluster.gateway.auth import Doorkeeper
 from cluster.gateway.chat import ChatTemplate
-from cluster.gateway.control import ControlService
+from cluster.gateway.grpc_door import GrpcDoor, Health, HealthDoor
+from cluster.gateway.http.door import HttpDoor
+from cluster.gateway.inference import Inference
 from cluster.gateway.peers import AttentionPeer
 from cluster.gateway.served_model import ServedModel, default_sampling, stop_ids
-from cluster.gateway.service import InferenceService
-from cluster.gateway.settings import GatewaySettings, host_port
+from cluster.gateway.settings import Doors, GatewaySettings
 from cluster.gateway.streams import Streams
 from cluster.gateway.tokenizer import Tokenizer
-from cluster.tls import server_pem
 
 log = logging.getLogger(__name__)
 
 _DRAIN_S = 5.0
-_CLOSE_S = 0.5
-INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-CONTROL = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
-
-
-class PortInUse(RuntimeError):
-    """The gateway's address is taken by somebody else."""
 
 
 @dataclass(frozen=True)
 class GatewayStats:
-    """``address`` is "HOST:PORT"; ``streams`` are open now. Since the start ``requests`` came, and ``replays`` times an
+    """``streams`` are open now. Since the start ``requests`` came, and ``replays`` times an
     attention shard took over a stream that another, or it itself before a fault, had begun.
     """
 
     pid: int
-    address: str
+    doors: Doors
     streams: int
     requests: int
     replays: int
@@ -74,13 +61,11 @@ class Gateway:
         self._retired: set[str] = set()
         self._losses = Losses(f"gateway {name}")
         self._model: ServedModel | None = None
-        self._inference: InferenceService | None = None
-        self._control: ControlService | None = None
+        self._inference: Inference | None = None
         self._controller: ActorHandle | None = None
-        self._server: grpc.aio.Server | None = None
-        self._health = health.aio.HealthServicer()
-        self._health_task: asyncio.Task[None] | None = None
-        self._address = ""
+        self._health = Health()
+        self._open_doors: list[GrpcDoor | HealthDoor | HttpDoor] = []
+        self._doors = Doors("")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"{name}-grpc", daemon=True)
         self._thread.start()
@@ -137,16 +122,16 @@ class Gateway:
         ``timeout_s``; as a router tells it of expert shards, but of one epoch. RuntimeError once it is stopped."""
         return self._losses.wait((epoch, known), timeout_s)
 
-    def serve(self) -> str:
-        """Open the door. Returns "HOST:PORT"; raises PortInUse, and ConfigError for TLS files it cannot use."""
-        self._address = self._await(self._serve())
-        return self._address
+    def serve(self) -> Doors:
+        """Open the doors. Raises PortInUse, and ConfigError for TLS files it cannot use."""
+        self._doors = self._await(self._serve())
+        return self._doors
 
     def stats(self) -> GatewayStats:
         """Open streams and totals. Raises RuntimeError when the data plane has failed."""
         self._data.check()
         requests = self._inference.requests if self._inference else 0
-        return GatewayStats(os.getpid(), self._address, len(self._streams), requests, self._streams.replays)
+        return GatewayStats(os.getpid(), self._doors, len(self._streams), requests, self._streams.replays)
 
     def stop(self) -> None:
         """Refuse new calls, give running ones a few seconds, close everything. Idempotent."""
@@ -162,44 +147,26 @@ class Gateway:
 
     # -- the event loop -------------------------------------------------------------------------------------------
 
-    async def _serve(self) -> str:
+    async def _serve(self) -> Doors:
         assert self._model is not None
         assert self._controller is not None
-        settings = self._settings
-        keeper = Doorkeeper(settings.access)
-        self._server = grpc.aio.server(interceptors=[keeper], options=_server_options(settings.max_message))
-        self._inference = InferenceService(self._model, self._streams)
-        inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, self._server)
-        self._control = ControlService(self._controller)
-        control_pb2_grpc.add_ControlServicer_to_server(self._control, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        if settings.reflection:
-            reflection.enable_server_reflection(names, self._server)
-        port = _open_port(self._server, settings)
-        await self._server.start()
-        self._health_task = self._loop.create_task(self._watch_health())
-        return host_port(settings.host, port)
+        settings, health = self._settings, self._health
+        inference = self._inference = Inference(self._model, self._streams)
+        await health.start(lambda: self._streams.ready, self._streams.readiness_changed)
+        doors = Doors(await self._open(GrpcDoor(inference, self._controller, health, settings)))
+        if settings.health_port is not None:
+            doors = replace(doors, health=await self._open(HealthDoor(health, settings.host, settings.health_port)))
+        return doors
 
-    async def _watch_health(self) -> None:
-        """ "" and Control are live; Inference is ready while steps can be computed."""
-        serving = health_pb2.HealthCheckResponse.SERVING
-        await self._health.set("", serving)
-        await self._health.set(CONTROL, serving)
-        while True:
-            ready = self._streams.ready
-            await self._health.set(INFERENCE, serving if ready else health_pb2.HealthCheckResponse.NOT_SERVING)
-            await self._streams.readiness_changed(ready)
+    async def _open(self, door: GrpcDoor | HealthDoor | HttpDoor) -> str:
+        self._open_doors.append(door)
+        return await door.open()
 
     async def _close(self) -> None:
-        if self._health_task is not None:
-            self._health_task.cancel()
-        await self._health.enter_graceful_shutdown()
+        await self._health.stop()
         await self._streams.drain(_DRAIN_S)
-        if self._server is not None:
-            await self._server.stop(_CLOSE_S)
-        if self._control is not None:
-            self._control.close()
+        for door in self._open_doors:
+            await door.close()
 
     def _await(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -248,35 +215,3 @@ def served_model(settings: GatewaySettings) -> ServedModel:
         tokenizer=tokenizer,
         chat=ChatTemplate.of(tokenizer),
     )
-
-
-def _open_port(server: grpc.aio.Server, settings: GatewaySettings) -> int:
-    """With TLS if that is configured. Returns the port; raises PortInUse, ConfigError."""
-    address = host_port(settings.host, settings.port)
-    credentials = _server_credentials(settings.tls) if settings.tls is not None else None
-    try:
-        if credentials is None:
-            return int(server.add_insecure_port(address))
-        return int(server.add_secure_port(address, credentials))
-    except RuntimeError as error:
-        raise PortInUse(f"gateway: {settings.host}:{settings.port} cannot be opened; is it in use?") from error
-
-
-def _server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
-    """With ``client_ca`` every client must show a certificate."""
-    pem = server_pem(tls)
-    mutual = pem.client_ca is not None
-    return grpc.ssl_server_credentials([(pem.key, pem.certificate)], pem.client_ca, require_client_auth=mutual)
-
-
-def _server_options(max_message: int) -> list[tuple[str, int]]:
-    """Finite messages, a port of our own, and patience with clients that ping every ten seconds."""
-    return [
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_receive_message_length", max_message),
-        ("grpc.max_send_message_length", max_message),
-        ("grpc.http2.min_ping_interval_without_data_ms", 9_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.max_connection_age_ms", 2 * 3600 * 1000),
-        ("grpc.max_connection_age_grace_ms", 600 * 1000),
-    ]

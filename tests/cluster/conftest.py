@@ -77,6 +77,7 @@ def distributed(address: str, path: Path, **overrides: Any) -> ServerConfig:
         "model": str(path),
         "ray.address": address,
         "gateway.port": 0,
+        "gateway.http_port": 0,
         "attention.threads": 1,
         "experts.threads": 1,
         "attention.kv_memory": "8MiB",

@@ -36,7 +36,7 @@ def config(ray_address: str, deepseek: tuple[Path, Any], tmp_path_factory: pytes
 
 @pytest.fixture(scope="module")
 def server(config: Path) -> Iterator[Serving]:
-    with serving("--config", str(config), "--grpc-port", "0") as server:
+    with serving("--config", str(config), "--grpc-port", "0", "--http-port", "0") as server:
         yield server
 
 
@@ -68,10 +68,10 @@ def test_bad_parameters_are_told_in_one_line(server: Serving) -> None:
 
 
 def test_started_twice(server: Serving, config: Path) -> None:
-    same_port = run("serve", "--config", str(config), "--grpc-port", server.address.split(":")[1])
+    same_port = run("serve", "--config", str(config), "--grpc-port", server.address.split(":")[1], "--http-port", "0")
     assert same_port.returncode == 1
     assert "is in use on 127.0.0.1 by an expertmesh that serves" in same_port.stderr
-    same_ray = run("serve", "--config", str(config), "--grpc-port", "0")
+    same_ray = run("serve", "--config", str(config), "--grpc-port", "0", "--http-port", "0")
     assert same_ray.returncode == 1
     assert "this Ray cluster is serving already" in same_ray.stderr
 
@@ -141,24 +141,27 @@ def test_sigterm_leaves_nothing_behind(server: Serving, ray_address: str) -> Non
 
 
 def test_what_a_killed_server_left_is_swept_by_the_next(config: Path) -> None:
-    with serving("--config", str(config), "--grpc-port", "0") as first:
+    with serving("--config", str(config), "--grpc-port", "0", "--http-port", "0") as first:
         with Client(first.address) as client:
             actors = {actor.name: actor.pid for actor in client.cluster().actors}
         os.kill(actors["controller"], signal.SIGKILL)
         first.process.kill()
         first.process.wait()
     assert alive(actors["expert-0"])
-    with serving("--config", str(config), "--grpc-port", "0") as second, Client(second.address) as client:
+    with (
+        serving("--config", str(config), "--grpc-port", "0", "--http-port", "0") as second,
+        Client(second.address) as client,
+    ):
         until(lambda: not any(map(alive, actors.values())))
         assert len(client.tokens(PROMPTS[0], 4)) == 4
         assert second.stop(signal.SIGINT) == 0, second.errors
 
 
 def test_stop_ends_a_cluster_whose_serve_is_gone(config: Path, ray_address: str) -> None:
-    with serving("--config", str(config), "--grpc-port", "0") as server:
+    with serving("--config", str(config), "--grpc-port", "0", "--http-port", "0") as server:
         server.process.kill()
         server.process.wait()
-    assert "serving already" in run("serve", "--config", str(config), "--grpc-port", "0").stderr
+    assert "serving already" in run("serve", "--config", str(config), "--grpc-port", "0", "--http-port", "0").stderr
     stopped = run("stop", "--ray-address", ray_address)
     assert (stopped.returncode, stopped.stderr) == (0, "")
     assert "controller" in stopped.stdout
@@ -171,7 +174,7 @@ def test_addresses_of_ray_that_lead_nowhere(config: Path, tmp_path: Path) -> Non
     for address, message in (("127.0.0.1:1", "no Ray cluster answers"), ("nonsense", "allowed: auto, local, or HOST:")):
         file = tmp_path / "a.yaml"
         file.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "ray": {"address": address}}))
-        refused = run("serve", "--config", str(file), "--grpc-port", "0")
+        refused = run("serve", "--config", str(file), "--grpc-port", "0", "--http-port", "0")
         assert refused.returncode == 1
         assert "Traceback" not in refused.stderr
         assert message in refused.stderr
@@ -183,7 +186,7 @@ def test_ctrl_c_while_there_is_no_room(config: Path, ray_address: str, tmp_path:
     tree["experts"]["node_labels"] = {ROLE: "nowhere"}
     file = tmp_path / "a.yaml"
     file.write_text(yaml.safe_dump(tree))
-    with starting("--config", str(file), "--grpc-port", "0") as process:
+    with starting("--config", str(file), "--grpc-port", "0", "--http-port", "0") as process:
         until(lambda: not nothing_of_ours(ray_address))
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130

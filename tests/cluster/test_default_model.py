@@ -24,10 +24,11 @@ def client(ray_address: str) -> Iterator[Client]:
     keys = {
         "ray.address": ray_address,
         "gateway.port": 0,
+        "gateway.http_port": 0,
         "attention.node_labels": {ROLE: "experts"},
         "experts.node_labels": {ROLE: "experts"},
     }
-    with running_cluster(load_config(None, keys)) as address, Client(address) as client:
+    with running_cluster(load_config(None, keys)) as doors, Client(doors.grpc) as client:
         yield client
 
 

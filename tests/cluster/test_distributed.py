@@ -26,15 +26,21 @@ SHM = Path("/dev/shm")
 
 
 def test_one_process_gives_the_same(deepseek: tuple[Path, Any], wanted: list[Reference]) -> None:
-    keys = {"model": str(deepseek[0]), "transport": "local", "gateway.port": 0, "attention.kv_memory": "8MiB"}
-    with running_cluster(load_config(None, keys)) as address, Client(address) as client:
+    keys = {
+        "model": str(deepseek[0]),
+        "transport": "local",
+        "gateway.port": 0,
+        "gateway.http_port": 0,
+        "attention.kv_memory": "8MiB",
+    }
+    with running_cluster(load_config(None, keys)) as doors, Client(doors.grpc) as client:
         assert all(agreement(client, wanted))
 
 
 def test_two_nodes_use_tcp(ray_address: str, deepseek: tuple[Path, Any], wanted: list[Reference]) -> None:
     """Attention and router on one node, the expert shards on the other; the gateway on a third, the head."""
     config = distributed(ray_address, deepseek[0], **{"attention.node_labels": {ROLE: "attention"}})
-    with running_cluster(config) as address, Client(address) as client:
+    with running_cluster(config) as doors, Client(doors.grpc) as client:
         assert all(agreement(client, wanted))
         view = client.cluster()
     where = {actor.name: actor.node_id for actor in view.actors}
@@ -51,7 +57,7 @@ def test_two_nodes_use_tcp(ray_address: str, deepseek: tuple[Path, Any], wanted:
 
 def test_shards_spread_over_the_nodes_there_are(ray_address: str, deepseek: tuple[Path, Any]) -> None:
     keys = {"experts.shards": 3, "experts.node_labels": {}, "attention.replicas": 2, "attention.node_labels": {}}
-    with running_cluster(distributed(ray_address, deepseek[0], **keys)) as address, Client(address) as client:
+    with running_cluster(distributed(ray_address, deepseek[0], **keys)) as doors, Client(doors.grpc) as client:
         view = client.cluster()
         for role in (control_pb2.ROLE_EXPERT, control_pb2.ROLE_ATTENTION):
             shards = [actor for actor in view.actors if actor.role == role]
@@ -61,7 +67,7 @@ def test_shards_spread_over_the_nodes_there_are(ray_address: str, deepseek: tupl
 
 def test_glm4_moe_over_two_shards(ray_address: str, tmp_path: Path) -> None:
     model = tiny_model(tmp_path, "glm4_moe", seed=9)
-    with running_cluster(distributed(ray_address, tmp_path)) as address, Client(address) as client:
+    with running_cluster(distributed(ray_address, tmp_path)) as doors, Client(doors.grpc) as client:
         got = client.tokens_together(PROMPTS, COUNT)
     assert all(greedy(model, p, COUNT).agrees(g) for p, g in zip(PROMPTS, got, strict=True))
 

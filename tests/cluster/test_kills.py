@@ -70,7 +70,7 @@ def test_20_expert_shards_are_killed(
 ) -> None:
     kills, keys = KILLS[case]
     segments, rings = set(SHM.iterdir()), rings_mapped()
-    with running_cluster(distributed(ray_address, deepseek[0], **keys)) as address, Client(address) as client:
+    with running_cluster(distributed(ray_address, deepseek[0], **keys)) as doors, Client(doors.grpc) as client:
         with singing(client, PROMPTS, wanted) as chorus:
             gaps = kill_often(client, chorus, pb.ROLE_EXPERT, kills, seed=kills + len(keys))
         report(capsys, f"expert shards {case}", gaps, chorus)
@@ -87,7 +87,7 @@ def test_attention_shards_and_routers_are_killed(
 ) -> None:
     """The streams of the dead one are computed anew on the other from what the gateway has of them."""
     config = distributed(ray_address, deepseek[0], **{"attention.replicas": 2})
-    with running_cluster(config) as address, Client(address) as client:
+    with running_cluster(config) as doors, Client(doors.grpc) as client:
         with singing(client, PROMPTS, wanted) as chorus:
             gaps = kill_often(client, chorus, pb.ROLE_ATTENTION, 3, seed=5)
             gaps += kill_often(client, chorus, pb.ROLE_ROUTER, 2, seed=6)
@@ -106,7 +106,7 @@ def test_a_node_dies(
     nodes = [ray_cluster.add_node(**SMALL, labels=pool) for _ in range(2)]
     try:
         config = distributed(ray_cluster.address, deepseek[0], **{"experts.node_labels": pool})
-        with running_cluster(config) as address, Client(address) as client:
+        with running_cluster(config) as doors, Client(doors.grpc) as client:
             where = {actor.name: actor.node_id for actor in client.load(pb.ROLE_EXPERT)}
             assert set(where.values()) == {node.node_id for node in nodes}
             with singing(client, PROMPTS, wanted) as chorus:

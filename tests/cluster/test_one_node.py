@@ -21,8 +21,8 @@ SHM = Path("/dev/shm")
 @pytest.fixture(scope="module")
 def one_node(ray_address: str, deepseek: tuple[Path, Any]) -> Iterator[Client]:
     with (
-        running_cluster(distributed(ray_address, deepseek[0], **{"experts.shards": 3})) as address,
-        Client(address) as client,
+        running_cluster(distributed(ray_address, deepseek[0], **{"experts.shards": 3})) as doors,
+        Client(doors.grpc) as client,
     ):
         yield client
 

@@ -22,10 +22,10 @@ PROMPTS = [random_ids(3 + 2 * n, seed=n, vocab=VOCABULARY) for n in range(6)]
 def test_the_tokens_are_those_of_the_reference(checkpoint: tuple[Path, Any], deterministic: bool) -> None:
     """Alone, together, and while the experts move."""
     path, model = checkpoint
-    keys = {"gateway.port": 0, "attention.kv_memory": "4MiB", "deterministic": deterministic}
+    keys = {"gateway.port": 0, "gateway.http_port": 0, "attention.kv_memory": "4MiB", "deterministic": deterministic}
     config = load_config(None, {"model": str(path), "transport": "local", "device": "cuda", **keys})
     wanted = [greedy(model, prompt, COUNT) for prompt in PROMPTS]
-    with running_cluster(config) as address, Client(address) as client:
+    with running_cluster(config) as doors, Client(doors.grpc) as client:
         assert wanted[0].agrees(client.tokens(PROMPTS[0], COUNT))
         with singing(client, PROMPTS, wanted) as chorus:
             client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=3))

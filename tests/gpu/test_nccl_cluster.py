@@ -29,10 +29,16 @@ def need(devices: int) -> None:
 def test_the_tokens_are_those_of_the_reference(checkpoint: tuple[Path, Any], shards: int, later: int) -> None:
     need(1 + later)
     path, model = checkpoint
-    keys = {"gateway.port": 0, "attention.kv_memory": "4MiB", "experts.shards": shards, "ray.address": "local"}
+    keys = {
+        "gateway.port": 0,
+        "gateway.http_port": 0,
+        "attention.kv_memory": "4MiB",
+        "experts.shards": shards,
+        "ray.address": "local",
+    }
     config = load_config(None, {"model": str(path), "transport": "nccl", "device": "cuda", **keys})
     wanted = [greedy(model, prompt, COUNT) for prompt in PROMPTS]
-    with running_cluster(config) as address, Client(address) as client:
+    with running_cluster(config) as doors, Client(doors.grpc) as client:
         with singing(client, PROMPTS, wanted) as chorus:
             client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=later))
             chorus.after(24)

@@ -235,7 +235,7 @@ class Actor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[ActorState, str]] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., placement_group: _Optional[str] = ..., bundle: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., attention: _Optional[_Union[AttentionLoad, _Mapping]] = ..., router: _Optional[_Union[RouterLoad, _Mapping]] = ..., expert: _Optional[_Union[ExpertLoad, _Mapping]] = ..., gateway: _Optional[_Union[GatewayLoad, _Mapping]] = ...) -> None: ...
 
 class AttentionLoad(_message.Message):
-    __slots__ = ("running", "waiting", "kv_blocks", "kv_blocks_free", "steps", "tokens", "busy_s")
+    __slots__ = ("running", "waiting", "kv_blocks", "kv_blocks_free", "steps", "tokens", "busy_s", "experts_wait_s", "moe_batches")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -243,6 +243,8 @@ class AttentionLoad(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    MOE_BATCHES_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_blocks: int
@@ -250,10 +252,12 @@ class AttentionLoad(_message.Message):
     steps: int
     tokens: int
     busy_s: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., busy_s: _Optional[float] = ...) -> None: ...
+    experts_wait_s: float
+    moe_batches: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., busy_s: _Optional[float] = ..., experts_wait_s: _Optional[float] = ..., moe_batches: _Optional[int] = ...) -> None: ...
 
 class RouterLoad(_message.Message):
-    __slots__ = ("expert_map_epoch", "rows_per_shard", "reroutes", "longest_wait_s")
+    __slots__ = ("expert_map_epoch", "rows_per_shard", "reroutes", "longest_wait_s", "batches", "dispatch_s", "combine_s")
     class RowsPerShardEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -265,37 +269,47 @@ class RouterLoad(_message.Message):
     ROWS_PER_SHARD_FIELD_NUMBER: _ClassVar[int]
     REROUTES_FIELD_NUMBER: _ClassVar[int]
     LONGEST_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    DISPATCH_S_FIELD_NUMBER: _ClassVar[int]
+    COMBINE_S_FIELD_NUMBER: _ClassVar[int]
     expert_map_epoch: int
     rows_per_shard: _containers.ScalarMap[str, int]
     reroutes: int
     longest_wait_s: float
-    def __init__(self, expert_map_epoch: _Optional[int] = ..., rows_per_shard: _Optional[_Mapping[str, int]] = ..., reroutes: _Optional[int] = ..., longest_wait_s: _Optional[float] = ...) -> None: ...
+    batches: int
+    dispatch_s: float
+    combine_s: float
+    def __init__(self, expert_map_epoch: _Optional[int] = ..., rows_per_shard: _Optional[_Mapping[str, int]] = ..., reroutes: _Optional[int] = ..., longest_wait_s: _Optional[float] = ..., batches: _Optional[int] = ..., dispatch_s: _Optional[float] = ..., combine_s: _Optional[float] = ...) -> None: ...
 
 class ExpertLoad(_message.Message):
-    __slots__ = ("expert_map_epoch", "experts", "rows", "pairs", "busy_s")
+    __slots__ = ("expert_map_epoch", "experts", "rows", "pairs", "busy_s", "batches")
     EXPERT_MAP_EPOCH_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     PAIRS_FIELD_NUMBER: _ClassVar[int]
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
     expert_map_epoch: int
     experts: int
     rows: int
     pairs: int
     busy_s: float
-    def __init__(self, expert_map_epoch: _Optional[int] = ..., experts: _Optional[int] = ..., rows: _Optional[int] = ..., pairs: _Optional[int] = ..., busy_s: _Optional[float] = ...) -> None: ...
+    batches: int
+    def __init__(self, expert_map_epoch: _Optional[int] = ..., experts: _Optional[int] = ..., rows: _Optional[int] = ..., pairs: _Optional[int] = ..., busy_s: _Optional[float] = ..., batches: _Optional[int] = ...) -> None: ...
 
 class GatewayLoad(_message.Message):
-    __slots__ = ("address", "streams", "requests", "replays")
+    __slots__ = ("address", "streams", "requests", "replays", "http_address")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STREAMS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     REPLAYS_FIELD_NUMBER: _ClassVar[int]
+    HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     address: str
     streams: int
     requests: int
     replays: int
-    def __init__(self, address: _Optional[str] = ..., streams: _Optional[int] = ..., requests: _Optional[int] = ..., replays: _Optional[int] = ...) -> None: ...
+    http_address: str
+    def __init__(self, address: _Optional[str] = ..., streams: _Optional[int] = ..., requests: _Optional[int] = ..., replays: _Optional[int] = ..., http_address: _Optional[str] = ...) -> None: ...
 
 class Wire(_message.Message):
     __slots__ = ("to", "medium", "bytes_sent", "bytes_received")

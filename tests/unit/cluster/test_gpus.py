@@ -120,7 +120,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_start_that_is_refused_starts_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpus, "requirements_missing", lambda: [NO_TORCH, NO_CUPY])
-    config: ServerConfig = load_config(None, {"model": str(model), "gateway.port": 0, **NCCL})
+    config: ServerConfig = load_config(None, {"model": str(model), "gateway.port": 0, "gateway.http_port": 0, **NCCL})
     with _local_controller(config) as handle:
         with pytest.raises(ConfigError, match=f"node 127.0.0.1: {NO_TORCH}; {NO_CUPY}"):
             handle.call("start", handle, timeout_s=30)
@@ -133,7 +133,9 @@ def test_serve_says_so_in_one_line(model: Path, tmp_path: Path) -> None:
         pytest.skip("this machine has a GPU: nothing is refused")
     file = tmp_path / "server.yaml"
     file.write_text("{transport: local, device: cuda}")
-    result = run("serve", "--model", str(model), "--grpc-port", "0", "--config", str(file), timeout_s=60)
+    result = run(
+        "serve", "--model", str(model), "--grpc-port", "0", "--http-port", "0", "--config", str(file), timeout_s=60
+    )
     assert result.returncode == 1
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: device: cuda cannot be used: node 127.0.0.1: torch ")

@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint(sound: Path, tmp_path: Path, damage: str) -> None:
     shutil.copytree(sound, folder)
     break_it, message = DAMAGES[damage]
     break_it(folder)
-    assert re.search(message, refused("--model", str(folder), "--grpc-port", "0"))
+    assert re.search(message, refused("--model", str(folder), "--grpc-port", "0", "--http-port", "0"))
 
 
 def test_an_unknown_path() -> None:
@@ -79,7 +79,7 @@ def test_a_port_in_use(sound: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert f"gateway.port: {port} is in use on 127.0.0.1" in refused(
-            "--model", str(sound), "--grpc-port", str(port)
+            "--model", str(sound), "--grpc-port", str(port), "--http-port", "0"
         )
 
 
@@ -134,5 +134,5 @@ def test_tls_files_that_cannot_be_used(tmp_path: Path, authority: Authority, pai
 
 def test_more_context_than_the_model_has(sound: Path, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("context_length: 100000")
-    line = refused("--model", str(sound), "--config", str(tmp_path / "a.yaml"), "--grpc-port", "0")
+    line = refused("--model", str(sound), "--config", str(tmp_path / "a.yaml"), "--grpc-port", "0", "--http-port", "0")
     assert "context_length: 100000 is over the model's 512" in line

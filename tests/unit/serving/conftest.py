@@ -27,7 +27,13 @@ def local() -> Callable[..., ServerConfig]:
     """``local(path, **dotted_keys)``: a configuration without Ray, on a free port."""
 
     def config(path: Path, **overrides: Any) -> ServerConfig:
-        keys = {"transport": "local", "gateway.port": 0, "attention.threads": 1, "experts.threads": 1}
+        keys = {
+            "transport": "local",
+            "gateway.port": 0,
+            "gateway.http_port": 0,
+            "attention.threads": 1,
+            "experts.threads": 1,
+        }
         return load_config(None, {"model": str(path), **keys, "attention.kv_memory": "4MiB", **overrides})
 
     return config

@@ -52,23 +52,23 @@ def door(local: Local, path: Path, pair: Pair, client_ca: Path | None = None) ->
 @pytest.fixture(scope="module")
 def closed(checkpoint: tuple[Path, Any], local: Local, authority: Authority) -> Iterator[str]:
     """Address of a gateway with TLS and tokens."""
-    with running_cluster(door(local, checkpoint[0], authority.sign("127.0.0.1"))) as address:
-        yield address
+    with running_cluster(door(local, checkpoint[0], authority.sign("127.0.0.1"))) as doors:
+        yield doors.grpc
 
 
 @pytest.fixture(scope="module")
 def mutual(checkpoint: tuple[Path, Any], local: Local, authority: Authority) -> Iterator[str]:
     """The same, and clients need a certificate."""
     pair = authority.sign("127.0.0.1", "localhost")
-    with running_cluster(door(local, checkpoint[0], pair, authority.certificate)) as address:
-        yield address
+    with running_cluster(door(local, checkpoint[0], pair, authority.certificate)) as doors:
+        yield doors.grpc
 
 
 @pytest.fixture(scope="module")
 def plain(checkpoint: tuple[Path, Any], local: Local) -> Iterator[str]:
     """Tokens without TLS, on loopback."""
-    with running_cluster(local(checkpoint[0], **{"access.tokens": TOKENS})) as address:
-        yield address
+    with running_cluster(local(checkpoint[0], **{"access.tokens": TOKENS})) as doors:
+        yield doors.grpc
 
 
 def credentials(authority: Authority, token: str = "", pair: Pair | None = None) -> grpc.ChannelCredentials:
@@ -154,7 +154,7 @@ def test_an_open_door_is_refused_to_programs_too(checkpoint: tuple[Path, Any], l
     ):
         pass
     insecure = {"gateway.host": "0.0.0.0", "gateway.insecure": True}
-    with running_cluster(local(checkpoint[0], **insecure)) as address, Client(address) as client:
+    with running_cluster(local(checkpoint[0], **insecure)) as doors, Client(doors.grpc) as client:
         assert healthy(client)
 
 
@@ -259,6 +259,6 @@ def test_a_port_that_such_a_gateway_holds(
     request: pytest.FixtureRequest, checkpoint: tuple[Path, Any], fixture: str, words: str
 ) -> None:
     port = request.getfixturevalue(fixture).rpartition(":")[2]
-    line = failed("serve", "--model", str(checkpoint[0]), "--grpc-port", port)
+    line = failed("serve", "--model", str(checkpoint[0]), "--grpc-port", port, "--http-port", "0")
     assert f"gateway.port: {port} is in use on 127.0.0.1 by a" in line
     assert words in line

@@ -33,7 +33,7 @@ CHUNKED = {"attention.token_budget": 48, "attention.max_running": 16}
 def client(checkpoint: tuple[Path, Any], local: Local) -> Iterator[Client]:
     path, _ = checkpoint
     config = local(path, **{"experts.shards": 3, "attention.replicas": 2, **CHUNKED})
-    with running_cluster(config) as address, Client(address) as client:
+    with running_cluster(config) as doors, Client(doors.grpc) as client:
         yield client
     assert not [t.name for t in threading.enumerate() if "-loop" in t.name or "-grpc" in t.name]
 
@@ -68,7 +68,7 @@ def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path, lo
     """Six prompts of different length in one running batch, chunked prefill and all."""
     model = tiny_model(tmp_path, family, seed=3)
     wanted = [greedy(model, prompt, 32) for prompt in PROMPTS]
-    with running_cluster(local(tmp_path, **CHUNKED)) as address, Client(address) as client:
+    with running_cluster(local(tmp_path, **CHUNKED)) as doors, Client(doors.grpc) as client:
         got = client.tokens_together(PROMPTS, 32)
     assert [w.agrees(g) for w, g in zip(wanted, got, strict=True)] == [True] * len(PROMPTS)
 
@@ -76,7 +76,7 @@ def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path, lo
 def test_swapped_experts_are_noticed(checkpoint: tuple[Path, Any], tmp_path: Path, local: Local) -> None:
     path, model = checkpoint
     swap_experts(path, tmp_path, layer=1, first=0, second=5)
-    with running_cluster(local(tmp_path)) as address, Client(address) as client:
+    with running_cluster(local(tmp_path)) as doors, Client(doors.grpc) as client:
         got = client.tokens_together(PROMPTS, 32)
     assert not all(greedy(model, p, 32).agrees(g) for p, g in zip(PROMPTS, got, strict=True))
 
@@ -87,7 +87,7 @@ def test_swapped_replies_are_noticed(
     path, model = checkpoint
     honest = ExpertBank.forward
     monkeypatch.setattr(ExpertBank, "forward", lambda *args: honest(*args).flip(0))
-    with running_cluster(local(path)) as address, Client(address) as client:
+    with running_cluster(local(path)) as doors, Client(doors.grpc) as client:
         got = client.tokens_together(PROMPTS, 32)
     assert not all(greedy(model, p, 32).agrees(g) for p, g in zip(PROMPTS, got, strict=True))
 
@@ -190,7 +190,7 @@ def test_bad_requests_are_refused_with_the_field(
 
 def test_a_request_that_never_fits_the_cache_is_refused(checkpoint: tuple[Path, Any], local: Local) -> None:
     config = local(checkpoint[0], **{"attention.kv_memory": "100KiB", "attention.block_size": 16})
-    with running_cluster(config) as address, Client(address) as client:
+    with running_cluster(config) as doors, Client(doors.grpc) as client:
         room = client.load(control_pb2.ROLE_ATTENTION)[0].attention.kv_blocks * 16
         assert room < 512
         code, details = error_of(lambda: client.generate(ids_request([5] * (room + 1), 1)))
@@ -201,7 +201,7 @@ def test_a_request_that_never_fits_the_cache_is_refused(checkpoint: tuple[Path, 
 
 def test_a_full_queue_says_when_to_come_back(checkpoint: tuple[Path, Any], local: Local) -> None:
     config = local(checkpoint[0], **{"attention.max_running": 1, "attention.max_waiting": 1})
-    with running_cluster(config) as address, Client(address) as client:
+    with running_cluster(config) as doors, Client(doors.grpc) as client:
         held = []
         for waiting in (0, 1):  # one after the other: the first must run before the second takes its place in the queue
             held.append(client.inference.Generate(ids_request([5], 500)))

@@ -56,7 +56,7 @@ def test_an_answer_that_comes_too_late_hurts_its_step_alone(
 
     monkeypatch.setattr(ExpertBank, "forward", forward)
     config = local(checkpoint[0], step_timeout_s=0.5, recovery_timeout_s=1.0)
-    with running_cluster(config) as address, Client(address) as client:
+    with running_cluster(config) as doors, Client(doors.grpc) as client:
         wanted = greedy(checkpoint[1], PROMPT, 8)
         assert wanted.agrees(client.tokens(PROMPT, 8))
         hang.set()
@@ -74,7 +74,7 @@ def test_a_replica_without_its_router_gets_no_requests(
 ) -> None:
     """Those that it has go on elsewhere."""
     config = local(checkpoint[0], **{"attention.replicas": 2})
-    with running_cluster(config) as address, Client(address) as client:
+    with running_cluster(config) as doors, Client(doors.grpc) as client:
         held = [client.inference.Generate(ids_request(PROMPT, 480)) for _ in range(2)]
         for call in held:
             next(call)
@@ -88,7 +88,7 @@ def test_a_replica_without_its_router_gets_no_requests(
 def test_without_any_router_health_says_so(
     checkpoint: tuple[Path, Any], local: Local, actors: Actors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running_cluster(local(checkpoint[0], recovery_timeout_s=0.5)) as address, Client(address) as client:
+    with running_cluster(local(checkpoint[0], recovery_timeout_s=0.5)) as doors, Client(doors.grpc) as client:
         assert health_of(client) == health_pb2.HealthCheckResponse.SERVING
         held = client.inference.Generate(ids_request(PROMPT, 480))
         next(held)
@@ -111,8 +111,8 @@ def test_results_of_the_wrong_shape_are_an_error_not_wrong_tokens(
     honest = ExpertBank.forward
     monkeypatch.setattr(ExpertBank, "forward", lambda *args: honest(*args)[:1])
     with (
-        running_cluster(local(checkpoint[0], step_timeout_s=0.5, recovery_timeout_s=0.5)) as address,
-        Client(address) as client,
+        running_cluster(local(checkpoint[0], step_timeout_s=0.5, recovery_timeout_s=0.5)) as doors,
+        Client(doors.grpc) as client,
     ):
         assert code_of(client) == grpc.StatusCode.UNAVAILABLE
 
@@ -130,7 +130,7 @@ def test_an_error_in_the_engine_ends_the_step_alone(
         return honest(*args)
 
     monkeypatch.setattr(actors.attention, "sample_plan", sample_plan)
-    with running_cluster(local(checkpoint[0])) as address, Client(address) as client:
+    with running_cluster(local(checkpoint[0])) as doors, Client(doors.grpc) as client:
         broken.set()
         with pytest.raises(grpc.RpcError) as caught:
             client.tokens(PROMPT, 8)
@@ -156,7 +156,7 @@ def test_logits_that_are_not_finite_end_their_request_alone(
         return honest(plan, poisoned)
 
     monkeypatch.setattr(actors.attention, "sample_plan", sample_plan)
-    with running_cluster(local(checkpoint[0])) as address, Client(address) as client:
+    with running_cluster(local(checkpoint[0])) as doors, Client(doors.grpc) as client:
         sound = client.inference.Generate(ids_request(PROMPT, 100))
         next(sound)
         marked = ids_request(PROMPT, 8)

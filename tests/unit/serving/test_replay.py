@@ -134,7 +134,7 @@ def newcomer(found: Actors) -> Iterator[tuple[AttentionShard, AttentionPeer]]:
 def test_the_streams_of_a_lost_shard_go_on_with_the_same_tokens(
     checkpoint: tuple[Path, Any], local: Local, actors: Actors, gate: Gate
 ) -> None:
-    with running_cluster(local(checkpoint[0], **{"attention.replicas": 2})) as address, Client(address) as client:
+    with running_cluster(local(checkpoint[0], **{"attention.replicas": 2})) as doors, Client(doors.grpc) as client:
         lost, other = actors.of(AttentionShard)
         undisturbed = all_tokens(client)
         assert greedy(checkpoint[1], PROMPTS[0], TOKENS).agrees(undisturbed[0])
@@ -152,7 +152,7 @@ def test_the_streams_of_a_lost_shard_go_on_with_the_same_tokens(
 def test_streams_move_from_a_retired_shard_to_one_that_came_later(
     checkpoint: tuple[Path, Any], local: Local, actors: Actors, gate: Gate
 ) -> None:
-    with running_cluster(local(checkpoint[0])) as address, Client(address) as client:
+    with running_cluster(local(checkpoint[0])) as doors, Client(doors.grpc) as client:
         gateway: Gateway = actors["gateway-0"]
         (old,) = actors.of(AttentionShard)
         undisturbed = all_tokens(client)
@@ -176,7 +176,7 @@ def test_streams_move_from_a_retired_shard_to_one_that_came_later(
 def test_clients_that_leave_while_their_streams_wait_leave_nothing(
     checkpoint: tuple[Path, Any], local: Local, actors: Actors, gate: Gate
 ) -> None:
-    with running_cluster(local(checkpoint[0])) as address, Client(address) as client:
+    with running_cluster(local(checkpoint[0])) as doors, Client(doors.grpc) as client:
         (shard,) = actors.of(AttentionShard)
         gate.reset()
         calls = [client.inference.Generate(ids_request(prompt, TOKENS), timeout=100) for prompt in PROMPTS[:3]]
