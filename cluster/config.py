@@ -280,10 +280,24 @@ def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> S
         raise ConfigError(where + "; ".join(_explain(dict(e)) for e in error.errors())) from None
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice: PyYAML takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See yaml."""
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                what = f"the key {key.value!r} comes twice"
+                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _UniqueKeys)  # noqa: S506
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

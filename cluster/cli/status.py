@@ -74,7 +74,8 @@ def _load(actor: pb.Actor) -> str:
             return f"{actor.expert.experts} experts, {actor.expert.rows} rows, {actor.expert.pairs} pairs"
         case "gateway":
             door = actor.gateway
-            return f"{door.address}, {door.streams} streams, {door.requests} requests, {door.replays} replays"
+            doors = door.address + (f", http {door.http_address}" if door.http_address else "")
+            return f"{doors}, {door.streams} streams, {door.requests} requests, {door.replays} replays"
         case _:
             return ""
 
