@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PROTOS := $(wildcard protos/expertmesh/v1/*.proto)
 
-.PHONY: help setup demo test lint format protos bench clean
+.PHONY: help setup demo test lint format protos bench picture clean
 
 help:  ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ protos: setup  ## Regenerate the gRPC code
 
 bench: setup  ## Measure the wires
 	$(BIN)/python -m benchmarks.transport
+
+picture: setup  ## Draw docs/live_run.svg anew: what the demo prints
+	$(BIN)/python docs/live_run.py
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -297,7 +297,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.load(text, _UniqueKeys)  # noqa: S506
+        tree = yaml.load(text, _UniqueKeys)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -17,6 +17,7 @@ from cluster.gateway.control import ControlService
 from cluster.gateway.inference import Inference
 from cluster.gateway.service import InferenceService
 from cluster.gateway.settings import GatewaySettings, PortInUse, host_port
+from cluster.gateway.wellformed import WellFormed
 from cluster.tls import server_pem
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -61,7 +62,7 @@ class GrpcDoor:
     ) -> None:
         self._settings = settings
         self._server = grpc.aio.server(
-            interceptors=[Doorkeeper(settings.access)], options=_server_options(settings.max_message)
+            interceptors=[Doorkeeper(settings.access), WellFormed()], options=_server_options(settings.max_message)
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(inference), self._server)
         self._control = ControlService(controller)
