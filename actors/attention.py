@@ -10,7 +10,9 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -24,9 +26,11 @@ from actors.model.families import load_spec
 from actors.model.kv_cache import KVCache
 from actors.model.weights import Checkpoint
 from actors.moe_client import MoEClient, MoEUnavailable
+from actors.request_spans import RequestSpans
 from actors.settings import EngineSettings, ModelSettings
 from actors.stats import WireTraffic, traffic
 from actors.step_batch import sample_plan, step_batch
+from actors.timeline import Instant, Timelines
 from actors.transport.base import (
     Address,
     EndpointFactory,
@@ -64,7 +68,8 @@ class Refusal:
 
 @dataclass(frozen=True)
 class AttentionStats:
-    """``tokens`` were published since the start, in ``busy_s`` seconds of steps (waiting for experts included)."""
+    """``tokens`` were published since the start, in ``busy_s`` seconds of steps. For ``experts_wait_s`` of these only
+    experts were waited for: they were sent ``moe_batches``, one per step and MoE layer (see :class:`MoEClient`)."""
 
     pid: int
     weight_bytes: int
@@ -80,6 +85,15 @@ class AttentionStats:
     wires: tuple[WireTraffic, ...]
 
 
+class _Work(NamedTuple):
+    """What the steps so far took; a new one after each, so that who reads it sees whole steps."""
+
+    steps: int = 0
+    busy_s: float = 0.0
+    experts_wait_s: float = 0.0
+    moe_batches: int = 0
+
+
 class AttentionShard:
     """One data-parallel attention replica. ``load``, ``connect`` to its router; gateways connect to it."""
 
@@ -91,8 +105,8 @@ class AttentionShard:
         self._model: AttentionModel | None = None
         self._moe: MoEClient | None = None
         self._loaded_bytes = 0
-        self._steps = self._tokens = 0
-        self._busy_s = 0.0
+        self._tokens = 0
+        self._work = _Work()
         self._kv_bytes = engine.kv_bytes
         block_bytes = engine.block_size * KVCache.bytes_per_token(self._spec, model.torch_dtype)
         self._blocks = BlockAllocator(engine.kv_bytes // block_bytes, engine.block_size)
@@ -100,6 +114,8 @@ class AttentionShard:
         self._scheduler = Scheduler(limits, self._blocks)
         self._lock = threading.Lock()  # guards the scheduler: requests come from other threads than the steps
         self._owner: dict[str, str] = {}
+        self._timelines = Timelines()
+        self._spans = RequestSpans(name)
         self._gateways: dict[str, Wire] = {}
         self._gateway_came = threading.Condition(self._lock)
         self._loop = LoopThread(
@@ -138,7 +154,12 @@ class AttentionShard:
         wire = self._endpoint.connect(router, time.monotonic() + timeout_s, medium)
         settings = self._settings
         self._moe = MoEClient(
-            wire, settings.torch_dtype, settings.torch_device, self._spec.d_model, settings.step_timeout_s
+            wire,
+            settings.torch_dtype,
+            settings.torch_device,
+            self._spec.d_model,
+            settings.step_timeout_s,
+            self._spec.moe_layers,
         )
         self._loop.add(wire)
         self._loop.start()
@@ -153,13 +174,16 @@ class AttentionShard:
         with self._lock:
             if not self._gateway_came.wait_for(lambda: request.gateway in self._gateways, _GATEWAY_WAIT_S):
                 return Refusal(Refusal.UNAVAILABLE, f"no wire to gateway {request.gateway}", retry_after_s=1.0)
+            now = Instant.now()
             try:
-                self._scheduler.add(request, time.monotonic())
+                self._scheduler.add(request, now.clock_s)
             except NeverFits as error:
                 return Refusal(Refusal.INVALID, str(error), field=error.field)
             except QueueFull as error:
                 return Refusal(Refusal.FULL, str(error), retry_after_s=error.retry_after_s)
             self._owner[request.request_id] = request.gateway
+            self._timelines.admit(request, now)
+            self._spans.admit(request)
         self._loop.wake()
         return None
 
@@ -183,11 +207,8 @@ class AttentionShard:
             waiting=waiting,
             kv_blocks=self._blocks.n_blocks,
             kv_blocks_free=free,
-            steps=self._steps,
             tokens=self._tokens,
-            busy_s=self._busy_s,
-            experts_wait_s=0.0,
-            moe_batches=0,
+            **self._work._asdict(),
             wires=traffic(self._loop.wires()),
         )
 
@@ -201,24 +222,46 @@ class AttentionShard:
     def _step(self) -> None:
         """One step of continuous batching; without work it only publishes what ended meanwhile."""
         with self._lock:
-            plan = self._scheduler.schedule(time.monotonic())
-        events = list(plan.events)
+            begun = Instant.now()
+            plan = self._scheduler.schedule(begun.clock_s)
+        events = self._note(plan.events, begun)
         if plan.chunks:
-            begin = time.perf_counter()
-            events += self._compute(plan)
-            self._busy_s += time.perf_counter() - begin
-            self._steps += 1
+            events += self._run(plan, begun)
         if events:
             self._publish(events)
         if self._moe is None:
             self._leave_gateways()
+
+    def _run(self, plan: StepPlan, begun: Instant) -> list[TokenEvent]:
+        """Compute a step, count it, and put its times and those of its requests where they belong."""
+        done, moe = self._work, self._moe
+        span = self._spans.begin_step(plan, self._timelines.begin_step(plan, begun), begun, done.steps + 1)
+        if moe is not None:
+            moe.begin_step(span.traceparent if span else "")
+        events = self._compute(plan)
+        now = Instant.now()
+        waited_s, batches = (moe.waited_s, moe.batches) if moe else (0.0, 0)
+        self._work = _Work(
+            done.steps + 1,
+            done.busy_s + now.clock_s - begun.clock_s,
+            done.experts_wait_s + waited_s,
+            done.moe_batches + batches,
+        )
+        if span is not None:
+            span.end(now, events, waited_s)
+        return self._note(events, now)
+
+    def _note(self, events: Iterable[TokenEvent], now: Instant) -> list[TokenEvent]:
+        """These became known at ``now``; they come back with their times."""
+        news = self._timelines.note(events, now)
+        self._spans.note(news, now)
+        return [event for event, _ in news]
 
     def _compute(self, plan: StepPlan) -> list[TokenEvent]:
         assert self._model is not None
         assert self._cache is not None
         if self._moe is None:
             return self._void(plan, FinishReason.UNAVAILABLE, "the attention shard lost its router")
-        self._moe.begin_step()
         try:
             logits = self._model.forward(step_batch(plan, self._settings.torch_device), self._cache, self._moe)
             sampled = sample_plan(plan, logits)
@@ -252,7 +295,7 @@ class AttentionShard:
             if wire is None:
                 continue  # it went away: its requests are being aborted
             try:
-                wire.send(Kind.TOKENS, FrameTag(step=self._steps), encode_tokens(share), deadline)
+                wire.send(Kind.TOKENS, FrameTag(step=self._work.steps), encode_tokens(share), deadline)
             except (PeerGone, WireTimeout) as error:
                 self._loop.drop(wire, PeerGone(str(error)))
 

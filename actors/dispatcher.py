@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actors.batch_spans import DispatchSpan
 from actors.dispatch import ShardRows, split_rows
 from actors.messages import Kind, array_bytes, expect_parts, failure_text, tensor_bytes, tensor_from, tensor_part
 from actors.model.combine import combine_rows
@@ -38,7 +39,7 @@ class DispatchHandle:
     ``rows`` [T, D] and ``chosen`` int64[T, K] are kept to send them again; ``weight`` float32 [T, K]; ``out``
     [T * K, D] is filled as results come. ``owed``: by attempt, the shard's name and what it still has to answer.
     ``stranded`` int64[S]: slots that nobody can compute before the next map. ``refused``: shards that answered with
-    an error.
+    an error. ``span`` if the batch is traced.
     """
 
     number: int
@@ -50,6 +51,7 @@ class DispatchHandle:
     out: Tensor
     began: float
     deadline: float
+    span: DispatchSpan | None = None
     owed: dict[int, tuple[str, ShardRows]] = field(default_factory=dict)
     stranded: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     refused: dict[str, str] = field(default_factory=dict)
@@ -62,7 +64,12 @@ class DispatchHandle:
 
 
 class Dispatcher:
-    """Batches in flight. ``drop(wire, error)`` takes a dead wire out of the loop, which then reports its loss."""
+    """Batches in flight. ``drop(wire, error)`` takes a dead wire out of the loop, which then reports its loss.
+
+    ``batches`` were completed: ``dispatch_s`` seconds from sending one out to its last result, ``combine_s`` seconds of
+    combining, over all of them. On a GPU results may still be on their way into place when the last one is here; that
+    counts as combining, which ends with the combined rows in host memory.
+    """
 
     def __init__(
         self,
@@ -83,6 +90,8 @@ class Dispatcher:
         self.expert_rows: dict[int, NDArray[np.int64]] = {}
         self.reroutes = 0
         self.longest_wait_s = 0.0
+        self.batches = 0
+        self.dispatch_s = self.combine_s = 0.0
         self._dtype = dtype
         self._device = device
         self._d_model = d_model
@@ -109,9 +118,19 @@ class Dispatcher:
 
     # -- batches --------------------------------------------------------------------------------------------------
 
-    def dispatch(self, source: Wire, tag: FrameTag, rows: Tensor, chosen: Tensor, weight: Tensor) -> None:
+    def dispatch(
+        self,
+        source: Wire,
+        tag: FrameTag,
+        rows: Tensor,
+        chosen: Tensor,
+        weight: Tensor,
+        span: DispatchSpan | None = None,
+    ) -> None:
         """Send each row of ``rows`` [T, D] once to each shard that computes any of its experts ``chosen`` int64
         [T, K]; ``source`` gets the rows combined with ``weight`` float32 [T, K] when all have answered, or a FAILED.
+
+        ``span`` ends with the batch.
         """
         now = time.monotonic()
         self._forget_older(source, tag.step)
@@ -131,6 +150,7 @@ class Dispatcher:
             self._scratch.take(chosen.numel(), self._d_model),
             now,
             now + self._timeout_s,
+            span,
         )
         self._pending[handle.number] = handle
         self._count(tag.layer, handle.chosen)
@@ -206,7 +226,7 @@ class Dispatcher:
         """An attention shard is gone: nobody waits for its batches."""
         self._mid_step.pop(source, None)
         for handle in [h for h in self._pending.values() if h.source is source]:
-            self._release(handle)
+            self._release(handle, DispatchSpan.ABANDONED)
 
     # -- parts of the above ---------------------------------------------------------------------------------------
 
@@ -231,6 +251,9 @@ class Dispatcher:
         whole = share.rows.size == handle.rows.shape[0]
         picked = handle.rows if whole else handle.rows[torch.from_numpy(share.rows).to(self._device)]
         parts = [tensor_part(picked, wire), array_bytes(share.pair_row), array_bytes(share.pair_expert)]
+        if handle.span is not None:
+            handle.span.asked(name)
+            parts.append(handle.span.part)
         try:
             wire.send(Kind.DISPATCH, tag, parts, handle.deadline)
         except (PeerGone, WireTimeout) as error:
@@ -245,8 +268,7 @@ class Dispatcher:
         slots = [handle.owed.pop(attempt)[1].pair_slot for attempt in attempts]
         again, handle.stranded = np.sort(np.concatenate([*slots, handle.stranded])), np.empty(0, np.int64)
         if again.size:
-            self.reroutes += 1
-            self._send(handle, again)
+            self._send_again(handle, again)
 
     def _refused(self, handle: DispatchHandle, shard: str, reason: str, slots: NDArray[np.int64]) -> None:
         """A shard could not compute its share: another replica may; without one the batch has failed."""
@@ -256,32 +278,43 @@ class Dispatcher:
         if (self.routes.owners(handle.tag.layer, experts, 0, handle.refused) == NOBODY).any():
             self._give_up(handle, reason)
             return
+        self._send_again(handle, slots)
+
+    def _send_again(self, handle: DispatchHandle, slots: NDArray[np.int64]) -> None:
         self.reroutes += 1
+        if handle.span is not None:
+            handle.span.rerouted()
         self._send(handle, slots)
 
     def _finish_if_complete(self, handle: DispatchHandle) -> None:
         if not handle.complete or handle.number not in self._pending:
             return
-        self.longest_wait_s = max(self.longest_wait_s, time.monotonic() - handle.began)
-        combined = self.combine(handle)
+        gathered = time.monotonic()
+        combined = tensor_bytes(self.combine(handle))
+        self.longest_wait_s = max(self.longest_wait_s, gathered - handle.began)
+        self.batches += 1
+        self.dispatch_s += gathered - handle.began
+        self.combine_s += time.monotonic() - gathered
         self._release(handle)
-        self._answer(handle.source, Kind.ROWS_DONE, handle.tag, [tensor_bytes(combined)], handle.deadline)
+        self._answer(handle.source, Kind.ROWS_DONE, handle.tag, [combined], handle.deadline)
 
     def _give_up(self, handle: DispatchHandle, reason: str) -> None:
         """The batch cannot be completed: its attention shard is told, late answers will be ignored."""
         if handle.number in self._pending:  # else telling an earlier batch's source lost that source, and this batch
-            self._release(handle)
+            self._release(handle, DispatchSpan.FAILED)
             self.fail(handle.source, handle.tag, reason)
 
-    def _release(self, handle: DispatchHandle) -> None:
+    def _release(self, handle: DispatchHandle, error: str = "") -> None:
         del self._pending[handle.number]
+        if handle.span is not None:
+            handle.span.over(self.routes.epoch if self.routes else 0, error)
         self._scratch.give(handle.out)
         self._scratch.give(handle.rows)
 
     def _forget_older(self, source: Wire, step: int) -> None:
         """A source that is in a new step has given up what it asked for in an earlier one."""
         for handle in [h for h in self._pending.values() if h.source is source and h.tag.step < step]:
-            self._release(handle)
+            self._release(handle, DispatchSpan.ABANDONED)
 
     def _answer(self, source: Wire, kind: Kind, tag: FrameTag, parts: Sequence[Buffer], deadline: float) -> None:
         try:

@@ -13,17 +13,20 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
+from actors.batch_spans import BatchSpan
 from actors.groups import Groups
 from actors.loop import LoopThread
-from actors.messages import Kind, expect_parts, indices_from, tensor_from, tensor_part
+from actors.messages import Kind, indices_from, on_host, tensor_from, tensor_part, traced_parts
 from actors.model.experts import ExpertBank
 from actors.model.families import load_spec
 from actors.model.weights import Checkpoint
 from actors.settings import ModelSettings
 from actors.stopwatch import Stopwatch
-from actors.transport.base import Address, Buffer, EndpointFactory, Frame, PeerGone, Wire
+from actors.trace_context import Trace
+from actors.transport.base import Address, Buffer, EndpointFactory, Frame, FrameTag, Part, PeerGone, Wire
 from actors.transport.nccl_group import GroupPlan
 from actors.transport.nccl_join import Lobby
 from placement.expert_map import Expert
@@ -33,9 +36,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExpertStats:
-    """Counters since the start; ``rows`` were received, ``pairs`` (row, expert) were computed in ``busy_s`` seconds.
+    """Counters since the start; ``rows`` were received, ``pairs`` (row, expert) were computed.
 
-    ``weight_bytes`` are held now."""
+    ``batches`` were computed in ``busy_s`` seconds; on a GPU these are the device's, and both lag by the batches that
+    it has under way or has ended since the last one came. ``weight_bytes`` are held now."""
 
     pid: int
     epoch: int
@@ -125,7 +129,7 @@ class ExpertShard:
             rows=self._rows,
             pairs=self._pairs,
             busy_s=self._busy.seconds,
-            batches=0,
+            batches=self._busy.blocks,
         )
 
     def stop(self) -> None:
@@ -154,14 +158,31 @@ class ExpertShard:
         """Unweighted outputs [P, D] of a DISPATCH frame."""
         if frame.kind != Kind.DISPATCH:
             raise ValueError(f"frame kind {frame.kind}; an expert shard takes only DISPATCH ({Kind.DISPATCH})")
-        rows_part, pair_row, pair_expert = expect_parts(frame, 3)
+        parts, trace = traced_parts(frame, 3)
+        if trace is None:
+            return self._forward(frame.tag.layer, *parts)
+        return self._traced(trace, frame.tag, *parts)
+
+    def _forward(self, layer: int, rows_part: Part, pair_row: Part, pair_expert: Part) -> Tensor:
         device = self._model.torch_device
         rows = tensor_from(rows_part, self._model.torch_dtype, self._spec.d_model, device)
         pairs, experts = indices_from(pair_row, device), indices_from(pair_expert, device)
         with self._busy.running():
-            out = self._bank.forward(frame.tag.layer, rows, pairs, experts)
+            out = self._bank.forward(layer, rows, pairs, experts)
         self._rows += rows.shape[0]
         self._pairs += pairs.shape[0]
+        return out
+
+    def _traced(self, trace: Trace, tag: FrameTag, rows_part: Part, pair_row: Part, pair_expert: Part) -> Tensor:
+        span = BatchSpan("experts", self.name, trace, tag.layer, time.time_ns())
+        before = self._rows
+        try:
+            out = self._forward(tag.layer, rows_part, pair_row, pair_expert)
+        except Exception as error:
+            span.end(type(error).__name__, epoch=tag.epoch)
+            raise
+        experts = np.unique(np.frombuffer(on_host(pair_expert), np.int32)).size
+        span.end(epoch=tag.epoch, rows=self._rows - before, pairs=out.shape[0], experts=experts)
         return out
 
     def _on_gone(self, wire: Wire, error: PeerGone) -> None:

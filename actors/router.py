@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from actors.batch_spans import DispatchSpan
 from actors.dispatcher import Dispatcher
 from actors.groups import Groups
 from actors.loop import LoopThread
 from actors.losses import Known, Losses
-from actors.messages import Kind, expect_parts, tensor_from
+from actors.messages import Kind, tensor_from, traced_parts
 from actors.model.families import load_spec
 from actors.model.gate import Gate
 from actors.model.weights import Checkpoint
@@ -52,7 +53,8 @@ class StaleEpoch(RuntimeError):
 @dataclass(frozen=True)
 class RouterStats:
     """``rows_per_shard``: rows sent to each expert shard since the start, by name. ``reroutes``: batches of rows that
-    were sent again. ``longest_wait_s``: longest time a batch waited for its experts."""
+    were sent again. ``longest_wait_s``: longest time a batch waited for its experts. ``batches``, ``dispatch_s``,
+    ``combine_s``: see :class:`Dispatcher`."""
 
     pid: int
     epoch: int
@@ -249,9 +251,9 @@ class Router:
             rows_per_shard=dict(data.rows_per_shard),
             reroutes=data.reroutes,
             longest_wait_s=data.longest_wait_s,
-            batches=0,
-            dispatch_s=0.0,
-            combine_s=0.0,
+            batches=data.batches,
+            dispatch_s=data.dispatch_s,
+            combine_s=data.combine_s,
             wires=traffic(self._loop.wires()),
         )
 
@@ -274,13 +276,15 @@ class Router:
 
     def _on_rows(self, source: Wire, frame: Frame) -> None:
         assert self._gate is not None  # the loop starts after the weights are read
-        (part,) = expect_parts(frame, 1)
+        (part,), trace = traced_parts(frame, 1)
+        began_ns = time.time_ns() if trace else 0
         rows = tensor_from(part, self._model.torch_dtype, self._spec.d_model, self._model.torch_device)
         if self._data.routes is None:
             self._data.fail(source, frame.tag, f"router {self.name} has no expert map yet")
             return
         chosen, weight = self._gate.route(frame.tag.layer, rows)
-        self._data.dispatch(source, frame.tag, rows, chosen, weight)
+        span = None if trace is None else DispatchSpan(self.name, trace, frame.tag.layer, len(rows), began_ns)
+        self._data.dispatch(source, frame.tag, rows, chosen, weight, span)
 
     def _on_gone(self, wire: Wire, error: PeerGone) -> None:
         self._data.lose_source(wire)

@@ -11,14 +11,16 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the ``seconds`` spent inside ``running`` blocks. One thread measures, any may read.
+    """Adds up the ``seconds`` spent inside ``running`` blocks, and counts the ``blocks``. One thread measures, any may
+    read.
 
-    On a GPU the time is that between two events on the current stream, and counts once a later block begins: the
-    host runs ahead of the device, and waiting for it would hold up the next batch.
+    On a GPU the time is that between two events on the current stream, and counts, as the block does, once a later
+    block begins: the host runs ahead of the device, and waiting for it would hold up the next batch.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.seconds = 0.0
+        self.blocks = 0
         self._on_gpu = device.type == "cuda"
         self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
@@ -35,9 +37,13 @@ class Stopwatch:
         else:
             started = time.perf_counter()
             yield
-            self.seconds += time.perf_counter() - started
+            self._add(time.perf_counter() - started)
 
     def _collect(self) -> None:
         while self._open and self._open[0][1].query():
             begin, end = self._open.popleft()
-            self.seconds += begin.elapsed_time(end) / 1000.0
+            self._add(begin.elapsed_time(end) / 1000.0)
+
+    def _add(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.blocks += 1

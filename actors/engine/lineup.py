@@ -22,6 +22,7 @@ class Lineup:
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.n_preempted = 0
+        self._sent_back: list[str] = []
         self._by_id: dict[str, Sequence] = {}
 
     def __len__(self) -> int:
@@ -64,6 +65,11 @@ class Lineup:
             sequence.block_table += tuple(self.blocks.allocate(min(need, self.blocks.n_free)))
         return min(n_tokens, len(sequence.block_table) * self.blocks.block_size - sequence.n_computed)
 
+    def take_preempted(self) -> tuple[str, ...]:
+        """The ids of those that were sent back to the queue since the last call."""
+        sent_back, self._sent_back = self._sent_back, []
+        return tuple(sent_back)
+
     def remove(self, sequence: Sequence) -> None:
         """Take an ended sequence out and free its blocks."""
         (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
@@ -94,6 +100,7 @@ class Lineup:
         self._release(sequence)
         self.waiting.appendleft(sequence)
         self.n_preempted += 1
+        self._sent_back.append(sequence.request.request_id)
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.free(sequence.block_table)

@@ -30,10 +30,12 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
-    """What to compute in one step (perhaps nothing), and the requests that ended before it was formed."""
+    """What to compute in one step (perhaps nothing), the requests that ended before it was formed, and the ids of those
+    that were preempted while it was."""
 
     chunks: tuple[Chunk, ...]
     events: tuple[TokenEvent, ...]
+    preempted: tuple[str, ...] = ()
 
     @property
     def sampled(self) -> tuple[Chunk, ...]:

@@ -120,7 +120,7 @@ class Scheduler:
         step = self._secure_blocks(shares)
         step += self._start_waiting(self.limits.token_budget - sum(n for _, n in shares), now)
         chunks = tuple(sequence.chunk(n, self.blocks.block_size) for sequence, n in step)
-        plan = StepPlan(chunks, tuple(self._take_events()))
+        plan = StepPlan(chunks, tuple(self._take_events()), self._lineup.take_preempted())
         if chunks:
             self._plan, self._step = plan, step
         return plan

@@ -11,13 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import get_current_span
 
+from actors.batch_spans import DispatchSpan
 from actors.dispatcher import Dispatcher
-from actors.messages import CPU, Kind, expect_parts, failure_text, tensor_bytes, tensor_from
+from actors.messages import CPU, Kind, expect_parts, failure_text, tensor_bytes, tensor_from, traced_parts
 from actors.routes import ExpertRoutes
+from actors.trace_context import trace_from
 from actors.transport.base import Frame, FrameTag, PeerGone, Wire
 from actors.transport.local import local_pair
 from placement.expert_map import ExpertMap, replaced, single_replica_map
+from tests.span_recorder import PARENT_ID, TRACEPARENT, about, named, parent_id
 
 D, E, K = 4, 6, 3
 LAYERS = (1, 2)
@@ -57,6 +62,7 @@ class Bench:
         self.attention, self.source = local_pair("attention", "router")
         self.shards: dict[str, Wire] = {}
         self.wires: dict[str, Wire] = {}
+        self.traces: list[int | None] = []  # span ids that came with what was answered
         self.install(expert_map)
 
     def install(self, expert_map: ExpertMap) -> None:
@@ -79,13 +85,14 @@ class Bench:
         if notice:
             self.drop(self.wires[name], PeerGone("killed"))
 
-    def ask(self, step: int = 1, layer: int = 1, rows: int = 5, seed: int = 0) -> torch.Tensor:
+    def ask(self, step: int = 1, layer: int = 1, rows: int = 5, seed: int = 0, traced: bool = False) -> torch.Tensor:
         """One batch; returns what must come back: each row times the weighted sum of (expert + 1)."""
         generator = torch.Generator().manual_seed(seed)
         given = torch.randn(rows, D, generator=generator)
         chosen = torch.rand(rows, E, generator=generator).argsort(1)[:, :K].contiguous()
         weight = torch.rand(rows, K, generator=generator)
-        self.data.dispatch(self.source, FrameTag(step=step, layer=layer), given, chosen, weight)
+        span = DispatchSpan("router", trace_from(TRACEPARENT), layer, rows, 1) if traced else None
+        self.data.dispatch(self.source, FrameTag(step=step, layer=layer), given, chosen, weight, span)
         return (given[:, None] * (chosen + 1)[..., None] * weight[..., None]).sum(1)
 
     def frame(self, name: str) -> Frame | None:
@@ -94,7 +101,8 @@ class Bench:
 
     def answer(self, name: str, frame: Frame, kind: Kind = Kind.RESULTS) -> None:
         """A shard computes (row times expert + 1), or refuses; the router takes it in."""
-        rows, pair_row, pair_expert = expect_parts(frame, 3)
+        (rows, pair_row, pair_expert), trace = traced_parts(frame, 3)
+        self.traces.append(None if trace is None else get_current_span(trace).get_span_context().span_id)
         pairs = torch.from_numpy(np.frombuffer(pair_row, np.int32).copy()).long()
         experts = torch.from_numpy(np.frombuffer(pair_expert, np.int32).copy())
         out = tensor_from(rows, torch.float32, D)[pairs] * (experts + 1)[:, None]
@@ -325,3 +333,51 @@ def test_over_a_group_a_step_boundary_waits_for_answers_that_nobody_needs_any_mo
         bench.shards[name].send(Kind.RESULTS, tag, [b""], soon())
         bench.take(name)
     assert bench.boundary
+
+
+def test_completed_batches_are_counted_and_timed() -> None:
+    bench = Bench(MAP)
+    for step in (1, 2):
+        wanted = bench.ask(step=step)
+        bench.answer_all()
+        check(bench, wanted)
+    assert bench.data.batches == 2
+    assert 0 < bench.data.longest_wait_s < bench.data.dispatch_s < 2 * bench.data.longest_wait_s
+    assert bench.data.combine_s > 0
+    bench.ask(step=3)
+    bench.data.end_late(time.monotonic() + 11)
+    assert bench.data.batches == 2
+
+
+def test_what_is_sent_again_carries_the_trace_of_its_batch(spans: InMemorySpanExporter) -> None:
+    """A shard dies and the next map replaces it: every frame names the router's span, and that one tells it all."""
+    bench = Bench(MAP)
+    wanted = bench.ask(traced=True)
+    first = bench.frame("a")
+    assert first is not None
+    bench.answer("a", first)
+    bench.kill("b")
+    bench.install(replaced(MAP, "b", "d", 2))
+    bench.answer_all()
+    check(bench, wanted)
+    (span,) = named(spans, "dispatch")
+    assert parent_id(span) == PARENT_ID
+    assert set(bench.traces) == {span.context.span_id}
+    figures = {key: about(span, key) for key in ("actor", "layer", "rows", "shards", "epoch", "reroutes")}
+    assert figures == {"actor": "router", "layer": 1, "rows": 5, "shards": 4, "epoch": 2, "reroutes": 2}
+    assert bench.data.reroutes == 2  # when it died, and by the new map
+    bench.ask(step=2)
+    bench.answer_all()
+    assert bench.traces[-1] is None
+    assert len(spans.get_finished_spans()) == 1
+
+
+def test_a_batch_that_is_given_up_ends_its_span(spans: InMemorySpanExporter) -> None:
+    bench = Bench(MAP)
+    bench.ask(step=1, traced=True)
+    bench.ask(step=2, traced=True)
+    bench.data.end_late(time.monotonic() + 11)
+    bench.ask(step=3, traced=True)
+    bench.drop(bench.source, PeerGone("gone"))
+    kinds = [span.attributes["error.type"] for span in spans.get_finished_spans()]
+    assert kinds == ["abandoned", "failed", "abandoned"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from actors.expert import ExpertShard
 from actors.messages import Kind, array_bytes, expect_parts, failure_text, tensor_from
@@ -16,6 +17,7 @@ from actors.settings import ModelSettings
 from actors.transport.base import Frame, FrameTag, Wire
 from actors.transport.local import LocalNetwork
 from tests.checkpoints import write_deepseek_v3
+from tests.span_recorder import PARENT_ID, TRACEPARENT, about, named, parent_id
 
 HELD = [(1, 0), (1, 1), (2, 3)]
 
@@ -46,11 +48,11 @@ def shard(checkpoint: Path) -> Iterator[tuple[ExpertShard, Wire]]:
     shard.stop()
 
 
-def ask(wire: Wire, layer: int, pair_row: list[int], experts: list[int], width: int) -> Frame:
+def ask(wire: Wire, layer: int, pair_row: list[int], experts: list[int], width: int, *trace: bytes) -> Frame:
     """Two rows of ones, of so many floats, to these experts."""
     rows = np.ones((2, width), np.float32)
     parts = [array_bytes(rows), array_bytes(np.array(pair_row, np.int32)), array_bytes(np.array(experts, np.int32))]
-    wire.send(Kind.DISPATCH, FrameTag(step=1, layer=layer), parts, soon())
+    wire.send(Kind.DISPATCH, FrameTag(epoch=6, step=1, layer=layer), [*parts, *trace], soon())
     return wire.recv(soon())
 
 
@@ -100,3 +102,30 @@ def test_a_keep_that_was_overtaken_by_a_later_load_is_ignored(shard: tuple[Exper
     assert actor.stats().experts == 4
     actor.keep(3, HELD)
     assert actor.stats().experts == 3
+
+
+def test_batches_are_counted_and_those_with_a_trace_make_a_span(
+    shard: tuple[ExpertShard, Wire], spans: InMemorySpanExporter
+) -> None:
+    actor, wire = shard
+    plain = ask(wire, 1, [0, 1, 1], [0, 0, 1], width(actor))
+    wanted = bytes(expect_parts(plain, 1)[0])
+    assert spans.get_finished_spans() == ()
+    marked = ask(wire, 1, [0, 1, 1], [0, 0, 1], width(actor), TRACEPARENT.encode())
+    assert (marked.kind, bytes(expect_parts(marked, 1)[0])) == (Kind.RESULTS, wanted)
+    (span,) = named(spans, "experts")
+    assert parent_id(span) == PARENT_ID
+    figures = {key: about(span, key) for key in ("actor", "layer", "epoch", "rows", "pairs", "experts")}
+    assert figures == {"actor": "expert-0", "layer": 1, "epoch": 6, "rows": 2, "pairs": 3, "experts": 2}
+    assert actor.stats().batches == 2
+    assert actor.stats().busy_s > 0
+
+
+def test_a_trace_that_cannot_be_read_is_a_request_that_cannot(
+    shard: tuple[ExpertShard, Wire], spans: InMemorySpanExporter
+) -> None:
+    actor, wire = shard
+    frame = ask(wire, 1, [0], [0], width(actor), b"00-nonsense")
+    assert (frame.kind, spans.get_finished_spans()) == (Kind.FAILED, ())
+    assert "its trace cannot be read: traceparent is '00-nonsense'" in failure_text(frame)
+    assert ask(wire, 1, [0], [0], width(actor)).kind == Kind.RESULTS

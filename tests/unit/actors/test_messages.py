@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from opentelemetry.trace import get_current_span
 
 from actors.engine.request import FinishReason, TokenEvent
 from actors.messages import (
@@ -15,8 +16,10 @@ from actors.messages import (
     tensor_bytes,
     tensor_from,
     tensor_part,
+    traced_parts,
 )
 from actors.transport.base import Frame, FrameTag, Medium, ProtocolError
+from tests.span_recorder import PARENT_ID, TRACEPARENT
 
 
 def frame(*parts: bytes) -> Frame:
@@ -45,6 +48,45 @@ def test_events_come_back() -> None:
     ]
     assert decode_tokens(frame(*(bytes(part) for part in encode_tokens(events)))) == events
     assert decode_tokens(frame(*(bytes(part) for part in encode_tokens([])))) == []
+
+
+def test_times_come_back_in_single_precision_and_only_where_they_were() -> None:
+    events = [
+        TokenEvent("a", 0, 5, queue_s=0.0, prefill_s=2.5),
+        TokenEvent("b", 7, 5),
+        TokenEvent("c", 0, 5, FinishReason.LENGTH, queue_s=1e-6, prefill_s=86_400.1),
+    ]
+    back = decode_tokens(frame(*(bytes(part) for part in encode_tokens(events))))
+    assert back[:2] == events[:2]
+    assert (back[2].queue_s, back[2].prefill_s) == pytest.approx((1e-6, 86_400.1), rel=1e-7)
+
+
+def test_a_trace_is_one_part_more() -> None:
+    assert traced_parts(frame(b"a", b"b"), 2)[1] is None
+    parts, trace = traced_parts(frame(b"a", b"b", TRACEPARENT.encode()), 2)
+    assert [bytes(part) for part in parts] == [b"a", b"b"]
+    assert trace is not None
+    assert get_current_span(trace).get_span_context().span_id == PARENT_ID
+
+
+@pytest.mark.parametrize(
+    "part", [b"", b"garbage", TRACEPARENT.encode()[:-1], TRACEPARENT.encode() + b" ", b"\xff" * 55]
+)
+def test_a_part_that_is_no_trace_is_refused(part: bytes) -> None:
+    with pytest.raises(ProtocolError, match="frame of kind 6: its trace cannot be read"):
+        traced_parts(frame(b"a", part), 1)
+
+
+def test_a_trace_belongs_in_host_memory() -> None:
+    came = Frame(Kind.DISPATCH, FrameTag(), (memoryview(b"a"), torch.zeros(55, dtype=torch.uint8)))
+    with pytest.raises(ProtocolError, match="belongs in host memory"):
+        traced_parts(came, 1)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_two_parts_more_or_one_less_are_no_trace(count: int) -> None:
+    with pytest.raises(ProtocolError, match=f"{count} parts, expected 2"):
+        traced_parts(frame(*[TRACEPARENT.encode()] * count), 2)
 
 
 def test_the_number_of_parts_is_checked() -> None:
