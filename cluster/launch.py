@@ -16,6 +16,7 @@ from cluster.config import ServerConfig
 from cluster.controller import Controller, Progress, StartFailed
 from cluster.fleet import ActorHandle, ActorUnreachable
 from cluster.gateway.settings import Doors
+from cluster.telemetry.process import process_telemetry
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,9 @@ def running_cluster(config: ServerConfig, on_progress: OnProgress = lambda _: No
     Errors of the start (NoRoom, CheckpointError, PortInUse, ...) come as they are; nothing is left running then.
     """
     refuse_open_door(config)
-    launch = _local_controller if config.transport == "local" else _ray_controller
-    with launch(config) as controller:
+    local = config.transport == "local"
+    launch = _local_controller if local else _ray_controller
+    with process_telemetry(config.telemetry, "local" if local else "serve"), launch(config) as controller:
         on_progress(Progress())
         start = controller.begin("start", controller)
         _await_start(controller, start, config.start_timeout_s, on_progress)

@@ -15,9 +15,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from actors.transport.base import EndpointLike, Wire
 from actors.transport.endpoint import Endpoint
-from cluster.config import ServerConfig
+from cluster.config import ServerConfig, TelemetryConfig
 from cluster.controller import Controller
 from cluster.fleet import ActorHandle, ActorUnreachable, Bundle, Fleet
+from cluster.telemetry.process import ProcessTelemetry
 from placement.bundles import create_group, node_of, ray_nodes, remove_group, wait_for_group
 from placement.spec import BundleRequest, Node
 from placement.spread import spread
@@ -26,6 +27,7 @@ NAMESPACE = "expertmesh"
 
 GROUP_PREFIX = "expertmesh-"
 
+_LAST_CALL = "stop"
 _CONCURRENCY = 16
 """Threads for control calls in an actor; the data plane has its own."""
 
@@ -46,12 +48,17 @@ class Hosted:
     private ones too: held like this, the object's own calls, several at each layer, stay plain.
     """
 
-    def __init__(self, role: type, *args: Any) -> None:
+    def __init__(self, telemetry: TelemetryConfig, name: str, role: type, *args: Any) -> None:
+        self._telemetry = ProcessTelemetry(telemetry, name)
         self._role = role(*args)
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call a public method of the object."""
-        return getattr(self._role, method)(*args)
+        """Call a public method of the object. After ``stop`` the process is only waiting for its end."""
+        try:
+            return getattr(self._role, method)(*args)
+        finally:
+            if method == _LAST_CALL:
+                self._telemetry.flush()
 
     def live(self) -> None:
         """Returns never: the call fails when the process ends, which tells its caller so within milliseconds."""
@@ -98,7 +105,7 @@ def _cause(error: RayActorError) -> str:
     return lines[-1] if "creation task" in lines[0] else lines[0]
 
 
-def start_actor(role: type, name: str, strategy: Any, gpus: float, *args: Any) -> RayHandle:
+def start_actor(role: type, name: str, strategy: Any, gpus: float, telemetry: TelemetryConfig, *args: Any) -> RayHandle:
     """Start ``role(*args)`` as a detached, named Ray actor. It sees the GPU of which it gets the part ``gpus``."""
     options = {
         "name": name,
@@ -111,7 +118,7 @@ def start_actor(role: type, name: str, strategy: Any, gpus: float, *args: Any) -
         "scheduling_strategy": strategy,
     }
     actor_class = ray.remote(type(role.__name__, (Hosted,), {}))
-    return RayHandle(name, actor_class.options(**options).remote(role, *args))
+    return RayHandle(name, actor_class.options(**options).remote(telemetry, name, role, *args))
 
 
 class AlreadyServing(RuntimeError):
@@ -122,14 +129,14 @@ class RayController(Controller):
     """The controller as an actor: its fleet is made in its own process."""
 
     def __init__(self, config: ServerConfig, secret: bytes) -> None:
-        super().__init__(config, RayFleet(secret))
+        super().__init__(config, RayFleet(secret, config.telemetry))
 
 
 def start_controller(name: str, config: ServerConfig, secret: bytes) -> RayHandle:
     """Start the controller on the node of this process. Raises AlreadyServing when another one was quicker."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     try:
-        return start_actor(RayController, name, here, 0, config, secret)
+        return start_actor(RayController, name, here, 0, config.telemetry, config, secret)
     except ValueError as error:
         raise AlreadyServing(f"this Ray cluster has a controller already: {error}") from error
 
@@ -137,8 +144,9 @@ def start_controller(name: str, config: ServerConfig, secret: bytes) -> RayHandl
 class RayFleet(Fleet):
     """Actors in placement groups, one group of one bundle per shard. Lives in the controller's process."""
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, telemetry: TelemetryConfig) -> None:
         self._endpoints = RayEndpoints(secret)
+        self._telemetry = telemetry
         self._home = ray.get_runtime_context().get_node_id()
         self._placed: dict[str, str] = {}
 
@@ -196,7 +204,8 @@ class RayFleet(Fleet):
         else:
             strategy = PlacementGroupSchedulingStrategy(bundle.handle, bundle.index)
         self._placed[name] = bundle.node_id if bundle else self._home
-        return start_actor(role, name, strategy, bundle.gpus if bundle else 0, name, *args, self._endpoints)
+        gpus = bundle.gpus if bundle else 0
+        return start_actor(role, name, strategy, gpus, self._telemetry, name, *args, self._endpoints)
 
     def node_id(self, handle: ActorHandle) -> str:
         """Known since it was spawned."""

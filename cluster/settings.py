@@ -83,6 +83,7 @@ class SettingsFactory:
             recovery_timeout_s=config.recovery_timeout_s,
             tls=config.gateway.tls,
             access=AccessList(config.access.tokens),
+            telemetry=config.telemetry,
         )
 
     def context_length(self, node_id: str) -> int:

@@ -12,9 +12,10 @@ from expertmesh.v1 import inference_pb2 as pb
 from cluster.access import Caller
 from cluster.gateway.answer import Answer
 from cluster.gateway.served_model import ServedModel
-from cluster.gateway.stream import Stream
+from cluster.gateway.stream import Stream, Watch
 from cluster.gateway.streams import Streams
 from cluster.gateway.validation import validate
+from cluster.telemetry.request import RequestObserver
 
 TRACE_HEADERS = ("traceparent", "tracestate")
 """W3C Trace Context, as gRPC metadata or HTTP headers."""
@@ -47,9 +48,10 @@ def operation_of(request: pb.GenerateRequest) -> Operation:
 class Inference:
     """What every door offers of the model; each door turns the messages and errors into its own protocol."""
 
-    def __init__(self, model: ServedModel, streams: Streams) -> None:
+    def __init__(self, model: ServedModel, streams: Streams, observer: RequestObserver) -> None:
         self.model = model
         self.streams = streams
+        self._observer = observer
         self.requests = 0
 
     async def generate(self, request: pb.GenerateRequest, call: Call) -> AsyncGenerator[pb.GenerateResponse]:
@@ -59,15 +61,20 @@ class Inference:
         Raises the ServiceError with which the call has to end.
         """
         self.requests += 1
+        tenant = call.caller.tenant
         stream: Stream | None = None
-        try:
-            # rendering and tokenising a long prompt takes time: not in the loop that serves every other stream
-            valid = await asyncio.to_thread(validate, request, self.model)
-            stream = await self.streams.open(valid, call.timeout_s, call.caller.tenant)
-            answer = Answer(valid, self.model)
-            while not answer.finished:
-                for message in answer.push(await self.streams.next_events(stream)):
-                    yield message
-        finally:
-            if stream is not None:
-                self.streams.close(stream)
+        with self._observer.begin(request, call.door, call.operation, tenant, call.trace) as observed:
+            try:
+                # rendering and tokenising a long prompt takes time: not in the loop that serves every other stream
+                valid = await asyncio.to_thread(validate, request, self.model)
+                observed.validated(valid)
+                watch = Watch(observed.traceparent, observed.arrived)
+                stream = await self.streams.open(valid, call.timeout_s, tenant, watch)
+                answer = Answer(valid, self.model)
+                while not answer.finished:
+                    for message in answer.push(await self.streams.next_events(stream)):
+                        observed.sent(message)
+                        yield message
+            finally:
+                if stream is not None:
+                    self.streams.close(stream)

@@ -21,6 +21,7 @@ from cluster.config import ConfigError
 from cluster.fleet import ActorHandle
 from cluster.gateway.chat import ChatTemplate
 from cluster.gateway.grpc_door import GrpcDoor, Health, HealthDoor
+from cluster.gateway.http.api import Watched, api, metrics_api
 from cluster.gateway.http.door import HttpDoor
 from cluster.gateway.inference import Inference
 from cluster.gateway.peers import AttentionPeer
@@ -28,6 +29,9 @@ from cluster.gateway.served_model import ServedModel, default_sampling, stop_ids
 from cluster.gateway.settings import Doors, GatewaySettings
 from cluster.gateway.streams import Streams
 from cluster.gateway.tokenizer import Tokenizer
+from cluster.telemetry.http_meter import HttpMeter
+from cluster.telemetry.metrics import GatewayMetrics
+from cluster.telemetry.request import RequestObserver
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +67,11 @@ class Gateway:
         self._model: ServedModel | None = None
         self._inference: Inference | None = None
         self._controller: ActorHandle | None = None
+        self._metrics: GatewayMetrics | None = None
         self._health = Health()
         self._open_doors: list[GrpcDoor | HealthDoor | HttpDoor] = []
         self._doors = Doors("")
+        self._stopping = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"{name}-grpc", daemon=True)
         self._thread.start()
@@ -139,6 +145,8 @@ class Gateway:
             return
         self._losses.close()
         self._await(self._close())
+        if self._metrics is not None:
+            self._metrics.close()
         self._endpoint.close()
         self._data.stop()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -151,18 +159,41 @@ class Gateway:
         assert self._model is not None
         assert self._controller is not None
         settings, health = self._settings, self._health
-        inference = self._inference = Inference(self._model, self._streams)
+        metrics = self._metrics = self._make_metrics(self._controller)
+        observer = RequestObserver(self._model.name, metrics.requests)
+        inference = self._inference = Inference(self._model, self._streams, observer)
         await health.start(lambda: self._streams.ready, self._streams.readiness_changed)
         doors = Doors(await self._open(GrpcDoor(inference, self._controller, health, settings)))
         if settings.health_port is not None:
             doors = replace(doors, health=await self._open(HealthDoor(health, settings.host, settings.health_port)))
+        watched = Watched(lambda: self._streams.ready and not self._stopping, metrics.exposition)
+        if settings.http_port is not None:
+            doors = replace(
+                doors, http=await self._open(self._http_door(inference, watched, metrics, settings.http_port))
+            )
+        if settings.metrics_port is not None:
+            app = HttpMeter(metrics_api(watched), metrics.requests.http)
+            door = HttpDoor(app, settings.host, settings.metrics_port, None, asyncio.Event())
+            doors = replace(doors, metrics=await self._open(door))
         return doors
+
+    def _http_door(self, inference: Inference, watched: Watched, metrics: GatewayMetrics, port: int) -> HttpDoor:
+        settings, closing = self._settings, asyncio.Event()
+        app = api(inference, settings.access, watched, settings.max_message, closing)
+        return HttpDoor(HttpMeter(app, metrics.requests.http), settings.host, port, settings.tls, closing)
+
+    def _make_metrics(self, controller: ActorHandle) -> GatewayMetrics:
+        streams = self._streams
+        return GatewayMetrics(
+            self._settings.telemetry, self.name, controller, lambda: len(streams), lambda: streams.replays
+        )
 
     async def _open(self, door: GrpcDoor | HealthDoor | HttpDoor) -> str:
         self._open_doors.append(door)
         return await door.open()
 
     async def _close(self) -> None:
+        self._stopping = True
         await self._health.stop()
         await self._streams.drain(_DRAIN_S)
         for door in self._open_doors:

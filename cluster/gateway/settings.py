@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.access import AccessList
-from cluster.config import TlsConfig
+from cluster.config import TelemetryConfig, TlsConfig
 
 
 class PortInUse(RuntimeError):
@@ -54,3 +54,4 @@ class GatewaySettings:
     recovery_timeout_s: float
     tls: TlsConfig | None
     access: AccessList
+    telemetry: TelemetryConfig

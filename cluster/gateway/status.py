@@ -23,7 +23,7 @@ _DESCRIPTION_BYTES = 1024
 _FIELD_BYTES = 256
 _ELLIPSIS = "…"
 
-_CODES: dict[type[errors.ServiceError], grpc.StatusCode] = {
+_CODES: dict[type[BaseException], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnknownModel: grpc.StatusCode.NOT_FOUND,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
@@ -39,6 +39,11 @@ _CODES: dict[type[errors.ServiceError], grpc.StatusCode] = {
 }
 
 _log = logging.getLogger(__name__)
+
+
+def status_code(error: BaseException) -> grpc.StatusCode:
+    """The code a call ends with; INTERNAL for anything outside the taxonomy."""
+    return _CODES.get(type(error), grpc.StatusCode.INTERNAL)
 
 
 def to_status(error: BaseException) -> status_pb2.Status:

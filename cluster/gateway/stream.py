@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,17 @@ from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
 from cluster.gateway.peers import AttentionPeer
 from cluster.gateway.search import Search
 from cluster.gateway.validation import ValidRequest
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Whoever observes a stream: its trace context (W3C) or "", and who is told of each event as it comes."""
+
+    traceparent: str
+    arrived: Callable[[TokenEvent], None]
+
+
+UNWATCHED = Watch("", lambda event: None)
 
 
 @dataclass(eq=False)
@@ -31,10 +43,19 @@ class Stream:
     """One request that was let in. It outlives its runs: ``log`` has every token that any of them gave, by index.
 
     ``deadline`` is the client's in event-loop time (seconds), infinite without one. ``client`` is (tenant, request id).
+    ``watch`` is told of every event.
     """
 
-    def __init__(self, client: tuple[str, str], request: ValidRequest, deadline: float, recovery_s: float) -> None:
+    def __init__(
+        self,
+        client: tuple[str, str],
+        request: ValidRequest,
+        deadline: float,
+        recovery_s: float,
+        watch: Watch = UNWATCHED,
+    ) -> None:
         self.client = client
+        self.watch = watch
         self.request = request
         self.deadline = deadline
         self.log: list[int] = []
@@ -89,6 +110,7 @@ class Stream:
             gateway=gateway,
             generated_ids=tuple(self.log),
             replay=self.admitted or self.doubtful,
+            traceparent=self.watch.traceparent,
         )
 
     def push(self, event: TokenEvent) -> None:
@@ -97,6 +119,7 @@ class Stream:
             self.log.append(event.token)
             self.search = Search(self._recovery_s)
         self.ended = self.ended or event.finish is not None
+        self.watch.arrived(event)
         self._events.append(event)
         self.wake()
 

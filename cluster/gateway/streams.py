@@ -32,7 +32,7 @@ from cluster.gateway.errors import (
 )
 from cluster.gateway.notice import Notice
 from cluster.gateway.peers import AttentionPeer, OnlyShard, Peers
-from cluster.gateway.stream import Run, Stream
+from cluster.gateway.stream import UNWATCHED, Run, Stream, Watch
 from cluster.gateway.validation import ValidRequest
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,9 @@ class Streams:
 
     # -- the calls ------------------------------------------------------------------------------------------------
 
-    async def open(self, request: ValidRequest, timeout_s: float | None, tenant: str) -> Stream:
+    async def open(
+        self, request: ValidRequest, timeout_s: float | None, tenant: str, watch: Watch = UNWATCHED
+    ) -> Stream:
         """Admit ``request`` on the shard with the fewest streams.
 
         A request with the id and body of a running one of the same tenant takes its place: the client has come back
@@ -140,7 +142,7 @@ class Streams:
         client = (tenant, request.request_id)
         request = self._supplant(client, request)
         deadline = math.inf if timeout_s is None else _now() + timeout_s
-        stream = Stream(client, request, deadline, self._recovery_timeout_s)
+        stream = Stream(client, request, deadline, self._recovery_timeout_s, watch)
         self._open.add(stream)
         self._by_client[client] = stream
         try:

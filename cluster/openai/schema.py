@@ -1,0 +1,185 @@
+"""The bodies of OpenAI's two generation endpoints: what is taken, and what only in its neutral value.
+
+A parameter that would change the answer and is not offered is refused by its name: a client that sends it must not
+take the answer for what it asked for. Its neutral value is accepted, since many clients send all they know. ``null`` is
+as if the field were left out. Source: the request types of the ``openai`` client, and vLLM's extra parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+UINT32 = 2**32 - 1
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+_Count = Annotated[int, Field(ge=1, le=UINT32)]
+_Id = Annotated[int, Field(ge=0, le=UINT32)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _neutral(*allowed: Any) -> AfterValidator:
+    """Nothing but the values that ask for what is done anyway."""
+
+    def check(value: Any) -> None:
+        if value is not None and not any(_same(value, one) for one in allowed):
+            words = " or ".join([*map(_shown, allowed), "to leave it out"])
+            raise PydanticCustomError("unsupported", f"is not supported here; allowed is {words}")
+
+    return AfterValidator(check)
+
+
+def _same(value: Any, other: Any) -> bool:
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
+
+
+def _shown(value: Any) -> str:
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value).replace("'", '"')
+
+
+def _text_or_list(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+def _kind_of_prompt(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<text>"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else None
+    return "<texts>" if isinstance(first, str) else "<lists>" if isinstance(first, list) else "<ids>"
+
+
+def _one(value: list[Any]) -> list[Any]:
+    if len(value) > 1:
+        raise PydanticCustomError("prompts", f"has {len(value)} prompts; allowed is one a request")
+    return value
+
+
+def _unicode(text: str) -> str:
+    """JSON can write half of a surrogate pair, UTF-8 cannot."""
+    if _SURROGATES.search(text):
+        raise PydanticCustomError("surrogate", "has a lone surrogate; allowed is Unicode text")
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_unicode)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Part(_Section):
+    """A piece of a message's content."""
+
+    type: Literal["text"]
+    text: _Text
+
+
+class Message(_Section):
+    """One of a conversation. What an answer of ours carries beside role and content may come back with it."""
+
+    role: _Text
+    content: Annotated[
+        Annotated[_Text, Tag("<text>")] | Annotated[list[Part], Tag("<list>")], Discriminator(_text_or_list)
+    ]
+    name: Annotated[Any, _neutral()] = None
+    refusal: Annotated[Any, _neutral()] = None
+    audio: Annotated[Any, _neutral()] = None
+    annotations: Annotated[Any, _neutral([])] = None
+    function_call: Annotated[Any, _neutral()] = None
+    tool_calls: Annotated[Any, _neutral([])] = None
+    tool_call_id: Annotated[Any, _neutral()] = None
+
+
+class StreamOptions(_Section):
+    """Padding against guesses from the sizes of packets is not offered; nor is the usage in every chunk."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[Any, _neutral(False)] = None
+    continuous_usage_stats: Annotated[Any, _neutral(False)] = None
+
+
+class Body(_Section):
+    """What both endpoints know."""
+
+    model: _Text | None = None
+    max_tokens: _Count | None = None
+    temperature: _Finite | None = None
+    top_p: _Finite | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
+    stop: (
+        Annotated[Annotated[_Text, Tag("<text>")] | Annotated[list[_Text], Tag("<list>")], Discriminator(_text_or_list)]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    # vLLM's
+    top_k: Annotated[int, Field(ge=-1, le=UINT32)] | None = None
+    stop_token_ids: list[_Id] | None = None
+    ignore_eos: bool | None = None
+    min_p: Annotated[Any, _neutral(0)] = None
+    min_tokens: Annotated[Any, _neutral(0)] = None
+    repetition_penalty: Annotated[Any, _neutral(1)] = None
+
+    # without effect on the answer
+    user: str | None = None
+
+    n: Annotated[Any, _neutral(1)] = None
+    frequency_penalty: Annotated[Any, _neutral(0)] = None
+    presence_penalty: Annotated[Any, _neutral(0)] = None
+    logit_bias: Annotated[Any, _neutral({})] = None
+
+
+class CompletionBody(Body):
+    """/v1/completions."""
+
+    prompt: Annotated[
+        Annotated[_Text, Tag("<text>")]
+        | Annotated[list[_Id], Tag("<ids>")]
+        | Annotated[list[_Text], AfterValidator(_one), Tag("<texts>")]
+        | Annotated[list[list[_Id]], AfterValidator(_one), Tag("<lists>")],
+        Discriminator(_kind_of_prompt),
+    ]
+    best_of: Annotated[Any, _neutral(1)] = None
+    echo: Annotated[Any, _neutral(False)] = None
+    logprobs: Annotated[Any, _neutral()] = None
+    suffix: Annotated[Any, _neutral("")] = None
+
+
+class ChatBody(Body):
+    """/v1/chat/completions."""
+
+    messages: list[Message]
+    max_completion_tokens: _Count | None = None
+
+    # without effect on the answer
+    metadata: dict[str, str] | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+
+    audio: Annotated[Any, _neutral()] = None
+    function_call: Annotated[Any, _neutral("none", "auto")] = None
+    functions: Annotated[Any, _neutral([])] = None
+    logprobs: Annotated[Any, _neutral(False)] = None
+    modalities: Annotated[Any, _neutral(["text"])] = None
+    moderation: Annotated[Any, _neutral()] = None
+    prediction: Annotated[Any, _neutral()] = None
+    prompt_cache_options: Annotated[Any, _neutral()] = None
+    reasoning_effort: Annotated[Any, _neutral("none")] = None
+    response_format: Annotated[Any, _neutral({"type": "text"})] = None
+    service_tier: Annotated[Any, _neutral("auto", "default")] = None
+    store: Annotated[Any, _neutral(False)] = None
+    tool_choice: Annotated[Any, _neutral("none", "auto")] = None
+    tools: Annotated[Any, _neutral([])] = None
+    top_logprobs: Annotated[Any, _neutral(0)] = None
+    verbosity: Annotated[Any, _neutral("medium")] = None
+    web_search_options: Annotated[Any, _neutral()] = None

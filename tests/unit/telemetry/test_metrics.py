@@ -1,0 +1,73 @@
+"""What a scrape gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.config import TelemetryConfig
+from cluster.telemetry.figures import METRICS
+from cluster.telemetry.metrics import GatewayMetrics
+from tests.unit.telemetry.controllers import Controller, view
+
+
+@pytest.fixture
+def controller() -> Controller:
+    """It answers."""
+    return Controller(view(expert_map_epoch=3))
+
+
+@pytest.fixture
+def metrics(controller: Controller) -> Iterator[GatewayMetrics]:
+    """Those of a gateway with two streams."""
+    made = GatewayMetrics(TelemetryConfig(), "gateway-0", controller, lambda: 2, lambda: 5)
+    yield made
+    made.close()
+
+
+def scraped(metrics: GatewayMetrics) -> dict[str, dict[tuple[str, ...], float]]:
+    """Samples of each name, by the values of their labels."""
+    samples: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in text_string_to_metric_families(metrics.exposition().decode()):
+        for sample in family.samples:
+            samples.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+    return samples
+
+
+def test_gateway_and_cluster_are_in_one_exposition(metrics: GatewayMetrics) -> None:
+    samples = scraped(metrics)
+
+    assert samples["expertmesh_streams_open"] == {(): 2}
+    assert samples["expertmesh_replays_total"] == {(): 5}
+    assert samples["expertmesh_controller_up"] == {(): 1}
+    assert samples["expertmesh_expert_map_epoch"] == {(): 3}
+    assert samples["expertmesh_expert_rows_total"] == {("expert-0",): 30}
+
+
+def test_without_the_controller_its_series_are_absent(metrics: GatewayMetrics, controller: Controller) -> None:
+    controller.view = None
+    samples = scraped(metrics)
+
+    assert samples["expertmesh_controller_up"] == {(): 0}
+    assert samples["expertmesh_streams_open"] == {(): 2}
+    ours = {metric.name.replace(".", "_") for metric in METRICS}
+    assert not [name for name in samples if name.removesuffix("_total") in ours]
+
+
+def test_one_scrape_asks_the_controller_once(metrics: GatewayMetrics, controller: Controller) -> None:
+    metrics.exposition()
+    metrics.exposition()
+    assert controller.asked == 1
+
+
+def test_two_gateways_of_a_process_do_not_mix(metrics: GatewayMetrics) -> None:
+    other = GatewayMetrics(TelemetryConfig(), "gateway-1", Controller(None), lambda: 9, lambda: 0)
+    other.requests.prompt_tokens.add(7)
+    try:
+        assert scraped(other)["expertmesh_prompt_tokens_total"] == {(): 7}
+        assert "expertmesh_prompt_tokens_total" not in scraped(metrics)
+        assert scraped(metrics)["expertmesh_streams_open"] == {(): 2}
+    finally:
+        other.close()
