@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from expertmesh.v1 import control_pb2 as pb
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from actors.attention import AttentionShard
 from actors.expert import ExpertShard
@@ -87,12 +89,23 @@ def test_a_replica_dies_in_mid_stream(
         until(lambda: client.load(pb.ROLE_GATEWAY)[0].gateway.replays >= 16)
 
 
-def test_a_gateway_that_dies_is_replaced_at_its_address(checkpoint: tuple[Path, Any], local: Local) -> None:
-    with running(local(checkpoint[0])) as (client, controller):
+def test_a_gateway_that_dies_is_replaced_at_its_addresses(checkpoint: tuple[Path, Any], local: Local) -> None:
+    every_door = {"gateway.health_port": 0, "gateway.metrics_port": 0}
+    with running(local(checkpoint[0], **every_door)) as (client, controller):
         assert len(client.tokens(PROMPTS[0], 4)) == 4
+        doors = controller._gateways._doors
+        assert doors is not None
         crash(controller, "gateway-0")
         until(lambda: answers(client))
         assert names(client, pb.ROLE_GATEWAY) == ["gateway-1"]
+        until(lambda: controller._gateways._doors is not doors)
+        assert controller._gateways._doors == doors
+        assert httpx.get(f"http://{doors.http}/v1/models", timeout=30).json()["data"]
+        assert httpx.get(f"http://{doors.metrics}/health", timeout=30).json() == {"status": "ok"}
+        with grpc.insecure_channel(doors.health) as channel:
+            request = health_pb2.HealthCheckRequest(service="expertmesh.v1.Inference")
+            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=30)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 def answers(client: Client) -> bool:
