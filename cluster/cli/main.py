@@ -17,6 +17,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+batch = typer.Typer(help="Offline inference: a file of requests in, a file of answers out.", no_args_is_help=True)
+app.add_typer(batch, name="batch")
+
 
 @app.command()
 def serve(
@@ -54,6 +57,36 @@ def generate(
 
     sampling = Sampling(temperature, top_p, top_k, seed)
     return run_generate(text, connection, chat, max_tokens, sampling, stop or [])
+
+
+@batch.command("run")
+@connecting
+def batch_run(
+    connection: Connection,
+    requests: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One request a line, as OpenAI's batch API.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="OUT.jsonl", help="Answers; what is there already is not redone.")
+    ],
+    concurrency: Annotated[int, typer.Option(min=1, max=4096, help="Requests at the gateway at once.")] = 32,
+    retries: Annotated[int, typer.Option(min=0, help="Attempts after the first, before a row counts as failed.")] = 5,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds that the cluster may be away or full.")] = 300.0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Keys the draws of rows without a seed; unset: the input does.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Do the rows of OUT.jsonl.errors.jsonl again.")
+    ] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on although input, model or seed are not those of the output.")
+    ] = False,
+) -> int:
+    """Answer every row of a file; killed or stopped at any time, the same command goes on."""
+    from cluster.batch.job import Wanted
+    from cluster.batch.run import Limits
+    from cluster.cli.batch import run_batch
+
+    wanted = Wanted(seed, accept_changes, retry_failed)
+    return run_batch(connection, requests, output, wanted, Limits(concurrency, retries), patience)
 
 
 @app.command()

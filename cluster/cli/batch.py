@@ -1,0 +1,162 @@
+"""``expertmesh batch run``: a file of requests to a running cluster, with progress, a summary and an exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cluster.batch.errors import BatchError
+from cluster.batch.gateway import KEEPALIVE, Gateway
+from cluster.batch.job import Job, Wanted, open_job
+from cluster.batch.patience import Patience
+from cluster.batch.run import Limits, run_job
+from cluster.batch.tally import Tally
+from cluster.cli.client import complain, explain
+from cluster.cli.connection import Connection
+
+_STOPPED = 130
+_REDRAW_S = 0.25
+_LINE_S = 10.0
+_TROUBLE_S = 3.0
+
+
+def run_batch(
+    connection: Connection, requests: Path, output: Path, wanted: Wanted, limits: Limits, patience_s: float
+) -> int:
+    """Answer every row; the exit status: 0 all of them, 1 not all, 130 stopped."""
+    try:
+        with open_job(requests, output, wanted) as job:
+            for note in job.notes:
+                _say(note)
+            return _run(job, connection, limits, patience_s)
+    except BatchError as error:
+        return complain(str(error))
+    except KeyboardInterrupt:
+        _say("stopped before anything was sent")
+        return _STOPPED
+
+
+def _run(job: Job, connection: Connection, limits: Limits, patience_s: float) -> int:
+    tally, began = job.tally, time.monotonic()
+    if tally.left:
+        try:
+            asyncio.run(_answer(job, connection, limits, Patience(patience_s)))
+        except BatchError as error:
+            status = complain(str(error))
+            if tally.finished:
+                _say(_how_to_go_on(tally))
+            return status
+    if tally.left:
+        _say(f"stopped: {_how_to_go_on(tally)}")
+        return _STOPPED
+    print(summary(tally, time.monotonic() - began), flush=True)
+    if tally.all_failed:
+        _say(f"failed rows: {tally.all_failed}, see {job.errors.path}; --retry-failed does them again")
+    return 1 if tally.all_failed else 0
+
+
+async def _answer(job: Job, connection: Connection, limits: Limits, patience: Patience) -> None:
+    """Until all rows are answered, or SIGINT or SIGTERM comes."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    async with _open_channel(connection) as channel, _shown(job.tally, patience):
+        gateway = Gateway(channel, connection.token, lambda error: explain(error, connection))
+        await run_job(job, gateway, limits, patience, stop)
+
+
+@asynccontextmanager
+async def _open_channel(connection: Connection) -> AsyncIterator[grpc.aio.Channel]:
+    """As ``cluster.cli.client.open_channel``, for many calls at the same time."""
+    options: list[tuple[str, int]] = list(KEEPALIVE)
+    if connection.tls is None:
+        # a token in plaintext is for this machine alone, and not for the proxy that http_proxy names
+        options += [("grpc.enable_http_proxy", 0)] if connection.token else []
+        channel = grpc.aio.insecure_channel(connection.target, options)
+    else:
+        tls = connection.tls
+        credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
+        channel = grpc.aio.secure_channel(connection.target, credentials, options)
+    async with channel:
+        yield channel
+
+
+def summary(tally: Tally, seconds: float) -> str:
+    """The last line."""
+    earlier = tally.earlier + tally.earlier_failed
+    repeated = f", {tally.repeated} attempts repeated" if tally.repeated else ""
+    return (
+        f"{tally.rows} rows ({earlier} finished earlier), {tally.all_failed} failed{repeated}; {tally.prompt_tokens} "
+        f"prompt and {tally.completion_tokens} completion tokens in {seconds:.1f} s, "
+        f"{_rate(tally.completion_tokens, seconds)}"
+    )
+
+
+@asynccontextmanager
+async def _shown(tally: Tally, patience: Patience) -> AsyncIterator[None]:
+    """Progress on stderr meanwhile: a bar on a terminal, else a line now and then."""
+    console = Console(stderr=True)
+    showing = asyncio.create_task(_bar(console, tally, patience) if console.is_terminal else _lines(tally, patience))
+    try:
+        yield
+    finally:
+        showing.cancel()
+        await asyncio.wait((showing,))
+
+
+async def _lines(tally: Tally, patience: Patience) -> None:
+    began = time.monotonic()
+    while True:
+        await asyncio.sleep(_LINE_S)
+        seconds = time.monotonic() - began
+        done = tally.answered + tally.failed
+        left = f", about {seconds / done * tally.left:.0f} s left" if done else ""
+        _say(f"{tally.finished}/{tally.rows} rows, {_rates(tally, seconds)}{left}{_trouble(patience)}")
+
+
+async def _bar(console: Console, tally: Tally, patience: Patience) -> None:
+    began = time.monotonic()
+    text = TextColumn("{task.description}", markup=False)
+    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text, console=console) as progress:
+        task = progress.add_task("", total=tally.rows, completed=tally.finished)
+
+        def redraw() -> None:
+            told = _rates(tally, time.monotonic() - began) + _trouble(patience)
+            progress.update(task, completed=tally.finished, description=told)
+
+        try:
+            while True:
+                redraw()
+                await asyncio.sleep(_REDRAW_S)
+        finally:
+            redraw()
+
+
+def _rates(tally: Tally, seconds: float) -> str:
+    return f"{tally.all_failed} failed, {_rate(tally.streamed, seconds)}"
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / seconds:.1f} tokens/s" if seconds else "0.0 tokens/s"
+
+
+def _trouble(patience: Patience) -> str:
+    trouble = patience.lasting(_TROUBLE_S)
+    return f"; waiting: {trouble}" if trouble else ""
+
+
+def _how_to_go_on(tally: Tally) -> str:
+    return f"{tally.finished} of {tally.rows} rows are finished and on disk; the same command goes on with the others"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
