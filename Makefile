@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PROTOS := $(wildcard protos/expertmesh/v1/*.proto)
 
-.PHONY: help setup demo test lint format protos bench picture clean
+.PHONY: help setup demo test lint check-manifests format protos bench picture clean
 
 help:  ## List the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## Create .venv with everything pinned in constraints.txt
 
@@ -26,12 +26,15 @@ demo: setup  ## Start a cluster, stream one chat answer, show what runs where, s
 test: setup  ## Run every test
 	$(BIN)/python -m pytest
 
-lint: setup  ## ruff, mypy, import contracts, protos
+lint: setup check-manifests  ## ruff, mypy, import contracts, protos, manifests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
+
+check-manifests: setup  ## Check k8s/ and the Dockerfile, without a cluster and without Docker
+	$(BIN)/python -m tests.manifests
 
 format: setup  ## Format the code
 	$(BIN)/ruff check --fix .

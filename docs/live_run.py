@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-_WIDTH = 128
+_WIDTH = 140
 _QUESTION = "What is the capital of France?"
 
 
