@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import grpc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -20,7 +19,7 @@ from cluster.batch.job import Job, Wanted, open_job
 from cluster.batch.patience import Patience
 from cluster.batch.run import Limits, run_job
 from cluster.batch.tally import Tally
-from cluster.cli.client import complain, explain
+from cluster.cli.client import complain, explain, open_aio_channel
 from cluster.cli.connection import Connection
 
 _STOPPED = 130
@@ -69,25 +68,9 @@ async def _answer(job: Job, connection: Connection, limits: Limits, patience: Pa
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    async with _open_channel(connection) as channel, _shown(job.tally, patience):
+    async with open_aio_channel(connection, KEEPALIVE) as channel, _shown(job.tally, patience):
         gateway = Gateway(channel, connection.token, lambda error: explain(error, connection))
         await run_job(job, gateway, limits, patience, stop)
-
-
-@asynccontextmanager
-async def _open_channel(connection: Connection) -> AsyncIterator[grpc.aio.Channel]:
-    """As ``cluster.cli.client.open_channel``, for many calls at the same time."""
-    options: list[tuple[str, int]] = list(KEEPALIVE)
-    if connection.tls is None:
-        # a token in plaintext is for this machine alone, and not for the proxy that http_proxy names
-        options += [("grpc.enable_http_proxy", 0)] if connection.token else []
-        channel = grpc.aio.insecure_channel(connection.target, options)
-    else:
-        tls = connection.tls
-        credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
-        channel = grpc.aio.secure_channel(connection.target, credentials, options)
-    async with channel:
-        yield channel
 
 
 def summary(tally: Tally, seconds: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,20 @@ from cluster.cli.connection import TOKEN_VARIABLE, ClientTls, Connection
 
 def open_channel(connection: Connection) -> grpc.Channel:
     """A channel whose calls carry the connection's token. Close it, or use it as a context manager."""
-    # a token in plaintext is for this machine alone, and not for the proxy that http_proxy names
-    options = [("grpc.enable_http_proxy", 0)] if connection.token and connection.tls is None else []
+    options = _options(connection)
     if connection.tls is None:
         channel = grpc.insecure_channel(connection.target, options)
     else:
         channel = grpc.secure_channel(connection.target, _credentials(connection.tls), options)
     return grpc.intercept_channel(channel, _Bearer(connection.token)) if connection.token else channel
+
+
+def open_aio_channel(connection: Connection, options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Channel:
+    """The same for many calls in an event loop, but for the token: these calls have to carry it themselves."""
+    options = [*options, *_options(connection)]
+    if connection.tls is None:
+        return grpc.aio.insecure_channel(connection.target, options)
+    return grpc.aio.secure_channel(connection.target, _credentials(connection.tls), options)
 
 
 def explain(error: grpc.RpcError, connection: Connection) -> str:
@@ -56,6 +63,11 @@ def _no_answer(connection: Connection, details: str) -> str:
     if "Socket closed" in details and tls is not None and tls.certificate is None:
         return f"the server at {target} closed the TLS connection; does it want a certificate (--cert, --key)?"
     return f"no gateway answers at {target} (is `expertmesh serve` running? --target HOST:PORT chooses another)"
+
+
+def _options(connection: Connection) -> list[tuple[str, int]]:
+    # a token in plaintext is for this machine alone, and not for the proxy that http_proxy names
+    return [("grpc.enable_http_proxy", 0)] if connection.token and connection.tls is None else []
 
 
 def _credentials(tls: ClientTls) -> grpc.ChannelCredentials:
