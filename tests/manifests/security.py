@@ -1,0 +1,110 @@
+"""What every pod has to give up: root, capabilities, a writable root file system, whatever it does not name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from tests.manifests.documents import Document
+from tests.manifests.pods import HEAD_GROUP, Pod, pods_of
+
+OPERATOR_MADE = {
+    ("Secret", "expertmesh-access"),
+    ("Secret", "expertmesh-tls"),
+    ("Secret", "expertmesh-batch"),
+    ("PersistentVolumeClaim", "expertmesh-models"),
+}
+"""Not in the manifests: their contents are the operator's. docs/deploy.md says how to make them."""
+
+_POD = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+_CONTAINER = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+}
+_VOLUMES = {"emptyDir", "configMap", "secret", "persistentVolumeClaim"}
+_HOST = ("hostNetwork", "hostPID", "hostIPC")
+
+
+def security_problems(documents: Iterable[Document]) -> Iterator[str]:
+    """Of every pod template, and of the container that KubeRay puts beside the head."""
+    documents = list(documents)
+    made = {(d["kind"], d["metadata"]["name"]) for d in documents} | OPERATOR_MADE
+    for pod in pods_of(documents):
+        yield from _pod_problems(pod)
+        yield from _volume_problems(pod, made)
+        for container in pod.containers:
+            yield from _container_problems(f"{pod.where}: {container['name']}", container)
+    for document in documents:
+        if document["kind"] == "RayCluster":
+            yield from _autoscaler_problems(document)
+
+
+def _pod_problems(pod: Pod) -> Iterator[str]:
+    context = pod.spec.get("securityContext", {})
+    yield from _differences(f"{pod.where}: securityContext", context, _POD)
+    for key in ("runAsUser", "runAsGroup"):
+        if not context.get(key):
+            yield f"{pod.where}: securityContext.{key}: {context.get(key)}, must be a number other than 0"
+    for key in _HOST:
+        if pod.spec.get(key):
+            yield f"{pod.where}: {key} is not allowed"
+    # only the autoscaler, beside the head, has something to ask the API server
+    if pod.spec.get("automountServiceAccountToken") is not (pod.group == HEAD_GROUP):
+        yield f"{pod.where}: automountServiceAccountToken must be said: true for the head, else false"
+
+
+def _container_problems(where: str, container: dict[str, Any]) -> Iterator[str]:
+    context = container.get("securityContext", {})
+    yield from _differences(f"{where}: securityContext", context, _CONTAINER)
+    if unknown := context.keys() - _CONTAINER.keys():
+        yield f"{where}: securityContext: {', '.join(sorted(unknown))} not allowed; allowed: {', '.join(_CONTAINER)}"
+    resources = container.get("resources", {})
+    for part in ("requests", "limits"):
+        if missing := {"cpu", "memory"} - resources.get(part, {}).keys():
+            yield f"{where}: resources.{part}: {', '.join(sorted(missing))} missing"
+    if resources.get("requests", {}).get("memory") != resources.get("limits", {}).get("memory"):
+        yield f"{where}: resources: memory of requests and limits differ; what is promised must be there"
+
+
+def _volume_problems(pod: Pod, made: set[tuple[str, str]]) -> Iterator[str]:
+    volumes = {volume["name"]: volume for volume in pod.spec.get("volumes", [])}
+    mounts = [mount for container in pod.containers for mount in container.get("volumeMounts", [])]
+    mounted = {mount["name"] for mount in mounts}
+    if unknown := mounted - volumes.keys():
+        yield f"{pod.where}: volumeMounts: no volume {', '.join(sorted(unknown))}"
+    if unused := volumes.keys() - mounted:
+        yield f"{pod.where}: volumes: {', '.join(sorted(unused))} not mounted"
+    if "/tmp" not in {m["mountPath"] for m in mounts if "emptyDir" in volumes.get(m["name"], {})}:
+        yield f"{pod.where}: /tmp must be an emptyDir: Ray writes there, and the root file system is read-only"
+    for name, volume in volumes.items():
+        if refused := volume.keys() - _VOLUMES - {"name"}:
+            yield f"{pod.where}: volume {name}: {', '.join(sorted(refused))} not allowed"
+        for reference in _references(volume):
+            if reference not in made:
+                yield f"{pod.where}: volume {name}: no {'/'.join(reference)}"
+
+
+def _references(volume: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if "configMap" in volume:
+        yield "ConfigMap", volume["configMap"]["name"]
+    if "secret" in volume:
+        yield "Secret", volume["secret"]["secretName"]
+    if "persistentVolumeClaim" in volume:
+        yield "PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]
+
+
+def _autoscaler_problems(document: Document) -> Iterator[str]:
+    options = document["spec"].get("autoscalerOptions", {})
+    where = f"{document['kind']}/{document['metadata']['name']}: autoscalerOptions"
+    yield from _differences(f"{where}.securityContext", options.get("securityContext", {}), _CONTAINER)
+    volumes = {v["name"] for v in document["spec"]["headGroupSpec"]["template"]["spec"].get("volumes", [])}
+    mounts = {mount["name"] for mount in options.get("volumeMounts", [])}
+    if unknown := mounts - volumes:
+        yield f"{where}.volumeMounts: the head has no volume {', '.join(sorted(unknown))}"
+
+
+def _differences(where: str, found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            yield f"{where}.{key}: {found.get(key)}, must be {value}"
