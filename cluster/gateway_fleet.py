@@ -42,7 +42,7 @@ class GatewayFleet:
         gateway.handle.call("connect", *arguments, timeout_s=left(deadline))
         doors = gateway.handle.call("serve", timeout_s=left(deadline))
         assert isinstance(doors, Doors)
-        self._doors = doors
+        self._doors = self._doors or doors  # the first one's: a successor may have to do without one of them
         self._losses.follow(gateway)
         return doors
 
@@ -75,4 +75,5 @@ def _reopening(settings: GatewaySettings, doors: Doors) -> GatewaySettings:
         http_port=port(doors.http),
         health_port=port(doors.health),
         metrics_port=port(doors.metrics),
+        succeeds=True,
     )

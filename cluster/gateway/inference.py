@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -61,6 +62,8 @@ class Inference:
         Raises the ServiceError with which the call has to end.
         """
         self.requests += 1
+        now = asyncio.get_running_loop().time
+        deadline = math.inf if call.timeout_s is None else now() + call.timeout_s
         tenant = call.caller.tenant
         stream: Stream | None = None
         with self._observer.begin(request, call.door, call.operation, tenant, call.trace) as observed:
@@ -69,7 +72,8 @@ class Inference:
                 valid = await asyncio.to_thread(validate, request, self.model)
                 observed.validated(valid)
                 watch = Watch(observed.traceparent, observed.arrived)
-                stream = await self.streams.open(valid, call.timeout_s, tenant, watch)
+                left = None if call.timeout_s is None else deadline - now()
+                stream = await self.streams.open(valid, left, tenant, watch)
                 answer = Answer(valid, self.model)
                 while not answer.finished:
                     for message in answer.push(await self.streams.next_events(stream)):

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from cluster.gateway.http.door import HttpDoor
 from cluster.gateway.inference import Inference
 from cluster.gateway.peers import AttentionPeer
 from cluster.gateway.served_model import ServedModel, default_sampling, stop_ids
-from cluster.gateway.settings import Doors, GatewaySettings
+from cluster.gateway.settings import Doors, GatewaySettings, PortInUse
 from cluster.gateway.streams import Streams
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.telemetry.http_meter import HttpMeter
@@ -69,7 +70,7 @@ class Gateway:
         self._controller: ActorHandle | None = None
         self._metrics: GatewayMetrics | None = None
         self._health = Health()
-        self._open_doors: list[GrpcDoor | HealthDoor | HttpDoor] = []
+        self._open_doors = AsyncExitStack()
         self._doors = Doors("")
         self._stopping = False
         self._loop = asyncio.new_event_loop()
@@ -165,16 +166,18 @@ class Gateway:
         await health.start(lambda: self._streams.ready, self._streams.readiness_changed)
         doors = Doors(await self._open(GrpcDoor(inference, self._controller, health, settings)))
         if settings.health_port is not None:
-            doors = replace(doors, health=await self._open(HealthDoor(health, settings.host, settings.health_port)))
+            doors = replace(
+                doors, health=await self._open_beside(HealthDoor(health, settings.host, settings.health_port))
+            )
         watched = Watched(lambda: self._streams.ready and not self._stopping, metrics.exposition)
         if settings.http_port is not None:
             doors = replace(
-                doors, http=await self._open(self._http_door(inference, watched, metrics, settings.http_port))
+                doors, http=await self._open_beside(self._http_door(inference, watched, metrics, settings.http_port))
             )
         if settings.metrics_port is not None:
             app = HttpMeter(metrics_api(watched), metrics.requests.http)
             door = HttpDoor(app, settings.host, settings.metrics_port, None, asyncio.Event())
-            doors = replace(doors, metrics=await self._open(door))
+            doors = replace(doors, metrics=await self._open_beside(door))
         return doors
 
     def _http_door(self, inference: Inference, watched: Watched, metrics: GatewayMetrics, port: int) -> HttpDoor:
@@ -189,15 +192,24 @@ class Gateway:
         )
 
     async def _open(self, door: GrpcDoor | HealthDoor | HttpDoor) -> str:
-        self._open_doors.append(door)
+        self._open_doors.push_async_callback(door.close)
         return await door.open()
+
+    async def _open_beside(self, door: HealthDoor | HttpDoor) -> str:
+        """As ``_open``, but a successor does without a door that somebody has taken meanwhile: gRPC needs it."""
+        try:
+            return await self._open(door)
+        except PortInUse as error:
+            if not self._settings.succeeds:
+                raise
+            log.error("%s; this gateway goes on without that door", error)
+            return ""
 
     async def _close(self) -> None:
         self._stopping = True
         await self._health.stop()
         await self._streams.drain(_DRAIN_S)
-        for door in self._open_doors:
-            await door.close()
+        await self._open_doors.aclose()
 
     def _await(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -38,7 +38,7 @@ class Doors:
 class GatewaySettings:
     """Of the ports 0 takes any free one, None leaves the door out. ``max_message`` in bytes, both directions. ``tls``
     None: plaintext. ``recovery_timeout_s``: how long a stream that lost its attention shard goes on without a new
-    token."""
+    token. ``succeeds``: it takes the place of a gateway that died, at the same ports."""
 
     model_path: Path
     model_name: str
@@ -55,3 +55,4 @@ class GatewaySettings:
     tls: TlsConfig | None
     access: AccessList
     telemetry: TelemetryConfig
+    succeeds: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -27,23 +28,24 @@ class WellFormed(grpc.aio.ServerInterceptor):
         parse = getattr(handler, "request_deserializer", None)
         if parse is None or handler.request_streaming:
             return handler
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                _streaming(handler.unary_stream, parse), response_serializer=handler.response_serializer
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            _single(handler.unary_unary, parse), response_serializer=handler.response_serializer
-        )
+        serializer = handler.response_serializer
+        if not handler.response_streaming:
+            method = _awaited(handler.unary_unary, parse)
+            return grpc.unary_unary_rpc_method_handler(method, response_serializer=serializer)
+        # a stream is answered by a generator, or by a coroutine that writes, as Watch of the health service
+        streaming: Any = _generated if inspect.isasyncgenfunction(handler.unary_stream) else _awaited
+        method = streaming(handler.unary_stream, parse)
+        return grpc.unary_stream_rpc_method_handler(method, response_serializer=serializer)
 
 
-def _single(method: Callable[..., Awaitable[Any]], parse: _Parse) -> Callable[..., Awaitable[Any]]:
+def _awaited(method: Callable[..., Awaitable[Any]], parse: _Parse) -> Callable[..., Awaitable[Any]]:
     async def handle(data: bytes, context: grpc.aio.ServicerContext) -> Any:
         return await method(await _read(data, parse, context), context)
 
     return handle
 
 
-def _streaming(method: Callable[..., AsyncGenerator[Any]], parse: _Parse) -> Callable[..., AsyncIterator[Any]]:
+def _generated(method: Callable[..., AsyncGenerator[Any]], parse: _Parse) -> Callable[..., AsyncIterator[Any]]:
     async def handle(data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         async with aclosing(method(await _read(data, parse, context), context)) as messages:
             async for message in messages:

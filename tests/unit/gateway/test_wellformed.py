@@ -9,6 +9,7 @@ import pytest
 from expertmesh.v1 import inference_pb2 as pb
 from expertmesh.v1 import inference_pb2_grpc
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from cluster.gateway.wellformed import WellFormed
@@ -34,6 +35,7 @@ class Echo(inference_pb2_grpc.InferenceServicer):
 @pytest.fixture
 async def channel() -> AsyncIterator[grpc.aio.Channel]:
     server = grpc.aio.server(interceptors=[WellFormed()])
+    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
     inference_pb2_grpc.add_InferenceServicer_to_server(Echo(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -46,6 +48,15 @@ async def test_messages_pass(channel: grpc.aio.Channel) -> None:
     stub = inference_pb2_grpc.InferenceStub(channel)
     assert [m.text async for m in stub.Generate(pb.GenerateRequest(prompt="é"), timeout=20)] == ["é", "é"]
     assert (await stub.Abort(pb.AbortRequest(request_id="x"), timeout=20)).aborted
+
+
+async def test_a_stream_that_a_coroutine_writes_passes(channel: grpc.aio.Channel) -> None:
+    """As the health service's Watch does."""
+    stub, request = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckRequest()
+    watch = stub.Watch(request, timeout=20)
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    watch.cancel()
+    assert (await stub.Check(request, timeout=20)).status == health_pb2.HealthCheckResponse.SERVING
 
 
 @pytest.mark.parametrize("data", BROKEN)
