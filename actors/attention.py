@@ -10,15 +10,15 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from actors.engine.kv_blocks import BlockAllocator
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
 from actors.engine.scheduler import NeverFits, QueueFull, Scheduler, SchedulerLimits, StepPlan
+from actors.log_fields import fields
 from actors.loop import LoopThread
 from actors.messages import Kind, encode_tokens
 from actors.model.decoder import AttentionModel
@@ -26,11 +26,11 @@ from actors.model.families import load_spec
 from actors.model.kv_cache import KVCache
 from actors.model.weights import Checkpoint
 from actors.moe_client import MoEClient, MoEUnavailable
-from actors.request_spans import RequestSpans
+from actors.observer import ShardObserver
 from actors.settings import EngineSettings, ModelSettings
 from actors.stats import WireTraffic, traffic
 from actors.step_batch import sample_plan, step_batch
-from actors.timeline import Instant, Timelines
+from actors.timeline import Instant
 from actors.transport.base import (
     Address,
     EndpointFactory,
@@ -69,7 +69,8 @@ class Refusal:
 @dataclass(frozen=True)
 class AttentionStats:
     """``tokens`` were published since the start, in ``busy_s`` seconds of steps. For ``experts_wait_s`` of these only
-    experts were waited for: they were sent ``moe_batches``, one per step and MoE layer (see :class:`MoEClient`)."""
+    experts were waited for: they were sent ``moe_batches``, one per step and MoE layer (see :class:`MoEClient`).
+    ``bytes_sent``: since the start, by medium."""
 
     pid: int
     weight_bytes: int
@@ -82,6 +83,7 @@ class AttentionStats:
     busy_s: float
     experts_wait_s: float
     moe_batches: int
+    bytes_sent: dict[str, int]
     wires: tuple[WireTraffic, ...]
 
 
@@ -114,8 +116,7 @@ class AttentionShard:
         self._scheduler = Scheduler(limits, self._blocks)
         self._lock = threading.Lock()  # guards the scheduler: requests come from other threads than the steps
         self._owner: dict[str, str] = {}
-        self._timelines = Timelines()
-        self._spans = RequestSpans(name)
+        self._observer = ShardObserver(name)
         self._gateways: dict[str, Wire] = {}
         self._gateway_came = threading.Condition(self._lock)
         self._loop = LoopThread(
@@ -182,8 +183,7 @@ class AttentionShard:
             except QueueFull as error:
                 return Refusal(Refusal.FULL, str(error), retry_after_s=error.retry_after_s)
             self._owner[request.request_id] = request.gateway
-            self._timelines.admit(request, now)
-            self._spans.admit(request)
+            self._observer.admit(request, now)
         self._loop.wake()
         return None
 
@@ -209,6 +209,7 @@ class AttentionShard:
             kv_blocks_free=free,
             tokens=self._tokens,
             **self._work._asdict(),
+            bytes_sent=self._loop.bytes_sent(),
             wires=traffic(self._loop.wires()),
         )
 
@@ -224,7 +225,7 @@ class AttentionShard:
         with self._lock:
             begun = Instant.now()
             plan = self._scheduler.schedule(begun.clock_s)
-        events = self._note(plan.events, begun)
+        events = self._observer.note(plan.events, begun)
         if plan.chunks:
             events += self._run(plan, begun)
         if events:
@@ -235,7 +236,7 @@ class AttentionShard:
     def _run(self, plan: StepPlan, begun: Instant) -> list[TokenEvent]:
         """Compute a step, count it, and put its times and those of its requests where they belong."""
         done, moe = self._work, self._moe
-        span = self._spans.begin_step(plan, self._timelines.begin_step(plan, begun), begun, done.steps + 1)
+        span = self._observer.begin_step(plan, begun, done.steps + 1)
         if moe is not None:
             moe.begin_step(span.traceparent if span else "")
         events = self._compute(plan)
@@ -247,15 +248,8 @@ class AttentionShard:
             done.experts_wait_s + waited_s,
             done.moe_batches + batches,
         )
-        if span is not None:
-            span.end(now, events, waited_s)
-        return self._note(events, now)
-
-    def _note(self, events: Iterable[TokenEvent], now: Instant) -> list[TokenEvent]:
-        """These became known at ``now``; they come back with their times."""
-        news = self._timelines.note(events, now)
-        self._spans.note(news, now)
-        return [event for event, _ in news]
+        self._observer.end_step(span, now, events, waited_s)
+        return self._observer.note(events, now)
 
     def _compute(self, plan: StepPlan) -> list[TokenEvent]:
         assert self._model is not None
@@ -266,13 +260,18 @@ class AttentionShard:
             logits = self._model.forward(step_batch(plan, self._settings.torch_device), self._cache, self._moe)
             sampled = sample_plan(plan, logits)
         except MoEUnavailable as error:
-            log.warning("a step is void: %s", error)
+            log.warning("a step is void: %s", error, extra=self._about(plan))
             return self._void(plan, FinishReason.UNAVAILABLE, str(error))
         except Exception:
-            log.exception("a step is void by an error of the engine")
+            log.exception("a step is void by an error of the engine", extra=self._about(plan))
             return self._void(plan, FinishReason.ERROR, "the engine failed in this step")
         with self._lock:
             return self._scheduler.update(plan, sampled)
+
+    def _about(self, plan: StepPlan) -> dict[str, Any]:
+        """For the log: whose step it was."""
+        traces = ",".join(self._observer.trace_ids(plan))
+        return fields(requests=len(plan.chunks), trace_ids=traces or None)
 
     def _void(self, plan: StepPlan, reason: FinishReason, message: str) -> list[TokenEvent]:
         if self._moe is not None:

@@ -8,38 +8,46 @@ from __future__ import annotations
 
 import time
 
-from opentelemetry.trace import Status, StatusCode, get_tracer
+from opentelemetry.trace import INVALID_SPAN, Span, Status, StatusCode, get_tracer
 
+from actors.guard import Guard
 from actors.trace_context import Trace, traceparent_of
 
 _TRACER = get_tracer("expertmesh.actors")
+_GUARD = Guard("batches")
 
 
 class BatchSpan:
-    """A span that began when the batch arrived, at ``began_ns`` (wall clock)."""
+    """A span that began when the batch arrived, at ``began_ns`` (wall clock). If it cannot be made, the batch goes on
+    without: ``traceparent``, which names it elsewhere, is empty then."""
 
     def __init__(self, name: str, actor: str, parent: Trace, layer: int, began_ns: int) -> None:
         about: dict[str, str | int] = {"expertmesh.actor": actor, "expertmesh.layer": layer}
-        self._span = _TRACER.start_span(name, parent, attributes=about, start_time=began_ns)
+        self._span: Span = INVALID_SPAN
+        self.traceparent = ""
+        with _GUARD:
+            self._span = _TRACER.start_span(name, parent, attributes=about, start_time=began_ns)
+            self.traceparent = traceparent_of(self._span)
 
     def end(self, error: str = "", **about: int) -> None:
         """It ends now. ``error``: the kind of failure, if it was one; ``about``: attributes ``expertmesh.*``."""
-        self._span.set_attributes({f"expertmesh.{name}": value for name, value in about.items()})
-        if error:
-            self._span.set_attribute("error.type", error)
-            self._span.set_status(Status(StatusCode.ERROR, error))
-        self._span.end(time.time_ns())
+        with _GUARD:
+            self._span.set_attributes({f"expertmesh.{name}": value for name, value in about.items()})
+            if error:
+                self._span.set_attribute("error.type", error)
+                self._span.set_status(Status(StatusCode.ERROR, error))
+            self._span.end(time.time_ns())
 
 
 class DispatchSpan(BatchSpan):
-    """The router's, until the answer is ready; ``part`` of a frame makes the receiver's span its child."""
+    """The router's, until the answer is ready. ``parts`` at the end of a frame make the receiver's span its child."""
 
     FAILED = "failed"
     ABANDONED = "abandoned"
 
     def __init__(self, actor: str, parent: Trace, layer: int, rows: int, began_ns: int) -> None:
         super().__init__("dispatch", actor, parent, layer, began_ns)
-        self.part = traceparent_of(self._span).encode()
+        self.parts = [self.traceparent.encode()] if self.traceparent else []
         self._rows = rows
         self._shards: set[str] = set()
         self._reroutes = 0

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -63,12 +64,20 @@ class DispatchHandle:
         return not self.owed and not self.stranded.size
 
 
+class Completed(NamedTuple):
+    """``batches`` were completed: ``dispatch_s`` seconds from sending one out to its last result, ``combine_s`` seconds
+    of combining, over all of them. On a GPU results may still be on their way into place when the last one is here;
+    that counts as combining, which ends with the combined rows in host memory."""
+
+    batches: int = 0
+    dispatch_s: float = 0.0
+    combine_s: float = 0.0
+
+
 class Dispatcher:
     """Batches in flight. ``drop(wire, error)`` takes a dead wire out of the loop, which then reports its loss.
 
-    ``batches`` were completed: ``dispatch_s`` seconds from sending one out to its last result, ``combine_s`` seconds of
-    combining, over all of them. On a GPU results may still be on their way into place when the last one is here; that
-    counts as combining, which ends with the combined rows in host memory.
+    ``completed``: what those that are over took; a new one after each, so that who reads it sees whole batches.
     """
 
     def __init__(
@@ -90,8 +99,7 @@ class Dispatcher:
         self.expert_rows: dict[int, NDArray[np.int64]] = {}
         self.reroutes = 0
         self.longest_wait_s = 0.0
-        self.batches = 0
-        self.dispatch_s = self.combine_s = 0.0
+        self.completed = Completed()
         self._dtype = dtype
         self._device = device
         self._d_model = d_model
@@ -253,7 +261,7 @@ class Dispatcher:
         parts = [tensor_part(picked, wire), array_bytes(share.pair_row), array_bytes(share.pair_expert)]
         if handle.span is not None:
             handle.span.asked(name)
-            parts.append(handle.span.part)
+            parts += handle.span.parts
         try:
             wire.send(Kind.DISPATCH, tag, parts, handle.deadline)
         except (PeerGone, WireTimeout) as error:
@@ -292,9 +300,12 @@ class Dispatcher:
         gathered = time.monotonic()
         combined = tensor_bytes(self.combine(handle))
         self.longest_wait_s = max(self.longest_wait_s, gathered - handle.began)
-        self.batches += 1
-        self.dispatch_s += gathered - handle.began
-        self.combine_s += time.monotonic() - gathered
+        done = self.completed
+        self.completed = Completed(
+            done.batches + 1,
+            done.dispatch_s + gathered - handle.began,
+            done.combine_s + time.monotonic() - gathered,
+        )
         self._release(handle)
         self._answer(handle.source, Kind.ROWS_DONE, handle.tag, [combined], handle.deadline)
 

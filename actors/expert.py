@@ -18,12 +18,14 @@ from torch import Tensor
 
 from actors.batch_spans import BatchSpan
 from actors.groups import Groups
+from actors.log_fields import mark, trace_ids
 from actors.loop import LoopThread
 from actors.messages import Kind, indices_from, on_host, tensor_from, tensor_part, traced_parts
 from actors.model.experts import ExpertBank
 from actors.model.families import load_spec
 from actors.model.weights import Checkpoint
 from actors.settings import ModelSettings
+from actors.stats import WireTraffic, traffic
 from actors.stopwatch import Stopwatch
 from actors.trace_context import Trace
 from actors.transport.base import Address, Buffer, EndpointFactory, Frame, FrameTag, Part, PeerGone, Wire
@@ -39,7 +41,8 @@ class ExpertStats:
     """Counters since the start; ``rows`` were received, ``pairs`` (row, expert) were computed.
 
     ``batches`` were computed in ``busy_s`` seconds; on a GPU these are the device's, and both lag by the batches that
-    it has under way or has ended since the last one came. ``weight_bytes`` are held now."""
+    it has under way or has ended since the last one came. ``weight_bytes`` are held now, ``bytes_sent``
+    are by medium."""
 
     pid: int
     epoch: int
@@ -49,6 +52,8 @@ class ExpertStats:
     pairs: int
     busy_s: float
     batches: int
+    bytes_sent: dict[str, int]
+    wires: tuple[WireTraffic, ...]
 
 
 class ExpertShard:
@@ -120,7 +125,7 @@ class ExpertShard:
     def stats(self) -> ExpertStats:
         """What this shard holds and did. Raises RuntimeError when its data plane has failed."""
         self._loop.check()
-        bank = self._bank
+        bank, busy = self._bank, self._busy.measured
         return ExpertStats(
             pid=os.getpid(),
             epoch=self._epoch,
@@ -128,8 +133,10 @@ class ExpertShard:
             weight_bytes=bank.nbytes,
             rows=self._rows,
             pairs=self._pairs,
-            busy_s=self._busy.seconds,
-            batches=self._busy.blocks,
+            busy_s=busy.seconds,
+            batches=busy.blocks,
+            bytes_sent=self._loop.bytes_sent(),
+            wires=traffic(self._loop.wires()),
         )
 
     def stop(self) -> None:
@@ -180,6 +187,7 @@ class ExpertShard:
             out = self._forward(tag.layer, rows_part, pair_row, pair_expert)
         except Exception as error:
             span.end(type(error).__name__, epoch=tag.epoch)
+            mark(error, **trace_ids(span.traceparent))
             raise
         experts = np.unique(np.frombuffer(on_host(pair_expert), np.int32)).size
         span.end(epoch=tag.epoch, rows=self._rows - before, pairs=out.shape[0], experts=experts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -42,6 +43,7 @@ class LoopThread:
         self._poller = Poller()
         self._wires: set[Wire] = set()
         self._joining: list[Wire] = []
+        self._sent_before: Counter[str] = Counter()  # over wires that have ended, by medium
         self._lock = threading.Lock()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"{name}-loop", daemon=True)
@@ -82,10 +84,20 @@ class LoopThread:
         """The wires that are alive now, for statistics."""
         return list(self._wires)
 
+    def bytes_sent(self) -> dict[str, int]:
+        """Bytes sent since the start, by medium: over all wires that ever were here, so that no number falls."""
+        with self._lock:
+            sent = self._sent_before.copy()
+            for wire in self._wires:
+                sent[wire.medium.value] += wire.stats.bytes_sent
+        return dict(sent)
+
     def drop(self, wire: Wire, error: PeerGone) -> None:
         """Forget a wire that turned out to be dead while it was used outside ``on_frame``. Loop thread only."""
         if wire in self._wires:
-            self._wires.discard(wire)
+            with self._lock:
+                self._wires.discard(wire)
+                self._sent_before[wire.medium.value] += wire.stats.bytes_sent
             self._poller.remove(wire)
             wire.close()
             self._on_gone(wire, error)
@@ -109,8 +121,8 @@ class LoopThread:
     def _turn(self) -> None:
         with self._lock:
             joining, self._joining = self._joining, []
+            self._wires.update(joining)
         for wire in joining:
-            self._wires.add(wire)
             self._poller.add(wire)
         for wire in self._poller.wait(self._next_deadline()):
             if wire in self._wires:

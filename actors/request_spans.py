@@ -11,7 +11,15 @@ import logging
 from collections.abc import Iterable
 
 from opentelemetry.context import Context
-from opentelemetry.trace import Span, Status, StatusCode, get_tracer, set_span_in_context
+from opentelemetry.trace import (
+    Span,
+    Status,
+    StatusCode,
+    format_trace_id,
+    get_current_span,
+    get_tracer,
+    set_span_in_context,
+)
 
 from actors.engine.plan import StepPlan
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
@@ -66,6 +74,11 @@ class RequestSpans:
             self._parents[request.request_id] = trace_from(request.traceparent)
         except ValueError as error:  # a trace that cannot be read shall not cost an answer
             log.warning("request %s is not traced: %s", request.request_id, error)
+
+    def trace_ids(self, request_ids: Iterable[str]) -> list[str]:
+        """Of those that are traced; each once, in hexadecimal."""
+        spans = (get_current_span(self._parents[name]) for name in request_ids if name in self._parents)
+        return list(dict.fromkeys(format_trace_id(span.get_span_context().trace_id) for span in spans))
 
     def begin_step(self, plan: StepPlan, started: Iterable[Timeline], now: Instant, number: int) -> StepSpan | None:
         """Step ``number`` begins, the first one of the requests ``started``.

@@ -54,7 +54,7 @@ class StaleEpoch(RuntimeError):
 class RouterStats:
     """``rows_per_shard``: rows sent to each expert shard since the start, by name. ``reroutes``: batches of rows that
     were sent again. ``longest_wait_s``: longest time a batch waited for its experts. ``batches``, ``dispatch_s``,
-    ``combine_s``: see :class:`Dispatcher`."""
+    ``combine_s``: see :class:`Completed`. ``bytes_sent``: since the start, by medium."""
 
     pid: int
     epoch: int
@@ -65,6 +65,7 @@ class RouterStats:
     batches: int
     dispatch_s: float
     combine_s: float
+    bytes_sent: dict[str, int]
     wires: tuple[WireTraffic, ...]
 
 
@@ -251,9 +252,8 @@ class Router:
             rows_per_shard=dict(data.rows_per_shard),
             reroutes=data.reroutes,
             longest_wait_s=data.longest_wait_s,
-            batches=data.batches,
-            dispatch_s=data.dispatch_s,
-            combine_s=data.combine_s,
+            **data.completed._asdict(),
+            bytes_sent=self._loop.bytes_sent(),
             wires=traffic(self._loop.wires()),
         )
 

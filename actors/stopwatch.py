@@ -6,21 +6,28 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 
+class Measured(NamedTuple):
+    """So many blocks took so many seconds together."""
+
+    seconds: float = 0.0
+    blocks: int = 0
+
+
 class Stopwatch:
-    """Adds up the ``seconds`` spent inside ``running`` blocks, and counts the ``blocks``. One thread measures, any may
-    read.
+    """Adds up the time spent inside ``running`` blocks, and counts them. One thread measures, any may read
+    ``measured``: a new one after each block, so that its two figures belong together.
 
     On a GPU the time is that between two events on the current stream, and counts, as the block does, once a later
     block begins: the host runs ahead of the device, and waiting for it would hold up the next batch.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds = 0.0
-        self.blocks = 0
+        self.measured = Measured()
         self._on_gpu = device.type == "cuda"
         self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
@@ -45,5 +52,4 @@ class Stopwatch:
             self._add(begin.elapsed_time(end) / 1000.0)
 
     def _add(self, seconds: float) -> None:
-        self.seconds += seconds
-        self.blocks += 1
+        self.measured = Measured(self.measured.seconds + seconds, self.measured.blocks + 1)

@@ -28,6 +28,14 @@ def trace_from(traceparent: str) -> Trace:
     return context
 
 
+def split_traceparent(traceparent: str) -> tuple[str, str]:
+    """Trace id and span id, in hexadecimal. ValueError if ``traceparent`` is none."""
+    parts = traceparent.split("-")
+    if len(traceparent) != _CHARS or len(parts) != 4:
+        raise ValueError(f"traceparent is {traceparent[: 2 * _CHARS]!a}, must be 00-<32 hex>-<16 hex>-<2 hex>")
+    return parts[1], parts[2]
+
+
 def traceparent_of(span: Span) -> str:
     """What names ``span`` elsewhere."""
     carrier: dict[str, str] = {}

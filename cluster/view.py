@@ -41,6 +41,7 @@ def _fill(view: pb.GetClusterResponse, actor: pb.Actor, stats: Any) -> None:
     actor.state = pb.ACTOR_STATE_READY
     actor.pid = stats.pid
     _LOADS[actor.role](actor, stats)
+    actor.bytes_sent.update(getattr(stats, "bytes_sent", {}))
     for wire in getattr(stats, "wires", ()):
         pair = {"from": actor.name, "to": wire.peer}
         view.wires.add(**pair, medium=wire.medium, bytes_sent=wire.bytes_sent, bytes_received=wire.bytes_received)

@@ -17,7 +17,8 @@ from cluster.gateway.validation import ValidRequest
 
 @dataclass(frozen=True)
 class Watch:
-    """Whoever observes a stream: its trace context (W3C) or "", and who is told of each event as it comes."""
+    """Whoever observes a stream: its trace context (W3C) or "", and who is told of each event as it comes. ``arrived``
+    raises nothing: it is called in the middle of a step's events for all streams."""
 
     traceparent: str
     arrived: Callable[[TokenEvent], None]
@@ -114,14 +115,17 @@ class Stream:
         )
 
     def push(self, event: TokenEvent) -> None:
-        """An event for the call; with its token, if it has one, the log grows and the search for a shard is over."""
+        """An event for the call; with its token, if it has one, the log grows and the search for a shard is over.
+
+        Who watches is told last: the token is the client's by then, whatever happens there.
+        """
         if event.token is not None:
             self.log.append(event.token)
             self.search = Search(self._recovery_s)
         self.ended = self.ended or event.finish is not None
-        self.watch.arrived(event)
         self._events.append(event)
         self.wake()
+        self.watch.arrived(event)
 
     def take(self) -> list[TokenEvent]:
         """What came since the last time."""

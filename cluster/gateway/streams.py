@@ -20,6 +20,7 @@ from typing import Any
 
 from actors.attention import Refusal
 from actors.engine.request import FinishReason, TokenEvent
+from actors.log_fields import fields, trace_ids
 from cluster.fleet import ActorUnreachable
 from cluster.gateway.errors import (
     Conflict,
@@ -285,7 +286,8 @@ class Streams:
         stream = run.stream
         stream.admitted = True
         if event.finish == FinishReason.UNAVAILABLE:
-            log.warning("%s has to go on elsewhere: %s: %s", run.engine_id, run.peer.name, event.message)
+            about = fields(request_id=stream.request.request_id, **trace_ids(stream.watch.traceparent))
+            log.warning("%s has to go on elsewhere: %s: %s", run.engine_id, run.peer.name, event.message, extra=about)
             stream.search.failed(run.peer.name)
             self._peers.suspect(run.peer.name)
             self._leave(run)

@@ -55,7 +55,7 @@ METRICS = (
     Metric("expertmesh.expert.busy", "counter", "s", "Time that an expert shard spent computing."),
     Metric("expertmesh.expert.batch.duration", "gauge", "s", "T_e: an expert shard's time a batch, lately."),
     Metric("expertmesh.expert.imbalance", "gauge", "", "Rows of the busiest expert shard over the mean."),
-    Metric("expertmesh.wire.sent", "counter", "By", "Bytes that actors sent to each other, by medium."),
+    Metric("expertmesh.wire.sent", "counter", "By", "Bytes that an actor sent over the data plane, by medium."),
 )
 
 Point = tuple[float, dict[str, str]]
@@ -71,8 +71,6 @@ class ClusterFigures:
 
     def __init__(self) -> None:
         self._before: dict[str, pb.Actor] = {}
-        self._wires: dict[tuple[str, str], int] = {}
-        self._sent: Counter[str] = Counter()
 
     def of(self, view: pb.GetClusterResponse) -> Figures:
         """Points for every metric that has some."""
@@ -81,6 +79,8 @@ class ClusterFigures:
         ready = [actor for actor in view.actors if actor.state == pb.ACTOR_STATE_READY]
         for actor in ready:
             before = self._before.get(actor.name, pb.Actor())
+            for medium, sent in actor.bytes_sent.items():
+                figures["expertmesh.wire.sent"].append((sent, {"actor": actor.name, "medium": medium}))
             if actor.role == pb.ROLE_ATTENTION:
                 _attention(figures, actor.name, actor.attention, before.attention)
             elif actor.role == pb.ROLE_ROUTER:
@@ -88,7 +88,6 @@ class ClusterFigures:
             elif actor.role == pb.ROLE_EXPERT:
                 _expert(figures, actor.name, actor.expert, before.expert)
         self._imbalance(figures, [actor for actor in ready if actor.role == pb.ROLE_EXPERT])
-        self._traffic(figures, view.wires)
         there = {actor.name for actor in view.actors}
         self._before = {name: actor for name, actor in self._before.items() if name in there}
         self._before |= {actor.name: actor for actor in ready}
@@ -105,17 +104,6 @@ class ClusterFigures:
 
     def _rows_before(self, name: str) -> int:
         return int(self._before[name].expert.rows) if name in self._before else 0
-
-    def _traffic(self, figures: Figures, wires: Iterable[pb.Wire]) -> None:
-        """Bytes are counted per wire, and wires go with their actors: their sum alone could fall."""
-        now = Counter[tuple[str, str]]()
-        for wire in wires:
-            ends = (getattr(wire, "from"), wire.to)
-            now[ends] += wire.bytes_sent
-            before = self._wires.get(ends, 0)
-            self._sent[wire.medium] += wire.bytes_sent - (before if before <= wire.bytes_sent else 0)
-        self._wires = dict(now)
-        figures["expertmesh.wire.sent"] += [(sent, {"medium": medium}) for medium, sent in self._sent.items()]
 
 
 def _whole(figures: Figures, view: pb.GetClusterResponse) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from opentelemetry.metrics import Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.openai.paths import MODELS, PATHS
+
 OTHER = "_OTHER"
 
-_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
-_ONE_MODEL = "/v1/models/"
 _METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH")
 
 
@@ -47,6 +47,6 @@ class HttpMeter:
 
 def _route(path: str) -> str:
     """Not the path itself, which a client chooses."""
-    if path in _ROUTES:
-        return path
-    return f"{_ONE_MODEL}{{name}}" if path.startswith(_ONE_MODEL) else OTHER
+    if path in PATHS:
+        return str(path)
+    return f"{MODELS}/{{name}}" if path.startswith(f"{MODELS}/") else OTHER

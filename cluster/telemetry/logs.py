@@ -10,27 +10,25 @@ import json
 import logging
 import re
 import sys
+import threading
 import time
-from collections.abc import Callable, MutableMapping
+import traceback
+from collections.abc import Callable, Hashable, MutableMapping
 from typing import Any, Literal
 
 import structlog
-from opentelemetry import trace
 
+from actors.log_fields import fields_of
 from cluster.config import TelemetryConfig
 
 _QUIET = ("asyncio", "grpc", "opentelemetry", "urllib3", "uvicorn")
-"""Packages of others: from warnings on, and those not over and over."""
+"""Packages of others: from warnings on, and those seldom (see ``Seldom``)."""
 _SELDOM_S = 30.0
+_PLACES = 500
 _PLAIN = re.compile(r"[\w.:/@+-]+", re.ASCII)
 _HEAD = ("timestamp", "level", "logger", "event", "actor", "exception")
 
 _Fields = MutableMapping[str, Any]
-
-
-def fields(**values: Any) -> dict[str, Any]:
-    """``extra`` for a logging call whose record has more than a message; None is left out."""
-    return {"fields": {key: value for key, value in values.items() if value is not None}}
 
 
 def begin_logs(config: TelemetryConfig, actor: str) -> Callable[[], None]:
@@ -85,32 +83,46 @@ class _Stderr(logging.Handler):
 
 
 class Seldom(logging.Filter):
-    """Lets a message of other people's packages through once in a while: a collector that is down, or a client that
-    sends garbage, must not fill the log. ``clock`` in seconds."""
+    """Lets records of other people's packages through, from each place in their code at most one in half a minute: a
+    collector that is down, or a client that sends garbage, must not fill the log. ``clock`` in seconds.
+
+    Records of one place that tell different exceptions, by type or by where they were raised, are different ones; the
+    text does not matter, which may be new each time. The last few hundred places are remembered.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__()
         self._clock = clock
-        self._until: dict[tuple[str, str], float] = {}
+        self._lock = threading.Lock()
+        self._until: dict[Hashable, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """True if the record is to be logged."""
         if record.name.partition(".")[0] not in _QUIET:
             return True
-        now, key = self._clock(), (record.name, str(record.msg))
-        if now < self._until.get(key, now):
-            return False
-        self._until[key] = now + _SELDOM_S
+        now, key = self._clock(), _origin(record)
+        with self._lock:
+            if now < self._until.get(key, now):
+                return False
+            self._until.pop(key, None)
+            self._until[key] = now + _SELDOM_S  # the latest is the last
+            if len(self._until) > _PLACES:
+                del self._until[next(iter(self._until))]
         return True
 
 
+def _origin(record: logging.LogRecord) -> Hashable:
+    """Where in the code a record was made, and the exception that it tells, if it does."""
+    kind, _, frames = record.exc_info or (None, None, None)
+    raised = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(frames)][-1:]
+    return (record.name, record.levelno, record.pathname, record.lineno, kind, *raised)
+
+
 def _details(logger: Any, method: str, event: _Fields) -> _Fields:
-    """A record's own fields, and where it belongs in a trace."""
+    """A record's own fields, and those of the error that it tells."""
+    exception = event.get("exc_info")
+    event.update(fields_of(exception[1] if exception else None))
     event.update(getattr(event["_record"], "fields", {}))
-    context = trace.get_current_span().get_span_context()
-    if context.is_valid and "trace_id" not in event:
-        event["trace_id"] = trace.format_trace_id(context.trace_id)
-        event["span_id"] = trace.format_span_id(context.span_id)
     return event
 
 

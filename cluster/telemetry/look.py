@@ -32,12 +32,13 @@ class ClusterLook:
         self.closed = False
 
     def now(self) -> Figures | None:
-        """Figures not older than about a second, or None when the controller does not answer: never old ones."""
+        """What the controller answered within the last second, or answers now; None when it does not, and after
+        ``close``. Figures of actors that keep it waiting may be some seconds older."""
         with self._lock:
             if self._clock() >= self._fresh_until and not self.closed:
                 self._now = self._ask()
                 self._fresh_until = self._clock() + _FRESH_S
-            return self._now
+            return None if self.closed else self._now
 
     def close(self) -> None:
         """Ask no more: the controller itself waits for the end of whoever owns this."""

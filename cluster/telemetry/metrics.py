@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
-from opentelemetry.sdk.metrics import MeterProvider, ObservableCounter, ObservableGauge
+from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider, ObservableCounter, ObservableGauge
 from opentelemetry.sdk.metrics.export import CardinalityLimits, MetricReader, PeriodicExportingMetricReader
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -19,6 +19,8 @@ from cluster.telemetry.otlp import metric_exporter, resource
 from cluster.telemetry.request_metrics import RequestMetrics
 
 _END_MS = 1000
+_COLLECT_MS = 15_000
+"""For looking at the cluster, which takes seconds while an actor hangs, perhaps after a scrape that does the same."""
 _SHARDS_EVER = 20_000
 """Points that a metric of the data plane may ever have: the SDK counts shards that are long gone too."""
 
@@ -51,8 +53,14 @@ class GatewayMetrics:
         if config.otlp_endpoint:
             interval_ms = config.metrics_interval_s * 1000
             exporter = metric_exporter(config)
-            readers.append(PeriodicExportingMetricReader(exporter, interval_ms, _END_MS, cardinality_limits=limits))
-        self._provider = MeterProvider(readers, resource=resource(gateway), shutdown_on_exit=False)
+            readers.append(PeriodicExportingMetricReader(exporter, interval_ms, _COLLECT_MS, cardinality_limits=limits))
+        self._provider = MeterProvider(
+            readers,
+            resource=resource(gateway),
+            # no span is ever the current one here, so that there would be none; looking for it takes time
+            exemplar_filter=AlwaysOffExemplarFilter(),
+            shutdown_on_exit=False,
+        )
         meter = self._provider.get_meter("expertmesh.gateway")
         self.requests = RequestMetrics(meter)
         _observe_gateway(meter, streams, replays)

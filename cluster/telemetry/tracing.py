@@ -67,6 +67,7 @@ class _Delivery(SpanExporter):
         """See SpanExporter."""
         if self._ended:
             return SpanExportResult.FAILURE
+        self.failed = True  # unless it turns out otherwise: it may also raise
         result = self._exporter.export(spans)
         self.failed = result is not SpanExportResult.SUCCESS
         return result

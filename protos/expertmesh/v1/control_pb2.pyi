@@ -207,7 +207,14 @@ class Node(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., alive: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Actor(_message.Message):
-    __slots__ = ("name", "role", "state", "node_id", "pid", "placement_group", "bundle", "weight_bytes", "attention", "router", "expert", "gateway")
+    __slots__ = ("name", "role", "state", "node_id", "pid", "placement_group", "bundle", "weight_bytes", "attention", "router", "expert", "gateway", "bytes_sent")
+    class BytesSentEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -220,6 +227,7 @@ class Actor(_message.Message):
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: Role
     state: ActorState
@@ -232,7 +240,8 @@ class Actor(_message.Message):
     router: RouterLoad
     expert: ExpertLoad
     gateway: GatewayLoad
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[ActorState, str]] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., placement_group: _Optional[str] = ..., bundle: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., attention: _Optional[_Union[AttentionLoad, _Mapping]] = ..., router: _Optional[_Union[RouterLoad, _Mapping]] = ..., expert: _Optional[_Union[ExpertLoad, _Mapping]] = ..., gateway: _Optional[_Union[GatewayLoad, _Mapping]] = ...) -> None: ...
+    bytes_sent: _containers.ScalarMap[str, int]
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[ActorState, str]] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., placement_group: _Optional[str] = ..., bundle: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., attention: _Optional[_Union[AttentionLoad, _Mapping]] = ..., router: _Optional[_Union[RouterLoad, _Mapping]] = ..., expert: _Optional[_Union[ExpertLoad, _Mapping]] = ..., gateway: _Optional[_Union[GatewayLoad, _Mapping]] = ..., bytes_sent: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class AttentionLoad(_message.Message):
     __slots__ = ("running", "waiting", "kv_blocks", "kv_blocks_free", "steps", "tokens", "busy_s", "experts_wait_s", "moe_batches")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace import Span
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import get_current_span
 
+from actors import batch_spans
 from actors.batch_spans import DispatchSpan
 from actors.dispatcher import Dispatcher
 from actors.messages import CPU, Kind, expect_parts, failure_text, tensor_bytes, tensor_from, traced_parts
@@ -341,12 +344,12 @@ def test_completed_batches_are_counted_and_timed() -> None:
         wanted = bench.ask(step=step)
         bench.answer_all()
         check(bench, wanted)
-    assert bench.data.batches == 2
-    assert 0 < bench.data.longest_wait_s < bench.data.dispatch_s < 2 * bench.data.longest_wait_s
-    assert bench.data.combine_s > 0
+    assert bench.data.completed.batches == 2
+    assert 0 < bench.data.longest_wait_s < bench.data.completed.dispatch_s < 2 * bench.data.longest_wait_s
+    assert bench.data.completed.combine_s > 0
     bench.ask(step=3)
     bench.data.end_late(time.monotonic() + 11)
-    assert bench.data.batches == 2
+    assert bench.data.completed.batches == 2
 
 
 def test_what_is_sent_again_carries_the_trace_of_its_batch(spans: InMemorySpanExporter) -> None:
@@ -381,3 +384,29 @@ def test_a_batch_that_is_given_up_ends_its_span(spans: InMemorySpanExporter) -> 
     bench.drop(bench.source, PeerGone("gone"))
     kinds = [span.attributes["error.type"] for span in spans.get_finished_spans()]
     assert kinds == ["abandoned", "failed", "abandoned"]
+
+
+def test_who_reads_the_counters_sees_whole_batches() -> None:
+    bench = Bench(MAP)
+    before = bench.data.completed
+    wanted = bench.ask()
+    assert bench.data.completed is before
+    bench.answer_all()
+    check(bench, wanted)
+    assert before == (0, 0.0, 0.0)
+    assert (bench.data.completed.batches, bench.data.completed.dispatch_s > 0) == (1, True)
+
+
+@pytest.mark.parametrize("what", ["start_span", "end"])
+def test_a_span_that_fails_costs_no_batch(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    broken = Mock(side_effect=KeyError("broken"))
+    if what == "start_span":
+        monkeypatch.setattr(batch_spans, "_TRACER", Mock(start_span=broken))
+    else:
+        monkeypatch.setattr(Span, "end", broken)
+    bench = Bench(MAP)
+    wanted = bench.ask(traced=True)
+    bench.answer_all()
+    check(bench, wanted)
+    assert broken.called
+    assert (None in bench.traces) == (what == "start_span"), "without a span there is no trace to go on with"

@@ -5,19 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from actors import batch_spans
 from actors.expert import ExpertShard
+from actors.log_fields import fields_of
 from actors.messages import Kind, array_bytes, expect_parts, failure_text, tensor_from
 from actors.settings import ModelSettings
 from actors.transport.base import Frame, FrameTag, Wire
 from actors.transport.local import LocalNetwork
 from tests.checkpoints import write_deepseek_v3
-from tests.span_recorder import PARENT_ID, TRACEPARENT, about, named, parent_id
+from tests.span_recorder import PARENT_ID, TRACE_ID, TRACEPARENT, about, named, parent_id, span_id
 
 HELD = [(1, 0), (1, 1), (2, 3)]
 
@@ -119,6 +122,37 @@ def test_batches_are_counted_and_those_with_a_trace_make_a_span(
     assert figures == {"actor": "expert-0", "layer": 1, "epoch": 6, "rows": 2, "pairs": 3, "experts": 2}
     assert actor.stats().batches == 2
     assert actor.stats().busy_s > 0
+
+
+def test_what_goes_back_to_routers_is_counted(shard: tuple[ExpertShard, Wire]) -> None:
+    actor, wire = shard
+    size = expect_parts(ask(wire, 1, [0, 1, 1], [0, 0, 1], width(actor)), 1)[0].nbytes
+    stats = actor.stats()
+    (back,) = stats.wires
+    assert (back.peer, back.medium, stats.bytes_sent) == ("router-0", "local", {"local": back.bytes_sent})
+    assert back.bytes_sent >= size > 0
+    assert back.bytes_received > 0
+
+
+def test_a_request_that_fails_is_logged_with_its_trace(
+    shard: tuple[ExpertShard, Wire], spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
+) -> None:
+    actor, wire = shard
+    assert ask(wire, 1, [0], [2], width(actor), TRACEPARENT.encode()).kind == Kind.FAILED
+    (span,) = named(spans, "experts")
+    (entry,) = caplog.records
+    assert entry.exc_info
+    told = {"trace_id": f"{TRACE_ID:032x}", "span_id": f"{span_id(span):016x}"}
+    assert fields_of(entry.exc_info[1]) == told
+
+
+def test_a_span_that_fails_costs_no_result(shard: tuple[ExpertShard, Wire], monkeypatch: pytest.MonkeyPatch) -> None:
+    actor, wire = shard
+    plain = ask(wire, 1, [0, 1, 1], [0, 0, 1], width(actor))
+    wanted = bytes(expect_parts(plain, 1)[0])
+    monkeypatch.setattr(batch_spans, "_TRACER", Mock(start_span=Mock(side_effect=KeyError("broken"))))
+    traced = ask(wire, 1, [0, 1, 1], [0, 0, 1], width(actor), TRACEPARENT.encode())
+    assert (traced.kind, bytes(expect_parts(traced, 1)[0])) == (Kind.RESULTS, wanted)
 
 
 def test_a_trace_that_cannot_be_read_is_a_request_that_cannot(

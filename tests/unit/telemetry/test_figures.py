@@ -31,9 +31,10 @@ class Cluster:
         """One more attention shard."""
         return self.add(name, pb.ROLE_ATTENTION, pb.AttentionLoad(**load))
 
-    def wire(self, source: str, target: str, medium: str, sent: int) -> Cluster:
-        """One more wire."""
-        self.view.wires.add(**{"from": source, "to": target}, medium=medium, bytes_sent=sent)
+    def sender(self, name: str, role: Any, **sent: int) -> Cluster:
+        """One more actor, which sent so many bytes by each medium."""
+        self.add(name, role)
+        self.view.actors[-1].bytes_sent.update(sent)
         return self
 
 
@@ -86,14 +87,17 @@ def test_imbalance_is_the_busiest_over_the_mean_of_shards_that_hold_experts() ->
     assert points(idle, "expertmesh.expert.imbalance").keys() == {("total",)}
 
 
-def test_bytes_by_medium_never_fall_when_actors_go() -> None:
-    look = ClusterFigures()
-    look.of(Cluster().wire("a", "b", "shm", 100).wire("b", "a", "tcp", 5).wire("a", "c", "shm", 10).view)
-    gone = look.of(Cluster().wire("a", "c", "shm", 15).view)
-    anew = look.of(Cluster().wire("a", "c", "shm", 2).view)  # that wire broke; this is another one
+def test_bytes_are_each_actors_own_count_whatever_was_seen_before() -> None:
+    """Not one that did not answer once, nor another one that is gone, changes anything for those that are there."""
+    look, name = ClusterFigures(), "expertmesh.wire.sent"
+    both = Cluster().sender("router-0", pb.ROLE_ROUTER, shm=1000, tcp=5).sender("expert-0", pb.ROLE_EXPERT, tcp=70)
+    silent = Cluster().add("router-0", pb.ROLE_ROUTER, state=pb.ACTOR_STATE_UNREACHABLE)
+    back = Cluster().sender("router-0", pb.ROLE_ROUTER, shm=1010, tcp=5)
 
-    assert points(gone, "expertmesh.wire.sent") == {("shm",): 115, ("tcp",): 5}
-    assert points(anew, "expertmesh.wire.sent") == {("shm",): 117, ("tcp",): 5}
+    wanted = {("router-0", "shm"): 1000, ("router-0", "tcp"): 5, ("expert-0", "tcp"): 70}
+    assert points(look.of(both.view), name) == wanted
+    assert points(look.of(silent.view), name) == {}
+    assert points(look.of(back.view), name) == {("router-0", "shm"): 1010, ("router-0", "tcp"): 5}
 
 
 def test_everything_else_is_taken_over_as_it_is() -> None:

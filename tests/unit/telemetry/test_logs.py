@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from opentelemetry import trace
-from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
+from actors.log_fields import fields, mark
 from cluster.config import TelemetryConfig
-from cluster.telemetry.logs import Seldom, begin_logs, fields, formatter
+from cluster.telemetry.logs import Seldom, begin_logs, formatter
 
 HEAD = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z (debug|info|warning|error) +\S+ \S+: ")
 
@@ -95,24 +94,65 @@ def test_a_traceback_tells_no_values_of_variables() -> None:
     assert "ValueError: bad" in as_json(failed(ValueError("bad")))["exception"]
 
 
-def test_a_line_says_to_which_span_it_belongs() -> None:
-    span = NonRecordingSpan(SpanContext(0xAB, 0xCD, is_remote=False, trace_flags=TraceFlags(1)))
-    with trace.use_span(span):
-        parsed = as_json(record("inside"))
-    assert (parsed["trace_id"], parsed["span_id"]) == (f"{0xAB:032x}", f"{0xCD:016x}")
-    assert "trace_id" not in as_json(record("outside"))
+def test_a_line_says_to_which_request_its_error_belongs() -> None:
+    cause, error = KeyError("why"), ValueError("bad")
+    mark(cause, request_id="r-1", trace_id="ab" * 16)
+    error.__cause__ = cause
+
+    parsed = as_json(failed(error))
+    assert (parsed["request_id"], parsed["trace_id"]) == ("r-1", "ab" * 16)
+    assert "request_id=r-1" in formatter("text", "a").format(failed(error)).splitlines()[0]
+    assert "trace_id" not in as_json(failed(ValueError("another")))
+
+
+def noisy(message: str, line: int = 1, error: Exception | None = None, level: int = logging.ERROR) -> logging.LogRecord:
+    """Of somebody else's package, from this line."""
+    raised = (type(error), error, error.__traceback__) if error is not None else None
+    return logging.getLogger("uvicorn.error").makeRecord("uvicorn.error", level, "there.py", line, message, (), raised)
+
+
+def raised_here(error: Exception) -> Exception:
+    """With a traceback that ends here."""
+    try:
+        raise error
+    except Exception as caught:
+        return caught
+
+
+def raised_there(error: Exception) -> Exception:
+    """With one that ends elsewhere."""
+    try:
+        raise error
+    except Exception as caught:
+        return caught
 
 
 def test_messages_of_other_packages_are_not_repeated_over_and_over() -> None:
     now = [0.0]
     seldom = Seldom(lambda: now[0])
-    noisy = "opentelemetry.exporter"
     passed = []
     for now[0] in (0.0, 1.0, 29.0, 31.0):
-        passed.append(seldom.filter(record("cannot export %d", int(now[0]), name=noisy)))
+        passed.append(seldom.filter(noisy(f"fatal error on <Transport at 0x7f{now[0]}>")))
         assert seldom.filter(record("ours"))
     assert passed == [True, False, False, True]
-    assert seldom.filter(record("something else", name=noisy))
+    assert seldom.filter(noisy("something else", line=2))
+    assert seldom.filter(noisy("something worse", level=logging.CRITICAL))
+
+
+def test_different_errors_told_at_one_place_do_not_hide_each_other() -> None:
+    seldom = Seldom(lambda: 0.0)
+    errors = [raised_here(KeyError("a")), raised_here(ValueError("a")), raised_there(ValueError("a"))]
+    assert [seldom.filter(noisy("exception in application", error=error)) for error in errors] == [True] * 3
+    again = [raised_here(KeyError("b")), raised_there(ValueError("b"))]
+    assert [seldom.filter(noisy("exception in application", error=error)) for error in again] == [False] * 2
+
+
+def test_so_many_places_are_remembered_and_no_more() -> None:
+    seldom = Seldom(lambda: 0.0)
+    assert all(seldom.filter(noisy("x", line)) for line in range(2000))
+    assert len(seldom._until) == 500
+    assert not seldom.filter(noisy("x", 1999))
+    assert seldom.filter(noisy("x", 0)), "forgotten"
 
 
 @pytest.fixture

@@ -63,3 +63,11 @@ def test_a_closed_look_asks_nobody() -> None:
 
     assert look.now() is None
     assert controller.asked == 0
+
+
+def test_what_was_known_is_not_told_after_the_end() -> None:
+    """The last export would show it as if it still held."""
+    look = ClusterLook(Controller(view()), Clock())
+    assert look.now() is not None
+    look.close()
+    assert look.now() is None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -10,7 +14,21 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.config import TelemetryConfig
 from cluster.telemetry.figures import METRICS
 from cluster.telemetry.metrics import GatewayMetrics
+from tests.otlp_collector import collecting
 from tests.unit.telemetry.controllers import Controller, view
+from tests.waiting import until
+
+
+class Slow(Controller):
+    """Its answer takes more than a second, as it does while some actor hangs."""
+
+    def begin(self, method: str, *args: Any) -> Future[Any]:
+        """See ActorHandle."""
+        found, answer = super().begin(method, *args), Future[Any]()
+        timer = threading.Timer(1.5, lambda: answer.set_result(found.result()))
+        timer.daemon = True
+        timer.start()
+        return answer
 
 
 @pytest.fixture
@@ -71,3 +89,14 @@ def test_two_gateways_of_a_process_do_not_mix(metrics: GatewayMetrics) -> None:
         assert scraped(metrics)["expertmesh_streams_open"] == {(): 2}
     finally:
         other.close()
+
+
+def test_metrics_are_exported_while_an_actor_hangs(tmp_path: Path) -> None:
+    with collecting(tmp_path / "otlp.jsonl") as collector:
+        # longer than figures are fresh: each export waits for the answer
+        config = TelemetryConfig(otlp_endpoint=collector.endpoint, metrics_interval_s=1.2)
+        metrics = GatewayMetrics(config, "gateway-0", Slow(view()), lambda: 2, lambda: 0)
+        try:
+            until(lambda: "expertmesh.expert.rows" in collector.text)
+        finally:
+            metrics.close()

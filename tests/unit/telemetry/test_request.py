@@ -5,22 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from expertmesh.v1 import inference_pb2 as pb
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, Span, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 from prometheus_client.parser import text_string_to_metric_families
 
 from actors.engine.request import SamplingParams, TokenEvent
+from actors.log_fields import fields_of
 from cluster.config import TelemetryConfig
 from cluster.gateway.errors import Internal, Overloaded
 from cluster.gateway.validation import ValidRequest
 from cluster.telemetry.metrics import GatewayMetrics
-from cluster.telemetry.request import ObservedRequest, RequestObserver
+from cluster.telemetry.observed import ObservedRequest
+from cluster.telemetry.request import RequestObserver
 from tests.unit.telemetry.controllers import Controller
 
 TRACE_ID, SPAN_ID = "ab" * 16, "cd" * 8
@@ -111,7 +114,6 @@ def test_counters_of_a_known_run_are_exact(gateway: Gateway) -> None:
         "gen_ai_server_request_duration_seconds": (3, 9.0),
         "gen_ai_server_time_to_first_token_seconds": (3, 3.0),
         "gen_ai_server_time_per_output_token_seconds": (3, 1.5),
-        "expertmesh_token_interval_seconds": (12, 6.0),
         "expertmesh_request_queue_seconds": (3, 0.375),
         "expertmesh_request_prefill_seconds": (3, 0.75),
         "expertmesh_request_decode_seconds": (3, 6.0),
@@ -119,6 +121,9 @@ def test_counters_of_a_known_run_are_exact(gateway: Gateway) -> None:
     for name, (count, total) in counts.items():
         assert gateway.value(f"{name}_count", **known) == count, name
         assert gateway.value(f"{name}_sum", **known) == pytest.approx(total), name
+    interval = "expertmesh_token_interval_seconds"
+    assert (gateway.value(f"{interval}_count"), gateway.value(f"{interval}_sum")) == (12, 6.0)
+    assert [labels for name, labels, _ in gateway.samples if name == f"{interval}_count"] == [{}]
     for kind, tokens in (("input", 9), ("output", 15)):
         assert gateway.value("gen_ai_client_token_usage_sum", gen_ai_token_type=kind, **known) == tokens
     assert gateway.value("rpc_server_call_duration_seconds_count", rpc_response_status_code="OK") == 3
@@ -177,6 +182,19 @@ def test_a_malformed_trace_context_counts_as_none(gateway: Gateway, header: str)
     assert span.parent is None
 
 
+@pytest.mark.parametrize("state", ["vendor=1", "no; state " + MARKER, "a" * 20_000])
+def test_a_tracestate_is_neither_read_nor_logged(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, state: str
+) -> None:
+    with caplog.at_level(logging.INFO):
+        gateway.serve(gateway.begin(traceparent=f"00-{TRACE_ID}-{SPAN_ID}-01", tracestate=state), 1)
+    (span,) = gateway.spans
+    assert span.parent is not None
+    assert span.context is not None
+    assert not span.context.trace_state
+    assert [entry.name for entry in caplog.records] == ["expertmesh.access"]
+
+
 def test_without_a_sampled_parent_the_ratio_decides() -> None:
     gateway = Gateway(ALWAYS_OFF)
     gateway.serve(gateway.begin(), 1)
@@ -220,6 +238,48 @@ def test_a_reference_to_the_log_is_on_the_span(gateway: Gateway) -> None:
     with pytest.raises(Internal), gateway.begin():
         raise error
     assert attributes(gateway.spans[0])["expertmesh.error.reference"] == error.reference
+
+
+def test_whoever_logs_an_error_says_which_request_it_ended(gateway: Gateway) -> None:
+    error = ValueError(MARKER)
+    with pytest.raises(ValueError, match=MARKER):
+        gateway.fail(gateway.begin(), error)
+    (span,) = gateway.spans
+    assert span.context is not None
+    ids = {"trace_id": f"{span.context.trace_id:032x}", "span_id": f"{span.context.span_id:016x}"}
+    assert fields_of(error) == {"request_id": "id-1", **ids}
+
+
+@pytest.mark.parametrize("broken", ["start_span", "spans", "metrics", "clock", "log"])
+def test_what_fails_in_observing_a_request_does_not_reach_it(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    fail = Mock(side_effect=KeyError("broken"))
+    if broken == "start_span":
+        gateway.observer._tracer = Mock(start_span=fail)
+    elif broken == "spans":
+        for method in ("add_event", "set_attribute", "set_attributes", "set_status", "end"):
+            monkeypatch.setattr(Span, method, fail)
+    elif broken == "metrics":
+        gateway.observer._metrics = Mock(
+            **{f"{name}.{method}": fail for name in vars(gateway.metrics.requests) for method in ("add", "record")}
+        )
+    observed = gateway.begin("tiny")
+    if broken == "clock":
+        observed._clock = fail
+    elif broken == "log":
+        monkeypatch.setattr(logging.getLogger("expertmesh.access"), "info", fail)
+
+    gateway.serve(observed, 3)
+    error = Overloaded("QUEUE_FULL", 1.0)
+    with pytest.raises(Overloaded):
+        gateway.fail(gateway.begin("tiny"), error)
+    assert fail.called
+    told = [entry for entry in caplog.records if entry.name == "actors.guard"]
+    assert [entry.getMessage() for entry in told] == ["telemetry of requests fails; serving goes on"]
+    counted = gateway.value("expertmesh_requests_finished_total", reason="length")
+    assert counted == (broken not in ("metrics", "clock")), "the rest of it is as ever"
+    assert len(gateway.spans) == {"start_span": 0, "spans": 0, "clock": 1}.get(broken, 2)
 
 
 def test_a_seed_past_signed_integers_is_told_as_text(gateway: Gateway) -> None:

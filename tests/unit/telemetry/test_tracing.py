@@ -6,7 +6,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
+import pytest
+from opentelemetry.sdk.trace.export import SpanExportResult
+
+from cluster.telemetry.tracing import _Delivery
 from tests.otlp_collector import collecting
 
 LAST_SPAN = """
@@ -52,3 +57,12 @@ def test_nor_is_one_that_is_not_there_for_longer() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         assert flush_s(f"http://127.0.0.1:{closed.getsockname()[1]}") < 4
+
+
+def test_an_export_that_raises_has_failed() -> None:
+    delivery = _Delivery(Mock(export=Mock(side_effect=[ValueError("broken"), SpanExportResult.SUCCESS])))
+    with pytest.raises(ValueError, match="broken"):
+        delivery.export(())
+    assert delivery.failed
+    assert delivery.export(()) is SpanExportResult.SUCCESS
+    assert not delivery.failed

@@ -1,0 +1,58 @@
+"""What the data-plane thread counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from actors.loop import LoopThread
+from actors.transport.base import FrameTag, Wire
+from actors.transport.local import LocalNetwork
+from tests.waiting import until
+
+
+@pytest.fixture
+def network() -> LocalNetwork:
+    return LocalNetwork()
+
+
+@pytest.fixture
+def loop() -> Iterator[LoopThread]:
+    """One whose wires' frames nobody wants."""
+    made = LoopThread("router-0", lambda wire, frame: None, lambda wire, error: None)
+    made.start()
+    yield made
+    made.stop()
+
+
+def connect(network: LocalNetwork, loop: LoopThread, name: str) -> tuple[Wire, Wire]:
+    """A wire of the loop, and its other end."""
+    there: list[Wire] = []
+    peer = network.endpoint(name, there.append)
+    wire = network.endpoint(f"of-{name}", lambda wire: None).connect(peer.address, time.monotonic() + 20)
+    loop.add(wire)
+    until(lambda: wire in loop.wires() and bool(there))
+    return wire, there[0]
+
+
+def send(wire: Wire, size: int) -> None:
+    wire.send(1, FrameTag(), [bytes(size)], time.monotonic() + 20)
+
+
+def test_bytes_of_wires_that_have_ended_still_count(network: LocalNetwork, loop: LoopThread) -> None:
+    first, far = connect(network, loop, "expert-0")
+    second, _ = connect(network, loop, "expert-1")
+    send(first, 1000)
+    send(second, 50)
+    sent = loop.bytes_sent()
+    assert sent == {"local": first.stats.bytes_sent + second.stats.bytes_sent}
+    assert sent["local"] >= 1050
+
+    far.close()
+    until(lambda: loop.wires() == [second])
+    assert loop.bytes_sent() == sent
+    third, _ = connect(network, loop, "expert-2")
+    send(third, 7)
+    assert loop.bytes_sent() == {"local": sent["local"] + third.stats.bytes_sent}
