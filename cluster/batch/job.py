@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO
 from cluster.batch.errors import BatchError, Changed
 from cluster.batch.manifest import Manifest, differences, manifest_path, read_manifest, write_manifest
 from cluster.batch.results import ResultFile
-from cluster.batch.rows import BadRow, Input, Row, check_input, key_of, read_rows
+from cluster.batch.rows import BadRow, Input, Row, check_input, read_rows
 from cluster.batch.seeds import batch_seed
 from cluster.batch.tally import Tally
 
@@ -70,14 +71,17 @@ class Job:
             if self._wanted.retry_failed:
                 self.errors.clear()
         except OSError as error:
-            raise BatchError(f"{manifest_path(self.results.path)}: {error.strerror}") from None
+            raise BatchError(f"{error.filename or manifest_path(self.results.path)}: {error.strerror}") from None
         return manifest
 
-    def pending(self) -> Iterator[Row]:
-        """Rows without a result, in the order of the input. Raises BatchError if that has changed or cannot be read."""
+    def pending(self, enough: threading.Event) -> Iterator[Row]:
+        """Rows without a result, in the order of the input; no more once ``enough`` is set. Raises BatchError when its
+        rows are not those that were checked any more, or cannot be read."""
         try:
-            for row in read_rows(self._file):
-                if key_of(row.custom_id) not in self._finished:
+            for key, row in read_rows(self._file, self._given):
+                if enough.is_set():
+                    return
+                if key not in self._finished:
                     yield row
         except BadRow as error:
             raise BatchError(f"{self._file.name}: was changed while the batch ran: {error}") from None
@@ -85,22 +89,31 @@ class Job:
             raise BatchError(f"{self._file.name}: cannot be read: {error.strerror}") from None
 
     def _read_manifest(self) -> Manifest | None:
-        """The one that the results belong to; None while there are none. Raises BatchError and Changed."""
-        if not (self.results.size or self.errors.size):
-            return None
+        """The one that the results belong to; None if there is none. Raises BatchError and Changed."""
         begun = read_manifest(manifest_path(self.results.path))
-        if begun is not None and not self._wanted.accept_changes:
+        if begun is not None and not self._has_results and begun.input != self._given.identity:
+            return None  # of another batch, of which nothing is left
+        if begun is not None and not self._may_change:
             # the model is compared when it is known; the rest before anything is sent
             changed = differences(begun, self._manifest_after(begun, begun.model))
             if changed:
                 raise Changed(str(self.results.path), changed)
         return begun
 
+    @property
+    def _has_results(self) -> bool:
+        return bool(self.results.size or self.errors.size)
+
+    @property
+    def _may_change(self) -> bool:
+        """Where there are no results there is nothing to be mixed; what was asked for when it began still holds."""
+        return self._wanted.accept_changes or not self._has_results
+
     def _manifest(self, model: dict[str, Any]) -> Manifest:
         if self._begun is not None:
             now = self._manifest_after(self._begun, model)
             changed = differences(self._begun, now)
-            if changed and not self._wanted.accept_changes:
+            if changed and not self._may_change:
                 raise Changed(str(self.results.path), changed)
             return now if changed else self._begun
         seed = self._wanted.seed

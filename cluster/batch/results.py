@@ -4,11 +4,13 @@ lines that counted are whole and still there; at most the last one is torn, and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,17 +72,21 @@ class ResultFile:
         Raises OSError; then none of them counts, and as far as the disk lets us none is there.
         """
         before = self.size
-        try:
-            for line in lines:
-                self._write(line)
-            os.fsync(self._descriptor)
-        except OSError as error:
-            self._cut(before)
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        with self._named():
+            try:
+                for line in lines:
+                    self._write(line)
+                os.fsync(self._descriptor)
+            except OSError:
+                # a torn end that stays is cut off at the next start; the first error is the one that tells why
+                with contextlib.suppress(OSError):
+                    self._cut(before)
+                raise
 
     def clear(self) -> None:
         """Forget all results. Raises OSError."""
-        self._cut(0)
+        with self._named():
+            self._cut(0)
 
     def close(self) -> None:
         """Let go of the file and its lock."""
@@ -93,6 +99,14 @@ class ResultFile:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BatchError(f"{self.path}: another `expertmesh batch run` is writing it") from None
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Calls on a descriptor do not know the file's name."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def _write(self, line: bytes) -> None:
         """The kernel may take less than all of it, when the disk is nearly full."""
@@ -164,7 +178,10 @@ def _append(lines: Sequence[_Waiting]) -> None:
 def _custom_id(line: bytes) -> str | None:
     try:
         found = json.loads(line)
+        custom_id = found.get("custom_id") if isinstance(found, dict) else None
+        if isinstance(custom_id, str):
+            custom_id.encode()  # half of a surrogate pair: no row has such an id
+            return custom_id
     except ValueError:
-        return None
-    custom_id = found.get("custom_id") if isinstance(found, dict) else None
-    return custom_id if isinstance(custom_id, str) else None
+        pass
+    return None

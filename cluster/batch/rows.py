@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -50,10 +50,15 @@ class InputIdentity:
 
 @dataclass(frozen=True)
 class Input:
-    """An input that was checked. ``keys``: ``key_of`` every row."""
+    """An input that was checked. ``lines``: by ``key_of`` every row, the number of its line."""
 
     identity: InputIdentity
-    keys: Set[bytes]
+    lines: Mapping[bytes, int]
+
+    @property
+    def keys(self) -> Set[bytes]:
+        """``key_of`` every row."""
+        return self.lines.keys()
 
 
 def key_of(custom_id: str) -> bytes:
@@ -84,11 +89,20 @@ def parse_row(line: bytes) -> Row:
     return Row(_custom_id(row["custom_id"]), Endpoint(row["url"]), row["body"], digest)
 
 
-def read_rows(file: BinaryIO) -> Iterator[Row]:
-    """The rows of an input that was checked before. Raises BadRow should it have changed since."""
-    for _, line in read_lines(file):
+def read_rows(file: BinaryIO, given: Input) -> Iterator[tuple[bytes, Row]]:
+    """The rows of an input that was checked before, each with its key. Raises BadRow when they are not the same ones in
+    the same lines any more; what else a line says is not compared."""
+    count = 0
+    for number, line in read_lines(file):
         if line is not None and line.strip():
-            yield parse_row(line)
+            row = parse_row(line)
+            key = key_of(row.custom_id)
+            if given.lines.get(key) != number:
+                raise BadRow(f"line {number}: custom_id: {_shown(row.custom_id)} was not there before")
+            count += 1
+            yield key, row
+    if count != len(given.lines):
+        raise BadRow(f"has {count} rows; had {len(given.lines)}")
 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
@@ -125,7 +139,7 @@ def check_input(name: str, file: BinaryIO) -> Input:
         problems.append("it has no rows")
     if problems:
         raise BadInput(name, problems, len(problems) == MAX_PROBLEMS)
-    return Input(InputIdentity(len(first_lines), size, digest.hexdigest()), first_lines.keys())
+    return Input(InputIdentity(len(first_lines), size, digest.hexdigest()), first_lines)
 
 
 def _check_line(number: int, line: bytes | None, first_lines: dict[bytes, int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -39,23 +40,30 @@ async def run_job(job: Job, gateway: Gateway, limits: Limits, patience: Patience
 
     Raises BatchError.
     """
-    manifest = job.begin(describe_model(await _model(gateway)))
-    door = Door(lambda: _why_not_ready(gateway, manifest), patience)
-    sender = Sender(gateway, door, patience, manifest, limits.retries, job.tally)
     committer = Committer()
     try:
-        await _until(stop, _answer_all(job, sender, committer, limits.concurrency))
+        await _until(stop, _begin_and_answer(job, gateway, limits, patience, committer))
     finally:
         await committer.drain()
 
 
+async def _begin_and_answer(
+    job: Job, gateway: Gateway, limits: Limits, patience: Patience, committer: Committer
+) -> None:
+    manifest = job.begin(describe_model(await _model(gateway)))
+    door = Door(lambda: _why_not_ready(gateway, manifest), patience)
+    sender = Sender(gateway, door, patience, manifest, limits.retries, job.tally)
+    await _answer_all(job, sender, committer, limits.concurrency)
+
+
 async def _answer_all(job: Job, sender: Sender, committer: Committer, concurrency: int) -> None:
     rows: asyncio.Queue[Row | None] = asyncio.Queue(_READ_AHEAD)
+    enough = threading.Event()
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(_work(job, rows, sender, committer))
-            pending = job.pending()
+            pending = job.pending(enough)
             # on the way past what is finished in a big input: not in the loop that serves the streams
             while some := await asyncio.to_thread(_take, pending):
                 for row in some:
@@ -67,6 +75,8 @@ async def _answer_all(job: Job, sender: Sender, committer: Committer, concurrenc
         if expected is None or bugs is not None:
             raise
         raise _first(expected) from None
+    finally:
+        enough.set()  # a thread cannot be cancelled, and the process waits for it
 
 
 async def _work(job: Job, rows: asyncio.Queue[Row | None], sender: Sender, committer: Committer) -> None:
@@ -112,7 +122,7 @@ async def _model(gateway: Gateway) -> pb.GetModelInfoResponse:
     try:
         return await gateway.model()
     except grpc.RpcError as error:
-        raise BatchError(gateway.explain(error)) from None
+        raise BatchError(gateway.unanswered(error)) from None
 
 
 async def _why_not_ready(gateway: Gateway, manifest: Manifest) -> str:
@@ -122,7 +132,7 @@ async def _why_not_ready(gateway: Gateway, manifest: Manifest) -> str:
         try:
             changed = model_differences(manifest.model, describe_model(await gateway.model()))
         except grpc.RpcError as error:
-            return gateway.explain(error)
+            return gateway.unanswered(error)
         if changed:
             raise Changed("this batch", changed)
     return trouble

@@ -63,7 +63,8 @@ class Sender:
         tally: Tally,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
-        """``retries``: attempts without a new token, after a first one, before a row counts as failed for good."""
+        """``retries``: attempts without a new token, after a first one, before a row counts as failed for good. Those
+        that the gateway itself says it could not take at the time do not count."""
         self._gateway = gateway
         self._door = door
         self._patience = patience
@@ -86,6 +87,7 @@ class Sender:
             return Result((refused.status, refused.body))
         while True:
             opening = await self._door.enter()
+            self._patience.calm()
             try:
                 return attempts.result(await self._stream(attempts))
             except grpc.RpcError as error:
@@ -111,7 +113,8 @@ class Sender:
             async for message in messages:
                 self._check_model(message)
                 attempts.take(message)
-                self._patience.progress()
+                if message.token_ids or message.HasField("finished"):
+                    self._patience.progress()
                 self._tally.streamed += len(message.token_ids)
         if attempts.finished is None:
             raise BatchError("the gateway ended a stream without its last message; is it of another version?")
@@ -133,9 +136,9 @@ class Sender:
             raise BatchError(text)
         if failure == Failure.ROW:
             return Result((told.status, told.body))
-        if failure == Failure.AWAY:
+        if failure in (Failure.LOST, Failure.AWAY):
             self._door.lost(opening)
-        attempts.failed += failure != Failure.BUSY
+        attempts.failed += failure in (Failure.LOST, Failure.ATTEMPT)
         if attempts.failed > self._retries:
             return Result(None, (told.code, text))
         self._patience.trouble(text)

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +23,7 @@ from cluster.cli.client import complain, explain, open_aio_channel
 from cluster.cli.connection import Connection
 
 _STOPPED = 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _REDRAW_S = 0.25
 _LINE_S = 10.0
 _TROUBLE_S = 3.0
@@ -32,21 +33,25 @@ def run_batch(
     connection: Connection, requests: Path, output: Path, wanted: Wanted, limits: Limits, patience_s: float
 ) -> int:
     """Answer every row; the exit status: 0 all of them, 1 not all, 130 stopped."""
-    try:
-        with open_job(requests, output, wanted) as job:
-            for note in job.notes:
-                _say(note)
+    with ExitStack() as stack:
+        try:
+            job = stack.enter_context(open_job(requests, output, wanted))
+        except BatchError as error:
+            return complain(str(error))
+        except KeyboardInterrupt:
+            _say("stopped before anything was sent")
+            return _STOPPED
+        try:
             return _run(job, connection, limits, patience_s)
-    except BatchError as error:
-        return complain(str(error))
-    except KeyboardInterrupt:
-        _say("stopped before anything was sent")
-        return _STOPPED
+        except KeyboardInterrupt:
+            return _stopped(job.tally)
 
 
 def _run(job: Job, connection: Connection, limits: Limits, patience_s: float) -> int:
+    for note in job.notes:
+        _say(note)
     tally, began = job.tally, time.monotonic()
-    if tally.left:
+    if tally.left > 0:
         try:
             asyncio.run(_answer(job, connection, limits, Patience(patience_s)))
         except BatchError as error:
@@ -54,9 +59,8 @@ def _run(job: Job, connection: Connection, limits: Limits, patience_s: float) ->
             if tally.finished:
                 _say(_how_to_go_on(tally))
             return status
-    if tally.left:
-        _say(f"stopped: {_how_to_go_on(tally)}")
-        return _STOPPED
+    if tally.left > 0:
+        return _stopped(tally)
     print(summary(tally, time.monotonic() - began), flush=True)
     if tally.all_failed:
         _say(f"failed rows: {tally.all_failed}, see {job.errors.path}; --retry-failed does them again")
@@ -64,10 +68,16 @@ def _run(job: Job, connection: Connection, limits: Limits, patience_s: float) ->
 
 
 async def _answer(job: Job, connection: Connection, limits: Limits, patience: Patience) -> None:
-    """Until all rows are answered, or SIGINT or SIGTERM comes."""
+    """Until all rows are answered, or SIGINT or SIGTERM comes. A second one does what it does to any process."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+
+    def stop_in_order() -> None:
+        stop.set()
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop_in_order)
     async with open_aio_channel(connection, KEEPALIVE) as channel, _shown(job.tally, patience):
         gateway = Gateway(channel, connection.token, lambda error: explain(error, connection))
         await run_job(job, gateway, limits, patience, stop)
@@ -137,8 +147,14 @@ def _trouble(patience: Patience) -> str:
     return f"; waiting: {trouble}" if trouble else ""
 
 
+def _stopped(tally: Tally) -> int:
+    _say(f"stopped: {_how_to_go_on(tally)}")
+    return _STOPPED
+
+
 def _how_to_go_on(tally: Tally) -> str:
-    return f"{tally.finished} of {tally.rows} rows are finished and on disk; the same command goes on with the others"
+    others = "; the same command goes on with the others" if tally.left > 0 else ""
+    return f"{tally.finished} of {tally.rows} rows are finished and on disk{others}"
 
 
 def _say(text: str) -> None:

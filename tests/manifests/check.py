@@ -12,8 +12,11 @@ from tests.manifests.gateway import gateway_problems
 from tests.manifests.kinds import schema_problems
 from tests.manifests.kuberay import kuberay_problems
 from tests.manifests.kustomize import FILE_NAME, Rendered, render
+from tests.manifests.secrets import secret_problems
 from tests.manifests.security import security_problems
 from tests.manifests.selectors import fence_problems, selector_problems
+from tests.manifests.sizes import size_problems
+from tests.manifests.traffic import traffic_problems
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,14 @@ class Report:
 
 def check(folder: Path) -> Report:
     """Everything that can be said of ``folder`` without a cluster. To find nothing to check is a problem as well."""
-    roots = sorted(path.parent for path in folder.rglob(FILE_NAME))
     try:
-        rendered = [render(root) for root in roots]
+        return _check(folder)
     except ManifestError as error:
         return Report(0, (str(error),))
+
+
+def _check(folder: Path) -> Report:
+    rendered = [render(path.parent) for path in sorted(folder.rglob(FILE_NAME))]
     problems = [*_orphans(folder, rendered)]
     for one in rendered:
         problems += [f"{one.folder}: {problem}" for document in one.documents for problem in schema_problems(document)]
@@ -59,7 +65,8 @@ def _across(rendered: list[Rendered]) -> Iterator[str]:
         more: list[Document] = [document for addon in addons for document in addon.documents]
         everything = [*one.documents, *more]
         found = [*security_problems(everything), *selector_problems(everything), *command_problems(everything)]
-        found += [*kuberay_problems(everything), *gateway_problems(one.documents)]
+        found += [*kuberay_problems(everything), *gateway_problems(one.documents), *traffic_problems(everything)]
+        found += [*size_problems(everything), *secret_problems(everything)]
         yield from (f"{one.folder}: {problem}" for problem in found)
 
 

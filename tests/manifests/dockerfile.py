@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.manifests.documents import ManifestError
+from tests.manifests.image import HOME, PROGRAMS, UID
 
 FINAL_STAGES = ("cuda", "cpu")
+_TOOLS = {"rsync", "openssh-client"}
+"""What `ray up` runs in containers: to copy files in, and on AWS, from the head's, to start the other machines."""
+_TORCH_INDEX = "https://download.pytorch.org/whl/"
+_EXTRA = {"cuda": ".[gpu]", "cpu": "."}
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,8 @@ class Stage:
 
 
 def dockerfile_problems(path: Path) -> Iterator[str]:
-    """Bases without a tag, sources that are not there, installs without pins, images that run as root."""
+    """Bases without a tag, sources that are not there, installs without pins, images that lack something or run as
+    somebody else than Kubernetes is told."""
     arguments, stages = _parse(path)
     names = {stage.name for stage in stages}
     ignored = (path.parent / ".dockerignore").read_text(encoding="utf-8").splitlines()
@@ -34,10 +41,14 @@ def dockerfile_problems(path: Path) -> Iterator[str]:
         for name, rest in stage.instructions:
             if name == "COPY" and "--from=" not in rest:
                 yield from _copy_problems(path.parent, rest, sent)
+            elif name == "COPY" and (source := rest.partition("--from=")[2].split()[0]) not in names:
+                yield f"{stage.name}: COPY --from={source}: no such stage"
             elif name == "RUN":
                 yield from _install_problems(stage, rest)
+    packages = _package_folders(path.parent / "pyproject.toml")
     for name in FINAL_STAGES:
         yield from _final_problems(name, stages)
+        yield from _build_problems(name, stages, packages)
     if stages[-1].name != FINAL_STAGES[-1]:
         yield f"the last stage is {stages[-1].name}, must be {FINAL_STAGES[-1]}: what `docker build .` makes"
 
@@ -85,19 +96,64 @@ def _install_problems(stage: Stage, rest: str) -> Iterator[str]:
             yield f"{stage.name}: {rest}: needs {option}"
 
 
-def _final_problems(name: str, stages: list[Stage]) -> Iterator[str]:
+def _instructions(name: str, stages: list[Stage]) -> list[tuple[str, str]]:
+    """Of a stage and of all that it is built on, in order; none if it is not there."""
     by_name = {stage.name: stage for stage in stages}
-    if name not in by_name:
+    found: list[tuple[str, str]] = []
+    while name in by_name:
+        found = [*by_name[name].instructions, *found]
+        name = by_name[name].base
+    return found
+
+
+def _final_problems(name: str, stages: list[Stage]) -> Iterator[str]:
+    instructions = _instructions(name, stages)
+    if not instructions:
         yield f"no stage {name}"
         return
-    chain = [by_name[name]]
-    while chain[-1].base in by_name:
-        chain.append(by_name[chain[-1].base])
-    last = dict(pair for stage in reversed(chain) for pair in stage.instructions)
-    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", last.get("USER", "")):
+    last = dict(instructions)
+    if last.get("USER") != f"{UID}:{UID}":
         user = last.get("USER")
-        yield f"{name}: USER {user}: must be numbers, as Kubernetes can tell only of those that they are not root"
+        yield f"{name}: USER {user}: must be {UID}:{UID}, as the manifests say; of names Kubernetes cannot tell root"
+    if f"useradd --uid {UID} --gid {UID} --create-home" not in (runs := _runs(instructions)):
+        yield f"{name}: nobody is made with useradd --uid {UID} --gid {UID} --create-home"
+    if last.get("WORKDIR") != HOME:
+        yield f"{name}: WORKDIR {last.get('WORKDIR')}: must be {HOME}, where the manifests mount a folder"
+    if missing := _TOOLS - set(runs.split()):
+        yield f"{name}: {', '.join(sorted(missing))} not installed: `ray up` runs it in containers"
+    copies = [rest for key, rest in instructions if key == "COPY"]
+    if copies != (wanted := [f"--from=build-{name} {PROGRAMS} {PROGRAMS}"]):
+        yield f"{name}: COPY {copies}: must be {wanted}"
     if last.get("HEALTHCHECK") != "NONE":
         yield f"{name}: HEALTHCHECK must be NONE: Kubernetes' probes ask the health port"
     if "ENTRYPOINT" in last:
         yield f"{name}: ENTRYPOINT: `ray up` runs IMAGE bash, so there may be none"
+
+
+def _build_problems(name: str, stages: list[Stage], packages: set[str]) -> Iterator[str]:
+    """The stage whose programs the final one gets."""
+    instructions = _instructions(f"build-{name}", stages)
+    copied = {source for key, rest in instructions if key == "COPY" for source in rest.split()[:-1]}
+    if missing := packages - copied:
+        yield f"build-{name}: COPY {', '.join(sorted(missing))}: missing; pyproject.toml has its packages"
+    installs = [rest for key, rest in instructions if key == "RUN" and "pip install" in rest]
+    arguments = dict(rest.split("=", 1) for key, rest in instructions if key == "ARG")
+    torch = [rest for rest in installs if "torch" in rest]
+    index = re.search(r"--index-url (\S+)", torch[0]) if len(torch) == 1 else None
+    found = re.sub(r"\$\{(\w+)\}", lambda match: arguments[match[1]], index[1].strip('"')) if index else "PyPI"
+    if not found.startswith(_TORCH_INDEX + {"cuda": "cu12", "cpu": "cpu"}[name]):
+        yield f"build-{name}: torch comes from {found}; must be PyTorch's own index for {name}"
+    wanted = {"ray[default]", _EXTRA[name]}
+    words = {word.strip('"') for rest in installs if "--no-deps" not in rest for word in rest.split()}
+    if missing := wanted - words:
+        yield f"build-{name}: {', '.join(sorted(missing))} not installed"
+
+
+def _runs(instructions: list[tuple[str, str]]) -> str:
+    return " ".join(rest for key, rest in instructions if key == "RUN")
+
+
+def _package_folders(path: Path) -> set[str]:
+    """The folders at the top that pyproject.toml takes packages from."""
+    settings = tomllib.loads(path.read_text(encoding="utf-8"))["tool"]["setuptools"]
+    return {folder.split("/")[0] for folder in settings["package-dir"].values()}

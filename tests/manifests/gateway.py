@@ -11,13 +11,17 @@ from cluster.access import missing_locks
 from cluster.config import ConfigError, ServerConfig, load_config
 from cluster.gateway.grpc_door import INFERENCE
 from tests.manifests.documents import Document, name_of
-from tests.manifests.pods import Pod, pods_of
+from tests.manifests.pods import GATEWAY_GROUP, Pod, pods_of
 
 CONFIG_MAP, CONFIG_FILE = "expertmesh-config", "server.yaml"
-GROUP = "gateway"
+SCRIPT = "gateway.sh"
 _GPU = "nvidia.com/gpu"
 _PORTS = {"grpc": "port", "http": "http_port", "health": "health_port", "metrics": "metrics_port"}
 _PROBES = {"startupProbe": "", "livenessProbe": "", "readinessProbe": INFERENCE}
+_ISTIO = "sidecar.istio.io"
+_INBOUND = "traffic.sidecar.istio.io/includeInboundPorts"
+STOP_S = 90
+"""As `ray job stop` is given for the same (cluster/ray): the gateway's drain, the fleets, Ray's own actors."""
 ACCESS = f"access:\n  tokens:\n    - {{sha256: '{'0' * 64}', tenant: example}}\n"
 """What the operator's Secret adds to the ConfigMap's text."""
 
@@ -27,9 +31,9 @@ def gateway_problems(documents: Iterable[Document]) -> Iterator[str]:
     documents = list(documents)
     pods = pods_of(documents)
     maps = [d for d in documents if d["kind"] == "ConfigMap" and d["metadata"]["name"] == CONFIG_MAP]
-    gateways = [pod for pod in pods if pod.group == GROUP]
-    if len(maps) != 1 or len(gateways) != 1 or CONFIG_FILE not in maps[0]["data"]:
-        yield f"expected one ConfigMap {CONFIG_MAP} with {CONFIG_FILE}, and one group {GROUP!r}"
+    gateways = [pod for pod in pods if pod.group == GATEWAY_GROUP]
+    if len(maps) != 1 or len(gateways) != 1 or not {CONFIG_FILE, SCRIPT} <= maps[0]["data"].keys():
+        yield f"expected one ConfigMap {CONFIG_MAP} with {CONFIG_FILE} and {SCRIPT}, and one group {GATEWAY_GROUP!r}"
         return
     text = maps[0]["data"][CONFIG_FILE]
     try:
@@ -41,6 +45,10 @@ def gateway_problems(documents: Iterable[Document]) -> Iterator[str]:
     yield from _lock_problems(config, gateways[0])
     yield from _door_problems(config, gateways[0])
     yield from _probe_problems(config, gateways[0])
+    yield from _one_problems(gateways[0], maps[0]["data"][SCRIPT])
+    yield from _service_problems(config, gateways[0], documents)
+    if config.gateway.insecure:
+        yield from _mesh_problems(config, gateways[0])
     for fleet in ("attention", "experts"):
         yield from _room_problems(config, fleet, pods)
     yield from _model_problems(config, pods)
@@ -81,6 +89,46 @@ def _probe_problems(config: ServerConfig, pod: Pod) -> Iterator[str]:
     patience = startup.get("periodSeconds", 10) * startup.get("failureThreshold", 3)
     if patience < config.start_timeout_s:
         yield f"{pod.where}: startupProbe gives up after {patience} s; start_timeout_s is {config.start_timeout_s:g}"
+
+
+def _one_problems(pod: Pod, script: str) -> Iterator[str]:
+    """There is one, it ends as `expertmesh serve`, and it has the time to."""
+    for key in ("minReplicas", "replicas", "maxReplicas"):
+        if pod.ray.get(key) != 1:
+            yield f"{pod.where}: {key}: {pod.ray.get(key)}, must be 1: a second `expertmesh serve` is refused"
+    last = script.strip().splitlines()[-1]
+    if last != "exec expertmesh serve --config /tmp/server.yaml" or f"> /tmp/{CONFIG_FILE}\n" not in script:
+        yield f"{SCRIPT}: {last}: must write /tmp/{CONFIG_FILE} and end as `expertmesh serve` with it"
+    if pod.container.get("command") != ["/bin/bash", f"/etc/expertmesh/{SCRIPT}"]:
+        yield f"{pod.where}: command: {pod.container.get('command')}, must run {SCRIPT}"
+    pause = pod.container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+    grace = pod.spec.get("terminationGracePeriodSeconds", 30)
+    if pause <= 0 or grace < pause + STOP_S:
+        needed = f"preStop ({pause} s, must be some) and a stop take {pause + STOP_S} s"
+        yield f"{pod.where}: terminationGracePeriodSeconds {grace}: {needed}"
+
+
+def _service_problems(config: ServerConfig, pod: Pod, documents: list[Document]) -> Iterator[str]:
+    """Each door under its name and number, and with what is spoken there."""
+    plain = config.gateway.insecure
+    spoken = {"grpc": "kubernetes.io/h2c" if plain else "https", "http": "http" if plain else "https"}
+    services = [d for d in documents if d["kind"] == "Service" and pod.matches(d["spec"].get("selector", {}))]
+    for service in services:
+        for port in service["spec"]["ports"]:
+            name = port["name"]
+            found = (port.get("targetPort"), port["port"], port.get("appProtocol"))
+            if found != (wanted := (name, pod.ports.get(name), spoken.get(name))):
+                yield f"{name_of(service)}: port {name}: targetPort, port, appProtocol {found}, must be {wanted}"
+
+
+def _mesh_problems(config: ServerConfig, pod: Pod) -> Iterator[str]:
+    """Plaintext is for a sidecar alone."""
+    doors = f"{config.gateway.port},{config.gateway.http_port}"
+    annotations = pod.ray["template"].get("metadata", {}).get("annotations", {})
+    if pod.labels.get(f"{_ISTIO}/inject") != "true":
+        yield f"{pod.where}: gateway.insecure is true, but no label {_ISTIO}/inject puts a sidecar there"
+    if annotations.get(_INBOUND) != doors:
+        yield f"{pod.where}: {_INBOUND}: {annotations.get(_INBOUND)}, must be {doors}"
 
 
 def _room_problems(config: ServerConfig, fleet: str, pods: list[Pod]) -> Iterator[str]:

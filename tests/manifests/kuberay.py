@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from tests.manifests.documents import Document, name_of
-from tests.manifests.pods import Pod, pods_of
+from tests.manifests.pods import GATEWAY_GROUP, HEAD_GROUP, Pod, pods_of
 
 START_COMMAND = "$KUBERAY_GEN_RAY_START_CMD"
 _OVERWRITE = "ray.io/overwrite-container-cmd"
@@ -37,8 +37,8 @@ def _cluster_problems(document: Document) -> Iterator[str]:
         yield f"{where}: authOptions.mode must be token: Ray's ports are code execution"
     if not spec.get("enableInTreeAutoscaling") or spec.get("autoscalerOptions", {}).get("version") != "v2":
         yield f"{where}: needs enableInTreeAutoscaling and autoscalerOptions.version: v2, which knows labels"
-    if spec["headGroupSpec"].get("rayStartParams", {}).get("num-cpus") != "0":
-        yield f'{where}: headGroupSpec.rayStartParams.num-cpus must be "0"'
+    if spec["headGroupSpec"].get("serviceType", "ClusterIP") != "ClusterIP":
+        yield f"{where}: headGroupSpec.serviceType must be ClusterIP: Ray's ports are code execution"
     options = spec.get("gcsFaultToleranceOptions", {})
     backend = options.get("backend")
     if backend == "rocksdb" and (redis := _REDIS & options.keys()):
@@ -57,6 +57,8 @@ def _group_problems(pod: Pod) -> Iterator[str]:
         yield f"{pod.where}: rayStartParams.labels: KubeRay refuses it; use the group's labels"
     if pod.spec.get("restartPolicy", "Never") != "Never":
         yield f"{pod.where}: restartPolicy: {pod.spec['restartPolicy']}: with autoscaler v2 only Never"
+    if pod.group in (HEAD_GROUP, GATEWAY_GROUP) and pod.ray.get("rayStartParams", {}).get("num-cpus") != "0":
+        yield f'{pod.where}: rayStartParams.num-cpus must be "0": no shard there'
     if "minReplicas" in pod.ray:
         least, now, most = (int(pod.ray.get(key, 0)) for key in ("minReplicas", "replicas", "maxReplicas"))
         if not 0 < least <= now <= most:
@@ -97,10 +99,18 @@ def _job_problems(document: Document, documents: list[Document]) -> Iterator[str
         yield f"{where}: clusterSelector: no RayCluster {cluster!r}"
     if "rayClusterSpec" in spec or spec.get("shutdownAfterJobFinishes"):
         yield f"{where}: with clusterSelector the cluster is not the job's to make or to end"
+    if "backoffLimit" in spec:
+        yield f"{where}: backoffLimit: KubeRay refuses it with clusterSelector; use submitterConfig"
     target = re.search(r"--target[ =](\S+):(\d+)", spec["entrypoint"])
-    services = {d["metadata"]["name"]: d["spec"]["ports"] for d in documents if d["kind"] == "Service"}
-    if target is None or int(target[2]) not in [port["port"] for port in services.get(target[1], [])]:
-        yield f"{where}: entrypoint: --target: {target and target[0]}: no Service has it; there are {sorted(services)}"
+    doors = {
+        f"{d['metadata']['name']}:{port['port']}"
+        for d in documents
+        if d["kind"] == "Service"
+        for port in d["spec"]["ports"]
+        if port["name"] == "grpc"
+    }
+    if target is None or f"{target[1]}:{target[2]}" not in doors:
+        yield f"{where}: entrypoint: {target and target[0]}: no Service has it for gRPC; there are {sorted(doors)}"
     head = next((pod for pod in pods_of(documents) if pod.labels.get("ray.io/node-type") == "head"), None)
     mounted = [mount["mountPath"] for mount in head.container["volumeMounts"]] if head else []
     for path in re.findall(r"(?<=\s)/\S+", spec["entrypoint"]):

@@ -9,6 +9,7 @@ from typing import Any
 from tests.manifests.documents import Document, name_of
 
 HEAD_GROUP = "headgroup"
+GATEWAY_GROUP = "gateway"
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tests.manifests.documents import Document
+from tests.manifests.documents import Document, name_of
+from tests.manifests.image import HOME, UID
 from tests.manifests.pods import HEAD_GROUP, Pod, pods_of
+from tests.manifests.secrets import SECRET_KEYS
 
-OPERATOR_MADE = {
-    ("Secret", "expertmesh-access"),
-    ("Secret", "expertmesh-tls"),
-    ("Secret", "expertmesh-batch"),
-    ("PersistentVolumeClaim", "expertmesh-models"),
-}
+OPERATOR_MADE = {("PersistentVolumeClaim", "expertmesh-models"), *(("Secret", name) for name in SECRET_KEYS)}
 """Not in the manifests: their contents are the operator's. docs/deploy.md says how to make them."""
 
-_POD = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+# fsGroup: else the image's user can neither write the claims nor read the Secrets
+_POD = {
+    "runAsNonRoot": True,
+    "runAsUser": UID,
+    "runAsGroup": UID,
+    "fsGroup": UID,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
 _CONTAINER = {
     "allowPrivilegeEscalation": False,
     "readOnlyRootFilesystem": True,
     "capabilities": {"drop": ["ALL"]},
 }
+_NAMESPACE = {"pod-security.kubernetes.io/enforce": "restricted"}
+_WRITTEN = ("/tmp", HOME)
 _VOLUMES = {"emptyDir", "configMap", "secret", "persistentVolumeClaim"}
 _HOST = ("hostNetwork", "hostPID", "hostIPC")
 
@@ -38,14 +44,16 @@ def security_problems(documents: Iterable[Document]) -> Iterator[str]:
     for document in documents:
         if document["kind"] == "RayCluster":
             yield from _autoscaler_problems(document)
+        elif document["kind"] == "Namespace":
+            labels = document["metadata"].get("labels", {})
+            yield from _differences(f"{name_of(document)}: labels", labels, _NAMESPACE)
+        elif document["kind"] == "Service" and document["spec"].get("type", "ClusterIP") != "ClusterIP":
+            yield f"{name_of(document)}: type: {document['spec']['type']}, must be ClusterIP: an overlay may open it"
 
 
 def _pod_problems(pod: Pod) -> Iterator[str]:
     context = pod.spec.get("securityContext", {})
     yield from _differences(f"{pod.where}: securityContext", context, _POD)
-    for key in ("runAsUser", "runAsGroup"):
-        if not context.get(key):
-            yield f"{pod.where}: securityContext.{key}: {context.get(key)}, must be a number other than 0"
     for key in _HOST:
         if pod.spec.get(key):
             yield f"{pod.where}: {key} is not allowed"
@@ -75,8 +83,10 @@ def _volume_problems(pod: Pod, made: set[tuple[str, str]]) -> Iterator[str]:
         yield f"{pod.where}: volumeMounts: no volume {', '.join(sorted(unknown))}"
     if unused := volumes.keys() - mounted:
         yield f"{pod.where}: volumes: {', '.join(sorted(unused))} not mounted"
-    if "/tmp" not in {m["mountPath"] for m in mounts if "emptyDir" in volumes.get(m["name"], {})}:
-        yield f"{pod.where}: /tmp must be an emptyDir: Ray writes there, and the root file system is read-only"
+    empty = {m["mountPath"] for m in mounts if "emptyDir" in volumes.get(m["name"], {})}
+    for folder in _WRITTEN:
+        if folder not in empty:
+            yield f"{pod.where}: {folder} must be an emptyDir: it is written, and the root file system is read-only"
     for name, volume in volumes.items():
         if refused := volume.keys() - _VOLUMES - {"name"}:
             yield f"{pod.where}: volume {name}: {', '.join(sorted(refused))} not allowed"
@@ -99,8 +109,10 @@ def _autoscaler_problems(document: Document) -> Iterator[str]:
     where = f"{document['kind']}/{document['metadata']['name']}: autoscalerOptions"
     yield from _differences(f"{where}.securityContext", options.get("securityContext", {}), _CONTAINER)
     volumes = {v["name"] for v in document["spec"]["headGroupSpec"]["template"]["spec"].get("volumes", [])}
-    mounts = {mount["name"] for mount in options.get("volumeMounts", [])}
-    if unknown := mounts - volumes:
+    mounts = {mount["mountPath"]: mount["name"] for mount in options.get("volumeMounts", [])}
+    if missing := set(_WRITTEN) - mounts.keys():
+        yield f"{where}.volumeMounts: {', '.join(sorted(missing))} missing: the root file system is read-only"
+    if unknown := set(mounts.values()) - volumes:
         yield f"{where}.volumeMounts: the head has no volume {', '.join(sorted(unknown))}"
 
 

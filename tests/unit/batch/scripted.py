@@ -1,10 +1,10 @@
-"""A gateway that does what a test tells it, and time that passes only when somebody sleeps."""
+"""A gateway that does what a test tells it, and time that passes only when somebody sleeps or a script says so."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
 import grpc
@@ -24,9 +24,9 @@ def lost(details: str = "Socket closed") -> AioRpcError:
     return AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata(), details)
 
 
-def bare(code: grpc.StatusCode) -> AioRpcError:
-    """A status without any detail."""
-    return AioRpcError(code, Metadata(), Metadata(), "bare")
+def bare(code: grpc.StatusCode, details: str = "bare") -> AioRpcError:
+    """A status of which gRPC itself, or a proxy, tells no more."""
+    return AioRpcError(code, Metadata(), Metadata(), details)
 
 
 def refusal(error: ServiceError) -> AioRpcError:
@@ -51,8 +51,8 @@ def messages(tokens: Iterable[int], first: int = 0, model: str = "tiny", end: bo
 
 
 class ScriptedGateway(Gateway):
-    """``streams``: what each call of Generate gives, messages and then perhaps an error. ``troubles``: what each probe
-    finds; ready when there are no more."""
+    """``streams``: what each call of Generate gives, messages, things to do between, and perhaps an error.
+    ``troubles``: what each probe finds; ready when there are no more."""
 
     def __init__(self, *streams: list[Any]) -> None:
         self.streams = deque(streams)
@@ -80,6 +80,9 @@ class ScriptedGateway(Gateway):
         for item in self.streams.popleft():
             if isinstance(item, BaseException):
                 raise item
+            if callable(item):
+                item()
+                continue
             yield item
 
 
@@ -92,6 +95,14 @@ class Time:
 
     def __call__(self) -> float:
         return self.now
+
+    def passes(self, seconds: float) -> Callable[[], None]:
+        """For a script: something that takes so long."""
+
+        def pass_by() -> None:
+            self.now += seconds
+
+        return pass_by
 
     async def sleep(self, seconds: float) -> None:
         """Passes at once, though others may do something meanwhile."""

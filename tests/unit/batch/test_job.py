@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def result(name: str) -> bytes:
 
 
 def pending(job: Job) -> str:
-    return "".join(row.custom_id for row in job.pending())
+    return "".join(row.custom_id for row in job.pending(threading.Event()))
 
 
 def begun(given: Path, output: Path, answered: str = "", failed: str = "") -> None:
@@ -62,7 +64,7 @@ def test_a_batch_goes_on_where_it_was(given: Path, output: Path) -> None:
         assert second == job.begin(MODEL)
     assert read_manifest(manifest_path(output)) == second
     assert second.seed == first.seed  # the input's own
-    assert second.batch != first.batch  # nothing had come of the first
+    assert second.batch == first.batch
 
 
 def test_the_torn_end_is_told_and_done_again(given: Path, output: Path) -> None:
@@ -167,7 +169,51 @@ def test_a_bad_input_touches_nothing(given: Path, output: Path) -> None:
 
 
 def test_an_input_that_changes_meanwhile(given: Path, output: Path) -> None:
-    with open_job(given, output, Wanted()) as job:
+    for names, complaint in {
+        "abcd": "line 4: custom_id: 'd' was not there before",
+        "abca": "line 4: custom_id: 'a' was not there before",
+        "acb": "line 2: custom_id: 'c' was not there before",
+        "ab": "has 2 rows; had 3",
+    }.items():
+        with open_job(write_input(given, "abc"), output, Wanted()) as job:
+            write_input(given, names)
+            with pytest.raises(BatchError, match=rf"in\.jsonl: was changed while the batch ran: {complaint}"):
+                pending(job)
+    with open_job(write_input(given, "abc"), output, Wanted()) as job:
         given.write_text("nope\n")
         with pytest.raises(BatchError, match=r"in\.jsonl: was changed while the batch ran: is not JSON"):
             pending(job)
+
+
+def test_what_is_finished_is_not_passed_over_for_nobody(given: Path, output: Path) -> None:
+    begun(given, output, "ab")
+    enough = threading.Event()
+    with open_job(given, output, Wanted()) as job:
+        enough.set()
+        assert list(job.pending(enough)) == []
+
+
+@pytest.mark.parametrize("same_input", [True, False])
+def test_what_it_was_begun_with_survives_a_retry_that_is_killed(given: Path, output: Path, same_input: bool) -> None:
+    with open_job(given, output, Wanted(seed=7)) as job:
+        first = job.begin(MODEL)
+        job.errors.append([result(name) for name in "abc"])
+    with open_job(given, output, Wanted(retry_failed=True)) as job:
+        job.begin(MODEL)
+    assert os.path.getsize(output) == os.path.getsize(errors_path(output)) == 0
+    if not same_input:
+        write_input(given, "xyz")
+    with open_job(given, output, Wanted()) as job:
+        now = job.begin(MODEL)
+    assert (now.seed == 7, now.batch == first.batch) == (same_input, same_input)
+
+
+def test_a_failed_clear_names_its_file(given: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    begun(given, output, "", "a")
+    with open_job(given, output, Wanted(retry_failed=True)) as job:
+        monkeypatch.setattr(os, "ftruncate", fail)
+        with pytest.raises(BatchError, match=r"out\.jsonl\.errors\.jsonl: Input/output error"):
+            job.begin(MODEL)

@@ -56,7 +56,8 @@ def test_torn_at_every_byte(path: Path) -> None:
 
 
 def test_lines_that_are_no_results(path: Path, file: ResultFile) -> None:
-    for bad in (b"nope\n", b"[]\n", b'{"custom_id": 1}\n', b"\n", b"\x00\x00\n", b"\xff\n"):
+    half = b'{"custom_id": "\\ud800"}\n'
+    for bad in (b"nope\n", b"[]\n", b'{"custom_id": 1}\n', b"\n", b"\x00\x00\n", b"\xff\n", half):
         path.write_bytes(LINES[0] + bad)
         with pytest.raises(BatchError, match=r"out\.jsonl: line 2 is no result; delete it, and its row is done again"):
             file.finished()
@@ -103,6 +104,22 @@ def test_a_full_disk_leaves_no_torn_line(path: Path, file: ResultFile, monkeypat
         file.append(LINES[1:])
     assert caught.value.filename == str(path)
     assert path.read_bytes() == LINES[0]
+
+
+async def test_a_disk_that_is_full_and_broken_tells_that_it_is_full(
+    path: Path, file: ResultFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "ftruncate", broken)
+    with pytest.raises(BatchError) as caught:
+        await Committer().commit(file, {"custom_id": "a"}, lambda: None)
+    assert str(caught.value) == f"{path}: cannot be written: No space left on device"
 
 
 def test_short_writes_are_continued(path: Path, file: ResultFile, monkeypatch: pytest.MonkeyPatch) -> None:

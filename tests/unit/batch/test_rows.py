@@ -74,7 +74,7 @@ def test_an_input_that_can_be_run() -> None:
     given = check_input("in.jsonl", io.BytesIO(data))
     assert given.identity == rows.InputIdentity(2, len(data), hashlib.sha256(data).hexdigest())
     assert given.keys == {key_of("a"), key_of("b")}
-    assert [row.custom_id for row in read_rows(io.BytesIO(data))] == ["a", "b"]
+    assert [row.custom_id for _, row in read_rows(io.BytesIO(data), given)] == ["a", "b"]
 
 
 def test_all_problems_are_told_with_their_lines() -> None:

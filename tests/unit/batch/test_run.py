@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+import threading
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from expertmesh.v1 import inference_pb2 as pb
 
+from cluster.batch import job as job_module
 from cluster.batch.errors import BatchError, Changed
 from cluster.batch.job import Wanted, errors_path, open_job
 from cluster.batch.patience import Patience
+from cluster.batch.rows import Input, Row, read_rows
 from cluster.batch.run import Limits, run_job
 from cluster.batch.tally import Tally
 from cluster.gateway import errors
@@ -93,6 +97,45 @@ async def test_stopped_in_the_middle_keeps_what_is_finished(tmp_path: Path) -> N
     gateway.go_on.set()
     assert (await run(files, gateway)).left == 0
     assert sorted(ids(files[1])) == ["0", "1", "2", "3", "4", "5"]
+
+
+async def test_stopped_before_the_gateway_answers(tmp_path: Path) -> None:
+    asked = asyncio.Event()
+
+    class Silent(ScriptedGateway):
+        async def model(self) -> pb.GetModelInfoResponse:
+            asked.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    stop = asyncio.Event()
+    running = asyncio.create_task(run(write(tmp_path, "x"), Silent(), stop))
+    await asked.wait()
+    stop.set()
+    assert (await running).left == 1
+
+
+async def test_to_stop_ends_the_way_past_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = write(tmp_path, *["x"] * 3)
+    await run(files, Echo())
+    on_the_way, never, stop = threading.Event(), threading.Event(), asyncio.Event()
+    seen: list[int] = []
+
+    def slow(file: BinaryIO, given: Input) -> Iterator[tuple[bytes, Row]]:
+        (first, *_) = read_rows(file, given)
+        for count in range(5000):
+            seen.append(count)
+            on_the_way.set()
+            never.wait(0.001)
+            yield first
+
+    monkeypatch.setattr(job_module, "read_rows", slow)
+    running = asyncio.create_task(run(files, Echo(), stop))
+    await asyncio.to_thread(on_the_way.wait)
+    stop.set()
+    await running
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert len(seen) < 5000
 
 
 async def test_a_gateway_that_comes_back_with_another_model(tmp_path: Path) -> None:

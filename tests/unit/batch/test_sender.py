@@ -111,12 +111,22 @@ async def test_a_body_that_is_refused_here_is_the_rows_answer() -> None:
 async def test_what_the_gateway_refuses_is_the_rows_answer() -> None:
     too_many = refusal(errors.InvalidRequest("stopping.max_tokens", "is 9; allowed is 1 to 8"))
     unknown = refusal(errors.UnknownModel("other", "tiny"))
-    large = bare(grpc.StatusCode.RESOURCE_EXHAUSTED)
+    large = bare(grpc.StatusCode.RESOURCE_EXHAUSTED, "CLIENT: Sent message larger than max (5 vs. 4)")
     sending = Sending([too_many], [unknown], [large])
     assert refused(await sending.answer()) == (400, "max_tokens", "max_tokens: is 9; allowed is 1 to 8")
     assert refused(await sending.answer())[:2] == (404, "model")
     assert refused(await sending.answer())[0] == 413
     assert sending.time.slept == []
+
+
+@pytest.mark.parametrize("code", ["UNIMPLEMENTED", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "NOT_FOUND"])
+async def test_what_a_proxy_says_is_not_about_the_row(code: str) -> None:
+    error = bare(grpc.StatusCode[code])
+    assert text(await Sending([error], [error], messages([5])).answer()) == "5 "
+    failed = await Sending(*[[error]] * 3).answer()
+    assert failed.response is None
+    assert failed.error is not None
+    assert failed.error[1] == f"{code}: bare"
 
 
 async def test_a_row_that_fails_again_and_again() -> None:
@@ -136,6 +146,32 @@ async def test_a_full_queue_costs_no_attempt_and_its_hint_is_kept() -> None:
     assert text(await sending.answer()) == "5 "
     assert len(sending.time.slept) == 5
     assert all(seconds > 3 for seconds in sending.time.slept)
+
+
+DOWN = refusal(errors.Unavailable("SHARDS_DOWN", 1.0))
+
+
+async def test_a_cluster_that_says_it_is_down_costs_no_attempt() -> None:
+    sending = Sending(*[[DOWN]] * 12, messages([5]), retries=0, patience_s=1000)
+    assert text(await sending.answer()) == "5 "
+    assert sending.tally.repeated == 12
+    assert all(seconds > 1 for seconds in sending.time.slept)
+
+
+@pytest.mark.parametrize("before", [[], messages([], end=False)])
+async def test_a_cluster_that_only_looks_ready_ends_the_run(before: list[Any]) -> None:
+    sending = Sending(*[[*before, DOWN]] * 200, patience_s=100)
+    with pytest.raises(OutOfPatience, match=r"no token came for 100 s .*UNAVAILABLE: "):
+        await sending.answer()
+    assert 100 < sending.time.now < 120
+
+
+async def test_to_wait_in_silence_is_no_trouble() -> None:
+    sending = Sending(patience_s=300)
+    silence = sending.time.passes(400)
+    sending.gateway.streams.extend([[lost()], [silence, lost()], [silence, *messages([5])]])
+    assert text(await sending.answer()) == "5 "
+    assert sending.time.now > 800
 
 
 async def test_a_queue_that_stays_full_ends_the_run() -> None:

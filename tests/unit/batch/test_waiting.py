@@ -40,6 +40,22 @@ def test_patience_counts_only_trouble() -> None:
         patience.trouble("d")
 
 
+def test_trouble_that_goes_and_comes_again_adds_up() -> None:
+    time = Time()
+    patience = Patience(10, time)
+    for _ in range(5):
+        patience.trouble("a")
+        time.now += 2
+        patience.calm()
+        assert patience.lasting(0) == ""
+        time.now += 1000
+    patience.trouble("b")
+    assert patience.lasting(10) == "b"
+    time.now += 0.5
+    with pytest.raises(OutOfPatience, match=r"no token came for 10 s .*: c"):
+        patience.trouble("c")
+
+
 async def test_one_asks_for_all_and_late_news_do_not_close_the_door() -> None:
     time, asked, troubles = Time(), [], ["away", "away"]
 

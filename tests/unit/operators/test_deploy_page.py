@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from tests.manifests.commands import script_problems
+from tests.manifests.secrets import SECRET_KEYS
 from tests.manifests.security import OPERATOR_MADE
 
 ROOT = Path(__file__).parents[3]
@@ -26,6 +27,16 @@ def test_a_command_line_in_quotes_is_looked_at_too() -> None:
 
 def test_what_operators_have_to_make_is_told() -> None:
     assert [name for _, name in OPERATOR_MADE if f"`{name}`" not in PAGE] == []
+
+
+def test_every_key_of_the_secrets_is_made_by_the_commands_of_the_page() -> None:
+    made = {name: set(re.findall(r"--from-file=([\w.]+)=", line)) for name, line in _secrets()}
+    assert re.search(r"create secret tls expertmesh-tls --cert=\S+ --key=\S+", PAGE)
+    assert made | {"expertmesh-tls": {"tls.crt", "tls.key"}} == SECRET_KEYS
+
+
+def _secrets() -> list[tuple[str, str]]:
+    return re.findall(r"create secret generic (\S+) (.*)", PAGE)
 
 
 def test_every_folder_that_is_named_is_there() -> None:

@@ -7,6 +7,7 @@ needs boto3 and credentials), and of both providers everything over SSH.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,50 @@ def test_ray_refuses_a_misspelt_key(name: str) -> None:
 def test_what_is_mounted_is_there(name: str) -> None:
     mounts = cluster_file(name)["file_mounts"]
     local = [path for path in mounts.values() if not path.startswith("~")]
-    assert f"cluster/ray/{SERVES[name]}" in local
     assert all((ROOT / path).exists() for path in local)
     assert [remote for remote in mounts if remote.endswith(".ray/auth_token")]
+    sent = [remote for remote, path in mounts.items() if (FOLDER / SERVES[name]).is_relative_to(ROOT / path)]
+    assert len(sent) >= 1
+
+
+def test_of_the_checkout_only_what_is_installed_is_sent() -> None:
+    """Keys and tokens may lie in its root. To leave them out by pattern would keep `ray rsync-up` from sending any."""
+    tree = cluster_file("local")
+    mounts = {r: path for r, path in tree["file_mounts"].items() if r.startswith("~/expertmesh/source/")}
+    assert {remote.removeprefix("~/expertmesh/source/") for remote in mounts} == set(mounts.values())
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert set(mounts.values()) == {source for line in copied for source in line.split()}
+    others = tree["file_mounts"].items() - mounts.items()
+    assert {path for _, path in others} == {"cluster/ray/serve.yaml", "~/.ray/auth_token"}
+    assert tree["rsync_exclude"] == ["**/__pycache__"]
+    (install,) = [command for command in tree["setup_commands"] if "constraints.txt" in command]
+    assert install.startswith("cd ~/expertmesh/source && rm -rf build && ")
+
+
+def test_in_a_container_the_configuration_is_a_folder() -> None:
+    """Docker mounts a single file as the one that it was: rsync puts another in its place, which nobody sees."""
+    mounts = cluster_file("aws")["file_mounts"]
+    assert {remote for remote, path in mounts.items() if not (ROOT / path).is_dir()} == {
+        "/home/expertmesh/.ray/auth_token"  # the page says what another one takes
+    }
+    assert not {path.suffix for path in FOLDER.iterdir()} - {".yaml"}
+    page = (ROOT / "docs/deploy.md").read_text()
+    assert f"`~/config/{SERVES['aws']}`" in page
+    assert "/home/expertmesh/config" in mounts
+
+
+@pytest.mark.parametrize("name", [".gitignore", ".dockerignore"])
+def test_keys_and_tokens_are_left_out(name: str) -> None:
+    lines = {line.removeprefix("**/") for line in (ROOT / name).read_text().splitlines()}
+    assert lines >= {"*.key", "*.pem", "*.crt", "*.token", "*.entry"}
+
+
+def test_the_page_keeps_keys_and_tokens_out_of_the_checkout() -> None:
+    page = (ROOT / "docs/deploy.md").read_text()
+    commands = "".join(re.findall(r"^```\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
+    named = re.findall(r"[^\s=]*\.(?:token|entry|pem|key)\b", commands)
+    assert len(named) > 8
+    assert [path for path in named if not path.startswith("$KEYS/") and "~/expertmesh/tls.key" not in path] == []
 
 
 @pytest.mark.parametrize("name", SERVES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,6 +150,20 @@ def test_ctrl_c_stops_at_once_and_says_how_to_go_on(client: Client, tmp_path: Pa
     until(lambda: client.load(control_pb2.ROLE_GATEWAY)[0].gateway.streams == 0)
     assert batch.run("--concurrency", "32").returncode == 0
     assert len(batch.results()) == 100
+
+
+def test_stopped_while_the_gateway_does_not_answer(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(20)
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        batch = Batch(address, write_rows(tmp_path / "in.jsonl", 2, 2), tmp_path / "out.jsonl")
+        with batch.started() as process:
+            connection, _ = silent.accept()
+            with connection:
+                process.send_signal(signal.SIGTERM)
+                _, errors = process.communicate(timeout=8)  # its question has 10 s
+    assert process.returncode == 130
+    assert errors == "stopped: 0 of 2 rows are finished and on disk; the same command goes on with the others\n"
 
 
 def test_rows_that_are_refused_are_kept_apart(client: Client, tmp_path: Path) -> None:
