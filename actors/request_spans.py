@@ -60,7 +60,7 @@ class RequestSpans:
         self._actor = actor
         self._parents: dict[str, Trace] = {}  # of all traced requests, by id
         self._decodes: dict[str, Span] = {}  # of those with a token
-        self._fresh: dict[str, Span] = {}  # of those with just one
+        self._stepless: dict[str, Span] = {}  # of those of which no step was traced yet
         self._next_step_s = 0.0
 
     def __len__(self) -> int:
@@ -83,25 +83,25 @@ class RequestSpans:
     def begin_step(self, plan: StepPlan, started: Iterable[Timeline], now: Instant, number: int) -> StepSpan | None:
         """Step ``number`` begins, the first one of the requests ``started``.
 
-        Returns its span if it is traced: a step that draws the second token of a traced request is, unless another one
-        was just before.
+        Returns its span if it is traced: the first that draws a further token of a traced request, once another one is
+        long enough ago. Each request has at most one.
         """
         for timeline in started:
             if timeline.request.request_id in self._parents:
                 self._phase("queue", timeline, timeline.admitted).end(now.wall_ns)
-        if not self._fresh or now.clock_s < self._next_step_s:
+        if not self._stepless or now.clock_s < self._next_step_s:
             return None
-        request_id = next((chunk.request_id for chunk in plan.sampled if chunk.request_id in self._fresh), None)
-        if request_id is None or not self._fresh[request_id].is_recording():
+        request_id = next((chunk.request_id for chunk in plan.sampled if chunk.request_id in self._stepless), None)
+        if request_id is None or not self._stepless[request_id].is_recording():
             return None
         self._next_step_s = now.clock_s + BETWEEN_STEPS_S
+        decode = set_span_in_context(self._stepless.pop(request_id), Context())
         about: dict[str, str | int] = {
             "expertmesh.actor": self._actor,
             "expertmesh.step": number,
             "expertmesh.rows": sum(len(chunk.token_ids) for chunk in plan.chunks),
             "expertmesh.requests": len(plan.chunks),
         }
-        decode = set_span_in_context(self._fresh[request_id], Context())
         return StepSpan(_TRACER.start_span("step", decode, attributes=about, start_time=now.wall_ns), request_id)
 
     def note(self, news: Iterable[tuple[TokenEvent, Timeline]], now: Instant) -> None:
@@ -114,13 +114,12 @@ class RequestSpans:
 
     def _note(self, event: TokenEvent, timeline: Timeline, now: Instant) -> None:
         request_id = event.request_id
-        self._fresh.pop(request_id, None)
         if event.token is not None and request_id not in self._decodes:
             self._prefill(timeline).end(now.wall_ns)
-            self._decodes[request_id] = self._fresh[request_id] = self._phase("decode", timeline, now)
+            self._decodes[request_id] = self._stepless[request_id] = self._phase("decode", timeline, now)
         if event.finish is None:
             return
-        self._fresh.pop(request_id, None)
+        self._stepless.pop(request_id, None)
         last = self._decodes.pop(request_id, None)
         if last is not None:
             last.set_attribute("expertmesh.output_tokens", timeline.tokens)

@@ -32,6 +32,7 @@ class Call:
 
     ``timeout_s``: what is left of the client's deadline, None without one.
     ``trace``: those of TRACE_HEADERS that the client sent.
+    ``default_max_tokens``: the message's ``max_tokens`` is the door's, and not the client's: see ``validate``.
     """
 
     door: Literal["grpc", "http"]
@@ -39,6 +40,7 @@ class Call:
     caller: Caller
     timeout_s: float | None = None
     trace: Mapping[str, str] = field(default_factory=dict)
+    default_max_tokens: bool = False
 
 
 def operation_of(request: pb.GenerateRequest) -> Operation:
@@ -69,7 +71,8 @@ class Inference:
         with self._observer.begin(request, call.door, call.operation, tenant, call.trace) as observed:
             try:
                 # rendering and tokenising a long prompt takes time: not in the loop that serves every other stream
-                valid = await asyncio.to_thread(validate, request, self.model)
+                cut = call.default_max_tokens
+                valid = await asyncio.to_thread(validate, request, self.model, cut_max_tokens=cut)
                 observed.validated(valid)
                 watch = Watch(observed.traceparent, observed.arrived)
                 left = None if call.timeout_s is None else deadline - now()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from actors.attention import Refusal
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
+from cluster.gateway.errors import ServiceError
 from cluster.gateway.peers import AttentionPeer
 from cluster.gateway.search import Search
 from cluster.gateway.validation import ValidRequest
@@ -65,6 +66,7 @@ class Stream:
         self.admitted = False
         self.doubtful = False  # a shard that is lost may have admitted it
         self.ended = False
+        self.error: ServiceError | None = None  # why it ended, if no shard told its end
         self._recovery_s = recovery_s
         self.search = Search(recovery_s)
         self._events: list[TokenEvent] = []
@@ -126,6 +128,11 @@ class Stream:
         self._events.append(event)
         self.wake()
         self.watch.arrived(event)
+
+    def fail(self, error: ServiceError) -> None:
+        """It ends here: the call that waits gets ``error``, after the tokens that are there."""
+        self.ended, self.error = True, error
+        self.wake()
 
     def take(self) -> list[TokenEvent]:
         """What came since the last time."""

@@ -114,11 +114,15 @@ class Streams:
         return len(left)
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new requests; return when the running ones are done, or after ``timeout_s``."""
+        """Refuse new requests; return when the running ones are done. Those that are left after ``timeout_s`` end with
+        UNAVAILABLE: their clients may go on elsewhere."""
         self._draining = True
         until = _now() + timeout_s
         while self._open and _now() < until:
             await self._changed.wait(until)
+        for stream in self._open:
+            self._quit(stream)
+            stream.fail(Unavailable(DRAINING, _RETRY_S))
 
     def deliver(self, events: Sequence[TokenEvent]) -> None:
         """Hand the events of one step to their streams; those of runs that are over are dropped."""
@@ -160,6 +164,8 @@ class Streams:
         A stream whose shard is lost is taken elsewhere in here. Raises DeadlineExceeded, Unavailable, Internal.
         """
         while not stream.has_news:
+            if stream.error is not None:
+                raise stream.error
             if stream.ended:
                 raise RuntimeError(f"the end of request {stream.request.request_id!r} was taken before")
             if stream.run is None:

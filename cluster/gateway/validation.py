@@ -61,8 +61,11 @@ def validate(
     model: ServedModel,
     draw_seed: Callable[[], int] = random_seed,
     draw_request_id: Callable[[], str] = random_request_id,
+    cut_max_tokens: bool = False,
 ) -> ValidRequest:
     """Checks ``request`` against ``model`` and fills in what the client left out.
+
+    ``cut_max_tokens``: a max_tokens for which the context has no room is no error; it becomes what there is room for.
 
     Raises:
         UnknownModel: another model than the served one is asked for.
@@ -82,7 +85,7 @@ def validate(
     stops = _stop_strings(request.stopping.stop)
     stop_ids = _stop_ids(request.stopping, model)
     prompt_ids = _prompt_ids(request, model)
-    max_tokens = _max_tokens(request.stopping, len(prompt_ids), model.context_length)
+    max_tokens = _max_tokens(request.stopping, len(prompt_ids), model.context_length, cut_max_tokens)
     if request.next_index > max_tokens:
         raise InvalidRequest(
             "next_index", f"is {request.next_index}; allowed is up to the {max_tokens} tokens of this request"
@@ -200,9 +203,9 @@ def _rendered(messages: Sequence[pb.ChatMessage], model: ServedModel, max_chars:
     return model.chat.render([{"role": m.role, "content": m.content} for m in messages], max_chars)
 
 
-def _max_tokens(stopping: pb.StoppingParameters, prompt_tokens: int, context_length: int) -> int:
+def _max_tokens(stopping: pb.StoppingParameters, prompt_tokens: int, context_length: int, cut: bool) -> int:
     room = context_length - prompt_tokens
-    if not stopping.HasField("max_tokens"):
+    if not stopping.HasField("max_tokens") or (cut and stopping.max_tokens > room):
         return room
     if not 1 <= stopping.max_tokens <= room:
         raise InvalidRequest(

@@ -1,4 +1,5 @@
-"""What pydantic found wrong with a client's body, in words that quote no text of the client."""
+"""What pydantic found wrong with a client's body, in words that quote none of its texts. A field that is not known is
+named, escaped and cut short: else nobody could find it."""
 
 from __future__ import annotations
 
@@ -79,6 +80,8 @@ def _description(error: Any) -> str:
         return "is no parameter that is known here"
     if kind == "missing":
         return "is missing"
+    if kind == "too_long":
+        return f"has {len(error['input'])} entries; allowed are up to {error['ctx']['max_length']}"
     if kind in _ALLOWED_BY_BOUND:
         allowed = _ALLOWED_BY_BOUND[kind](error["ctx"])
     elif kind == "union_tag_not_found":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from expertmesh.v1 import inference_pb2 as pb
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 
 from cluster.gateway.errors import InvalidRequest
 from cluster.openai.json_body import parse_json
+from cluster.openai.paths import Endpoint
 from cluster.openai.problems import invalid, shown
 from cluster.openai.schema import Body, ChatBody, CompletionBody, Message
 
@@ -27,14 +27,6 @@ DEFAULT_COMPLETION_TOKENS = 16
 _SEED_MASK = 2**64 - 1
 _PARTS_JOINT = "\n"
 """Between the text parts of one message, as in vLLM."""
-
-
-class Endpoint(StrEnum):
-    """What generates, by the path of its URL."""
-
-    CHAT = "/v1/chat/completions"
-    COMPLETIONS = "/v1/completions"
-
 
 _PARAMS = {
     "sampling": "",
@@ -49,6 +41,8 @@ _PARAMS = {
 class Parsed:
     """A request as it goes to the validator. ``stream`` and ``include_usage`` say how the answer is to be told.
 
+    ``default_max_tokens``: the ``max_tokens`` of ``message`` is OpenAI's default and not the client's word: fewer do
+    where the context has no room for it.
     ``sent_as``: names of fields of ``message`` as this client wrote them, where that is not what OpenAI calls them.
     """
 
@@ -56,6 +50,7 @@ class Parsed:
     message: pb.GenerateRequest
     stream: bool
     include_usage: bool
+    default_max_tokens: bool = False
     sent_as: Mapping[str, str] = field(default_factory=dict)
 
     def param(self, path: str) -> str:
@@ -130,10 +125,11 @@ def _message(body: Body, max_tokens: int | None) -> pb.GenerateRequest:
 
 
 def _parsed(endpoint: Endpoint, body: Body, message: pb.GenerateRequest, sent_as: Mapping[str, str]) -> Parsed:
+    defaulted = endpoint == Endpoint.COMPLETIONS and body.max_tokens is None
     options = body.stream_options
     if options is not None and not body.stream:
         raise InvalidRequest("stream_options", "is given without stream; allowed is with stream true")
     include_usage = options is not None and bool(options.include_usage)
     if isinstance(body.stop, str):
         sent_as = {**sent_as, "stopping.stop[0]": "stop"}
-    return Parsed(endpoint, message, bool(body.stream), include_usage, sent_as)
+    return Parsed(endpoint, message, bool(body.stream), include_usage, defaulted, sent_as)

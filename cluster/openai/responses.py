@@ -20,11 +20,13 @@ class Answer:
     """One answer, fed message by message in the order of the stream; a stream that was resumed goes on with the
     messages of the next call.
 
-    ``created`` is in seconds since 1970. ``push`` gives the chunks of a message, ``body`` what they make up together.
+    ``created`` is in seconds since 1970. ``push`` gives the chunks of a message, ``body`` what they make up together,
+    unless the request is for a stream: of that no text is kept.
     """
 
     def __init__(self, parsed: Parsed, created: int) -> None:
         self._endpoint = parsed.endpoint
+        self._stream = parsed.stream
         self._include_usage = parsed.include_usage
         self._created = created
         self._id = ""
@@ -44,11 +46,19 @@ class Answer:
             return [self._last_chunk(), *([self._usage_chunk()] if self._include_usage else [])]
         if not message.text:  # tokens whose text is not complete yet
             return []
-        self._texts.append(message.text)
+        if not self._stream:
+            self._texts.append(message.text)
         return [self._chunk({"content": message.text} if self._is_chat else message.text)]
 
+    @property
+    def finished(self) -> bool:
+        """True once its last message is there."""
+        return self._finished is not None
+
     def body(self) -> Json:
-        """The whole answer. RuntimeError before its last message."""
+        """The whole answer. RuntimeError before its last message, and for a stream."""
+        if self._stream:
+            raise RuntimeError("the answer is a stream")
         if self._finished is None:
             raise RuntimeError("the answer is not finished")
         text, reason = "".join(self._texts), _REASONS[self._finished.reason]

@@ -10,10 +10,24 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from cluster.gateway.validation import MAX_MESSAGES, MAX_STOPS
+
 UINT32 = 2**32 - 1
+MAX_FIELDS = 128
+"""Of one object: more than any has. Each one that is wrong costs an error, so there must not be a million."""
+MAX_PARTS = 4096
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -54,9 +68,15 @@ def _kind_of_prompt(value: Any) -> str | None:
     return "<texts>" if isinstance(first, str) else "<lists>" if isinstance(first, list) else "<ids>"
 
 
-def _one(value: list[Any]) -> list[Any]:
+def _one(value: Any) -> Any:
     if len(value) > 1:
         raise PydanticCustomError("prompts", f"has {len(value)} prompts; allowed is one a request")
+    return value
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise PydanticCustomError("fields", f"has {len(value)} fields; allowed are up to {MAX_FIELDS}")
     return value
 
 
@@ -69,9 +89,18 @@ def _unicode(text: str) -> str:
 
 _Text = Annotated[str, AfterValidator(_unicode)]
 
+# a list ends at its first bad entry: pydantic would note every one, at a hundred times the size of the body
+_Texts = Annotated[list[_Text], Field(fail_fast=True)]
+_Ids = Annotated[list[_Id], Field(fail_fast=True)]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return _few(value)
 
 
 class Part(_Section):
@@ -86,7 +115,9 @@ class Message(_Section):
 
     role: _Text
     content: Annotated[
-        Annotated[_Text, Tag("<text>")] | Annotated[list[Part], Tag("<list>")], Discriminator(_text_or_list)
+        Annotated[_Text, Tag("<text>")]
+        | Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS), Tag("<list>")],
+        Discriminator(_text_or_list),
     ]
     name: Annotated[Any, _neutral()] = None
     refusal: Annotated[Any, _neutral()] = None
@@ -114,7 +145,10 @@ class Body(_Section):
     top_p: _Finite | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     stop: (
-        Annotated[Annotated[_Text, Tag("<text>")] | Annotated[list[_Text], Tag("<list>")], Discriminator(_text_or_list)]
+        Annotated[
+            Annotated[_Text, Tag("<text>")] | Annotated[_Texts, Field(max_length=MAX_STOPS), Tag("<list>")],
+            Discriminator(_text_or_list),
+        ]
         | None
     ) = None
     stream: bool | None = None
@@ -122,7 +156,7 @@ class Body(_Section):
 
     # vLLM's
     top_k: Annotated[int, Field(ge=-1, le=UINT32)] | None = None
-    stop_token_ids: list[_Id] | None = None
+    stop_token_ids: Annotated[_Ids, Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
     min_p: Annotated[Any, _neutral(0)] = None
     min_tokens: Annotated[Any, _neutral(0)] = None
@@ -142,9 +176,9 @@ class CompletionBody(Body):
 
     prompt: Annotated[
         Annotated[_Text, Tag("<text>")]
-        | Annotated[list[_Id], Tag("<ids>")]
-        | Annotated[list[_Text], AfterValidator(_one), Tag("<texts>")]
-        | Annotated[list[list[_Id]], AfterValidator(_one), Tag("<lists>")],
+        | Annotated[_Ids, Tag("<ids>")]
+        | Annotated[_Texts, BeforeValidator(_one), Tag("<texts>")]
+        | Annotated[list[_Ids], BeforeValidator(_one), Tag("<lists>")],
         Discriminator(_kind_of_prompt),
     ]
     best_of: Annotated[Any, _neutral(1)] = None
@@ -156,11 +190,11 @@ class CompletionBody(Body):
 class ChatBody(Body):
     """/v1/chat/completions."""
 
-    messages: list[Message]
+    messages: Annotated[list[Message], Field(fail_fast=True, max_length=MAX_MESSAGES)]
     max_completion_tokens: _Count | None = None
 
     # without effect on the answer
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(_few)] | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None

@@ -35,7 +35,7 @@ class HttpMeter:
 
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
-                labels["http.response.status_code"] = message["status"]
+                labels["http.response.status_code"] = int(message["status"])  # an HTTPStatus is another label value
             await send(message)
 
         began = self._clock()

@@ -13,14 +13,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from cluster.config import TlsConfig
+from cluster.gateway.http.listener import listen
 from cluster.gateway.http.protocol import HttpProtocol
-from cluster.gateway.settings import PortInUse, host_port
+from cluster.gateway.settings import host_port
 from cluster.tls import server_pem
 
 _CLOSE_S = 1
-_BACKLOG = 1024
-_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
-"""A client whose machine is gone is noticed after two minutes, whether or not anything is sent to it."""
 
 
 class HttpDoor:
@@ -34,7 +32,7 @@ class HttpDoor:
         self._serving: asyncio.Task[None] | None = None
 
     async def open(self) -> str:
-        """Let clients in. Returns "HOST:PORT"; raises PortInUse, ConfigError."""
+        """Let clients in; they are answered from now on. Returns "HOST:PORT"; raises PortInUse, ConfigError."""
         config = uvicorn.Config(
             self._app,
             http=HttpProtocol,
@@ -48,10 +46,18 @@ class HttpDoor:
             **_tls_options(self._tls),
         )
         config.load()
-        listener = _listen(self._host, self._port)
-        self._server = _Server(config)
-        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
-        return host_port(self._host, listener.getsockname()[1])
+        listeners = await listen(self._host, self._port)
+        server = _Server(config)
+        serving = asyncio.create_task(server.serve(sockets=listeners))
+        up = asyncio.create_task(server.up.wait())
+        await asyncio.wait((serving, up), return_when=asyncio.FIRST_COMPLETED)
+        up.cancel()
+        if not server.up.is_set():
+            for listener in listeners:
+                listener.close()
+            serving.result()  # raises what kept it from coming up
+        self._server, self._serving = server, serving
+        return host_port(self._host, listeners[0].getsockname()[1])
 
     async def close(self) -> None:
         """End what still runs: what has not ended within a second is cut off. Idempotent."""
@@ -66,30 +72,19 @@ class HttpDoor:
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to the process it lives in."""
+    """Says when it is up, and leaves signals to the process it lives in."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections from now on, though nobody answers yet."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE.items():
-        listener.setsockopt(socket.IPPROTO_TCP, option, value)  # its connections inherit them
-    try:
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise PortInUse(host, port) from error
-    return listener
 
 
 def _tls_options(tls: TlsConfig | None) -> dict[str, Any]:

@@ -16,10 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.access import AccessList
 from cluster.gateway.auth import authenticate
+from cluster.gateway.errors import InvalidRequest
 from cluster.openai.errors import HttpError, http_error
-
-HEALTH = "/health"
-"""The only path that needs no token: it tells nothing else."""
+from cluster.openai.paths import HEALTH
 
 LINGER_S = 1.0
 _REQUEST_ID = "x-request-id"
@@ -35,7 +34,8 @@ _SAFE_ID = re.compile(r"[!-~]{1,128}")
 
 
 class Edge:
-    """ASGI middleware. Inside, ``scope["state"]`` has ``caller`` (but for HEALTH) and ``request_id``.
+    """ASGI middleware. Inside, ``scope["state"]`` has ``caller`` and ``request_id``. HEALTH, which tells nothing of the
+    model, is the only path that needs no token: there is no caller.
 
     The id is ours. One that the client sent is only given back: proxies use theirs again, so it cannot name a request
     as gRPC's does.
@@ -50,6 +50,7 @@ class Edge:
         request_id = scope["state"]["request_id"] = uuid.uuid4().hex
         exchange = _Exchange(headers, request_id, receive, send)
         try:
+            _check_framing(headers)
             if scope["path"] != HEALTH:
                 scope["state"]["caller"] = authenticate(self._access, headers.getlist("authorization"))
             await self._app(scope, exchange.receive, exchange.send)
@@ -97,6 +98,12 @@ class _Exchange:
             async with asyncio.timeout(LINGER_S):
                 while self._unread:
                     await self.receive()
+
+
+def _check_framing(headers: Headers) -> None:
+    """A body with two ends, one for us and another for a proxy, smuggles a request past it (RFC 9112, 6.3)."""
+    if "content-length" in headers and "transfer-encoding" in headers:
+        raise InvalidRequest("transfer-encoding", "is given beside content-length; allowed is one of them")
 
 
 def error_response(error: HttpError) -> Response:

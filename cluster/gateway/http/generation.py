@@ -20,7 +20,8 @@ from cluster.gateway.http.edge import error_response
 from cluster.gateway.inference import TRACE_HEADERS, Call, Inference, operation_of
 from cluster.gateway.streams import DRAINING
 from cluster.openai.errors import http_error
-from cluster.openai.requests import Endpoint, Parsed, parse_json, parse_request
+from cluster.openai.paths import Endpoint
+from cluster.openai.requests import Parsed, parse_json, parse_request
 from cluster.openai.responses import Answer, Json
 
 BODY_TIMEOUT_S = 30.0
@@ -60,10 +61,19 @@ class Generation:
         parsed = await asyncio.to_thread(_parse, self._endpoint, data)
         parsed.message.request_id = state["request_id"]
         trace = {name: headers[name] for name in TRACE_HEADERS if name in headers}
-        call = Call("http", operation_of(parsed.message), state["caller"], trace=trace)
-        events = EventStream(send)
+        call = Call(
+            "http",
+            operation_of(parsed.message),
+            state["caller"],
+            trace=trace,
+            default_max_tokens=parsed.default_max_tokens,
+        )
+        answer, events = Answer(parsed, int(time.time())), EventStream(send)
         try:
-            await self._while_wanted(self._answer(parsed, call, events, scope, receive, send), receive)
+            await self._while_wanted(self._generate(parsed, call, answer, events), receive)
+            if answer.finished and not parsed.stream:
+                # out here the door's close does not come between the response's head and its body
+                await JSONResponse(answer.body())(scope, receive, send)
         except Exception as error:
             told = http_error(error, parsed)
             if events.begun:
@@ -72,11 +82,9 @@ class Generation:
             else:
                 await error_response(told)(scope, receive, send)
 
-    async def _answer(
-        self, parsed: Parsed, call: Call, events: EventStream, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Generate and tell. Before the first message nothing is sent: until then an error has its own status."""
-        answer = Answer(parsed, int(time.time()))
+    async def _generate(self, parsed: Parsed, call: Call, answer: Answer, events: EventStream) -> None:
+        """Take the answer in, and tell a stream. Before the first message nothing is sent: until then an error has its
+        own status."""
         async with aclosing(self._inference.generate(parsed.message, call)) as messages:
             async for message in messages:
                 chunks = answer.push(message)
@@ -84,8 +92,6 @@ class Generation:
                     await events.send(chunks)
         if parsed.stream:
             await events.end(_DONE)
-        else:
-            await JSONResponse(answer.body())(scope, receive, send)
 
     async def _while_wanted(self, work: Coroutine[Any, Any, None], receive: Receive) -> None:
         """Do ``work`` unless the client goes away: then it is cancelled, which frees the request. Raises Unavailable
@@ -115,8 +121,8 @@ class EventStream:
     async def send(self, objects: Sequence[Json]) -> None:
         """One event for each of ``objects``, in one piece; none only begins the stream."""
         if not self.begun:
-            self.begun = True
             await self._send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": _STREAM_HEADERS})
+            self.begun = True
         await self._put(b"".join(_event(one) for one in objects), more=True)
 
     async def end(self, last: bytes = b"") -> None:

@@ -130,6 +130,16 @@ def test_the_served_model_goes_by_its_name_or_none() -> None:
         validate(pb.GenerateRequest(model="other", prompt="x"), MODEL)
 
 
+@pytest.mark.parametrize(("prompt", "asked", "cut"), [(10, 16, 16), (CONTEXT - 7, 16, 7), (CONTEXT - 1, 16, 1)])
+def test_a_doors_own_limit_is_cut_to_the_room(prompt: int, asked: int, cut: int) -> None:
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * prompt))
+    request.stopping.max_tokens = asked
+    assert validate(request, MODEL, cut_max_tokens=True).max_tokens == cut
+    request.stopping.max_tokens = 0
+    with pytest.raises(InvalidRequest, match="is 0"):
+        validate(request, MODEL, cut_max_tokens=True)
+
+
 def test_limits_are_allowed() -> None:
     assert check(token_ids={"ids": [1] * (CONTEXT - 1)}).max_tokens == 1
     assert check(token_ids={"ids": [1] * 10}, stopping={"max_tokens": CONTEXT - 10}).max_tokens == CONTEXT - 10

@@ -12,8 +12,9 @@ from actors.engine.request import FinishReason, TokenEvent
 from cluster.fleet import ActorUnreachable
 from cluster.gateway.errors import Conflict, DeadlineExceeded, Internal, InvalidRequest, Overloaded, Unavailable
 from cluster.gateway.peers import OnlyShard
-from cluster.gateway.stream import Stream
+from cluster.gateway.stream import Stream, Watch
 from cluster.gateway.streams import Streams
+from tests.span_recorder import PARENT_ID, TRACE_ID, TRACEPARENT
 from tests.unit.gateway.fake_shards import FakeShard, request, run, settle, unavailable
 
 RECOVERY_S = 60.0
@@ -627,3 +628,28 @@ async def test_a_stream_is_not_asked_for_more_than_its_end(place: Place) -> None
     with pytest.raises(RuntimeError, match="the end of request 'r' was taken before"):
         await place.streams.next_events(stream)
     place.streams.close(stream)
+
+
+@in_virtual_time
+async def test_who_watches_is_told_when_the_call_has_the_token_already(place: Place) -> None:
+    a = await place.shard("a")
+    seen: list[tuple[list[int], bool]] = []
+    stream = await place.open()
+    stream.watch = Watch("", lambda event: seen.append((list(stream.log), stream.has_news)))
+    a.give(10, 11, finish=LENGTH)
+    assert seen == [([10], True), ([10, 11], True)]
+    assert await place.tokens(stream) == ([10, 11], LENGTH)
+
+
+def test_a_stream_that_goes_on_elsewhere_is_logged_with_its_request(caplog: pytest.LogCaptureFixture) -> None:
+    @in_virtual_time
+    async def whole(place: Place) -> None:
+        a, _ = await place.shard("a"), await place.shard("b")
+        stream = await place.streams.open(request("r-7"), None, "", Watch(TRACEPARENT, lambda event: None))
+        a.send(a.jobs[0].request_id, 0, finish=DOWN, message="void")
+        place.streams.close(stream)
+
+    whole()
+    (entry,) = caplog.records
+    ids = {"trace_id": f"{TRACE_ID:032x}", "span_id": f"{PARENT_ID:016x}"}
+    assert vars(entry)["fields"] == {"request_id": "r-7", **ids}

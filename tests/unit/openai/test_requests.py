@@ -9,6 +9,7 @@ import pytest
 from expertmesh.v1 import inference_pb2 as pb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from cluster.gateway.errors import InvalidRequest
 from cluster.openai.requests import Endpoint, Parsed, parse_json, parse_request
@@ -16,6 +17,7 @@ from cluster.openai.schema import ChatBody, CompletionBody
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"prompt": "hi"}
+PART = {"type": "text", "text": ""}
 
 
 def chat(**fields: Any) -> Parsed:
@@ -70,6 +72,9 @@ def test_a_text_completion_has_sixteen_tokens_unless_asked_otherwise() -> None:
     assert completion().message.stopping.max_tokens == 16
     assert completion(max_tokens=None).message.stopping.max_tokens == 16
     assert completion(max_tokens=1).message.stopping.max_tokens == 1
+    assert completion().default_max_tokens
+    assert not completion(max_tokens=16).default_max_tokens
+    assert not chat().default_max_tokens
 
 
 def test_messages() -> None:
@@ -220,6 +225,50 @@ def test_bad_messages_are_named(messages: Any, field: str) -> None:
 )
 def test_bad_prompts_are_named(prompt: Any, field: str) -> None:
     assert refused(Endpoint.COMPLETIONS, {"prompt": prompt})[0] == field
+
+
+MANY = 100_000
+FIELDS_WITHOUT_END = dict.fromkeys(map(str, range(MANY)))
+BOMBS: list[tuple[Endpoint, dict[str, Any], str]] = [
+    (Endpoint.CHAT, {"messages": [{}] * MANY}, "messages[0].role"),
+    (Endpoint.CHAT, {"messages": CHAT["messages"] * MANY}, "messages"),
+    (Endpoint.CHAT, {"messages": [FIELDS_WITHOUT_END]}, "messages[0]"),
+    (Endpoint.CHAT, {"messages": [{"role": "user", "content": [{}] * MANY}]}, "messages[0].content[0].type"),
+    (Endpoint.CHAT, {"messages": [{"role": "user", "content": [PART] * MANY}]}, "messages[0].content"),
+    (
+        Endpoint.CHAT,
+        {"messages": [{"role": "user", "content": [FIELDS_WITHOUT_END]}]},
+        "messages[0].content[0]",
+    ),
+    (Endpoint.CHAT, {**CHAT, **FIELDS_WITHOUT_END}, "body"),
+    (Endpoint.CHAT, {**CHAT, "metadata": FIELDS_WITHOUT_END}, "metadata"),
+    (Endpoint.CHAT, {**CHAT, "stream_options": FIELDS_WITHOUT_END}, "stream_options"),
+    (Endpoint.CHAT, {**CHAT, "stop": [1] * MANY}, "stop[0]"),
+    (Endpoint.CHAT, {**CHAT, "stop": ["a"] * MANY}, "stop"),
+    (Endpoint.CHAT, {**CHAT, "stop_token_ids": [-1] * MANY}, "stop_token_ids[0]"),
+    (Endpoint.CHAT, {**CHAT, "stop_token_ids": [1] * MANY}, "stop_token_ids"),
+    (Endpoint.COMPLETIONS, {"prompt": [-1] * MANY}, "prompt[0]"),
+    (Endpoint.COMPLETIONS, {"prompt": [1, *[""] * MANY]}, "prompt[1]"),
+    (Endpoint.COMPLETIONS, {"prompt": ["", *[1] * MANY]}, "prompt"),
+    (Endpoint.COMPLETIONS, {"prompt": [[-1] * MANY]}, "prompt[0][0]"),
+    (Endpoint.COMPLETIONS, {"prompt": [[], *[1] * MANY]}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "body", "field"), BOMBS, ids=[field for *_, field in BOMBS])
+def test_a_body_full_of_errors_costs_a_few(endpoint: Endpoint, body: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        (ChatBody if endpoint == Endpoint.CHAT else CompletionBody).model_validate(body)
+    assert caught.value.error_count() <= 2
+    assert refused(endpoint, body)[0] == field
+
+
+def test_too_many_entries_are_counted() -> None:
+    ids = {**CHAT, "stop_token_ids": [1] * 17}
+    assert refused(Endpoint.CHAT, ids) == ("stop_token_ids", "has 17 entries; allowed are up to 16")
+    many = {**CHAT, **dict.fromkeys(map(str, range(200)))}
+    assert refused(Endpoint.CHAT, many) == ("body", "has 201 fields; allowed are up to 128")
+    assert len(chat(stop=["a"] * 16, stop_token_ids=[1] * 16).message.stopping.stop) == 16
 
 
 def test_no_text_of_the_client_is_quoted() -> None:

@@ -26,17 +26,17 @@ def stream(*texts: str, reason: int = pb.FINISH_REASON_STOP) -> list[pb.Generate
     ]
 
 
-def answer(endpoint: Endpoint, include_usage: bool = False) -> Answer:
-    return Answer(Parsed(endpoint, pb.GenerateRequest(), True, include_usage), CREATED)
+def answer(endpoint: Endpoint, streams: bool, include_usage: bool = False) -> Answer:
+    return Answer(Parsed(endpoint, pb.GenerateRequest(), streams, include_usage), CREATED)
 
 
 def chunks(endpoint: Endpoint, messages: list[pb.GenerateResponse], include_usage: bool = False) -> list[Json]:
-    told = answer(endpoint, include_usage)
+    told = answer(endpoint, True, include_usage)
     return [chunk for one in messages for chunk in told.push(one)]
 
 
 def whole(endpoint: Endpoint, messages: list[pb.GenerateResponse]) -> Json:
-    told = answer(endpoint)
+    told = answer(endpoint, False)
     for one in messages:
         told.push(one)
     return told.body()
@@ -109,7 +109,18 @@ def test_a_stream_that_was_resumed_is_one_answer() -> None:
 
 
 def test_half_an_answer_has_no_body() -> None:
-    told = answer(Endpoint.CHAT)
+    told = answer(Endpoint.CHAT, False)
     told.push(stream("a")[0])
+    assert not told.finished
     with pytest.raises(RuntimeError, match="not finished"):
+        told.body()
+
+
+def test_a_stream_keeps_no_text() -> None:
+    told = answer(Endpoint.CHAT, True)
+    for one in stream("a secret", "b"):
+        told.push(one)
+    assert told.finished
+    assert "a secret" not in repr(vars(told))
+    with pytest.raises(RuntimeError, match="a stream"):
         told.body()

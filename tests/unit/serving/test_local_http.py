@@ -257,6 +257,15 @@ def test_bad_prompts_name_it(client: OpenAI) -> None:
         assert caught.value.param == param
 
 
+def test_the_default_of_sixteen_tokens_is_cut_to_the_room(client: OpenAI) -> None:
+    got = client.completions.create(model="", prompt=[5] * 505, extra_body={"ignore_eos": True})
+    assert got.usage is not None
+    assert (got.usage.completion_tokens, got.choices[0].finish_reason) == (7, "length")
+    with pytest.raises(openai.BadRequestError, match="is 16 after a prompt of 505 tokens") as caught:
+        client.completions.create(model="", prompt=[5] * 505, max_tokens=16)
+    assert caught.value.param == "max_tokens"
+
+
 def test_another_model(client: OpenAI) -> None:
     for stream in (False, True):
         with pytest.raises(openai.NotFoundError) as caught:

@@ -13,8 +13,9 @@ from expertmesh.v1 import inference_pb2 as pb
 
 from cluster.access import AccessList, token_hash
 from cluster.config import TokenConfig
-from cluster.gateway.http.api import Watched, api
+from cluster.gateway.http.api import api
 from cluster.gateway.http.door import HttpDoor
+from cluster.gateway.http.watched import Watched
 from cluster.gateway.inference import Call
 
 STARTED = pb.GenerateResponse(request_id="r1", started=pb.Started(model="tiny", prompt_tokens=3))
@@ -82,10 +83,11 @@ async def served(
     body_timeout_s: float = 30,
     ready: bool = True,
     max_message: int = MAX_BODY,
+    exposition: Callable[[], bytes] = lambda: b"a_metric 1\n",
 ) -> AsyncIterator[tuple[Model, HttpDoor, int]]:
     model: Any = Model(script)
     closing = asyncio.Event()
-    watched = Watched(lambda: ready, lambda: b"a_metric 1\n")
+    watched = Watched(lambda: ready, exposition)
     app = api(model, access or AccessList(), watched, max_message, closing, body_timeout_s)
     door = HttpDoor(app, "127.0.0.1", 0, None, closing)
     address = await door.open()

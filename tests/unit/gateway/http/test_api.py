@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from expertmesh.v1 import inference_pb2 as pb
+from starlette.types import Message
 
+from cluster.access import EVERYBODY, AccessList
 from cluster.gateway.errors import InvalidRequest, Overloaded, Unavailable
-from cluster.gateway.http.api import Watched, metrics_api
+from cluster.gateway.http.api import api, metrics_api
 from cluster.gateway.http.door import HttpDoor
+from cluster.gateway.http.generation import Generation
+from cluster.gateway.http.watched import Watched
+from cluster.openai.paths import HEALTH, METRICS, MODELS, PATHS, Endpoint
 from tests.unit.gateway.http.raw_http import (
     ADMIN,
     CLOSE,
+    ENDLESS_BODY,
     FINISHED,
     MAX_BODY,
     STARTED,
     TEXT,
     TOKENS,
     USER,
+    Model,
+    connection,
     events,
     exchange,
     get,
     post,
     served,
+    short,
 )
 
 
@@ -170,6 +182,109 @@ async def test_models_with_a_slash_in_their_name() -> None:
 async def test_health_says_when_nothing_can_be_answered() -> None:
     async with served(ready=False) as (_, _, port):
         assert (await exchange(port, get("/health"))).status == 503
+
+
+async def test_scrapes_wait_for_one_and_hold_up_no_request() -> None:
+    """The loop's executor, in which requests are prepared, is not theirs."""
+    begun, hold = threading.Semaphore(0), threading.Event()
+    scrapes: list[int] = []
+
+    def exposition() -> bytes:
+        scrapes.append(1)
+        begun.release()
+        hold.wait()
+        return f"m {len(scrapes)}\n".encode()
+
+    async with served(exposition=exposition) as (_, door, port):
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        async with connection(port, get("/metrics")):
+            while not begun.acquire(blocking=False):
+                await asyncio.sleep(0)
+            waiting = [asyncio.create_task(exchange(port, get("/metrics"))) for _ in range(8)]
+        # the client that had it begun has left; the others wait on
+        try:
+            async with asyncio.timeout(30):
+                while len(running(door)) < 9:
+                    await asyncio.sleep(0)
+                assert (await exchange(port, post(None, "/v1/completions", CLOSE))).status == 200
+        finally:
+            hold.set()
+        replies = await asyncio.gather(*waiting)
+        assert {reply.body for reply in replies} == {b"m 1\n"}
+        assert (await exchange(port, get("/metrics"))).body == b"m 2\n"
+
+
+def running(door: HttpDoor) -> set[asyncio.Task[None]]:
+    assert door._server is not None
+    return door._server.server_state.tasks
+
+
+async def test_a_scrape_that_fails_is_a_fault_of_ours() -> None:
+    def exposition() -> bytes:
+        raise OSError("secret")
+
+    async with served(exposition=exposition) as (_, _, port):
+        for _ in range(2):
+            reply = await exchange(port, get("/metrics"))
+            assert (reply.status, reply.error["code"]) == (500, "internal_error")
+
+
+async def test_a_path_with_a_line_break_is_another_one() -> None:
+    async with served() as (_, _, port):
+        for path in (HEALTH, METRICS, MODELS):
+            assert (await exchange(port, get(path))).status == 200
+            assert (await exchange(port, get(f"{path}%0a"))).status == 404
+
+
+async def test_a_body_has_one_end() -> None:
+    chunked = b'10\r\n{"prompt": "hi"}\r\n0\r\n\r\n'
+    head = ENDLESS_BODY.replace(b"host: h", b"host: h\r\ncontent-length: 4")
+    async with served() as (model, _, port):
+        reply = await exchange(port, head + chunked + get("/v1/models"))
+    assert (reply.status, reply.error["param"], reply.headers["connection"]) == (400, "transfer-encoding", "close")
+    assert reply.body.count(b"HTTP/1.1") == 0
+    assert not model.calls
+
+
+async def test_a_default_is_told_from_the_clients_word() -> None:
+    async with served() as (model, _, port):
+        for body in ({"prompt": "hi"}, {"prompt": "hi", "max_tokens": 16}):
+            await exchange(port, post(body, "/v1/completions", CLOSE))
+    assert [call.default_max_tokens for _, call in model.calls] == [True, False]
+    assert [request.stopping.max_tokens for request, _ in model.calls] == [16, 16]
+
+
+async def test_the_close_does_not_come_between_head_and_body() -> None:
+    sent: list[Message] = []
+    closing = asyncio.Event()
+    model: Any = Model(short)
+    body = iter([{"type": "http.request", "body": b'{"prompt": "hi"}'}])
+
+    async def receive() -> Message:
+        for message in body:
+            return message
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+        closing.set()
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    state = {"request_id": "r1", "caller": EVERYBODY}
+    scope: Any = {"type": "http", "headers": [(b"content-type", b"application/json")], "state": state}
+    await Generation(Endpoint.COMPLETIONS, model, MAX_BODY, closing)(scope, receive, send)
+    assert [(message["type"], message.get("status")) for message in sent] == [
+        ("http.response.start", 200),
+        ("http.response.body", None),
+    ]
+
+
+def test_the_list_of_paths_is_complete() -> None:
+    model: Any = Model(short)
+    app: Any = api(model, AccessList(), Watched(bool, bytes), MAX_BODY, asyncio.Event())
+    assert [route.path for route in app.routes if "{" not in route.path] == list(PATHS)
 
 
 async def test_the_metrics_door_knows_nothing_else() -> None:
