@@ -4,48 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import AsyncGenerator
+from functools import partial
 
 from expertmesh.v1 import inference_pb2 as pb
 
-from cluster.access import Caller
 from cluster.gateway.answer import Answer
+from cluster.gateway.call import Call
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.stream import Stream, Watch
 from cluster.gateway.streams import Streams
-from cluster.gateway.validation import validate
+from cluster.gateway.validation import is_request_id, random_request_id, validate
 from cluster.telemetry.request import RequestObserver
-
-TRACE_HEADERS = ("traceparent", "tracestate")
-"""W3C Trace Context, as gRPC metadata or HTTP headers."""
-
-
-Operation = Literal["chat", "text_completion"]
-"""As OpenTelemetry's conventions for generative AI name them."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a door knows of a request beside its message.
-
-    ``timeout_s``: what is left of the client's deadline, None without one.
-    ``trace``: those of TRACE_HEADERS that the client sent.
-    ``default_max_tokens``: the message's ``max_tokens`` is the door's, and not the client's: see ``validate``.
-    """
-
-    door: Literal["grpc", "http"]
-    operation: Operation
-    caller: Caller
-    timeout_s: float | None = None
-    trace: Mapping[str, str] = field(default_factory=dict)
-    default_max_tokens: bool = False
-
-
-def operation_of(request: pb.GenerateRequest) -> Operation:
-    """What a request asks for."""
-    return "chat" if request.HasField("messages") else "text_completion"
 
 
 class Inference:
@@ -67,12 +37,14 @@ class Inference:
         now = asyncio.get_running_loop().time
         deadline = math.inf if call.timeout_s is None else now() + call.timeout_s
         tenant = call.caller.tenant
+        # known before it is found valid, so that the record of a refusal has it as well
+        request_id = request.request_id if is_request_id(request.request_id) else random_request_id()
+        check = partial(validate, draw_request_id=lambda: request_id, cut_max_tokens=call.default_max_tokens)
         stream: Stream | None = None
-        with self._observer.begin(request, call.door, call.operation, tenant, call.trace) as observed:
+        with self._observer.begin(request, request_id, call) as observed:
             try:
                 # rendering and tokenising a long prompt takes time: not in the loop that serves every other stream
-                cut = call.default_max_tokens
-                valid = await asyncio.to_thread(validate, request, self.model, cut_max_tokens=cut)
+                valid = await asyncio.to_thread(check, request, self.model)
                 observed.validated(valid)
                 watch = Watch(observed.traceparent, observed.arrived)
                 left = None if call.timeout_s is None else deadline - now()

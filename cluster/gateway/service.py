@@ -10,7 +10,8 @@ from expertmesh.v1 import inference_pb2 as pb
 from expertmesh.v1 import inference_pb2_grpc
 
 from cluster.gateway.auth import caller
-from cluster.gateway.inference import TRACE_HEADERS, Call, Inference, operation_of
+from cluster.gateway.call import TRACE_HEADERS, Call, operation_of
+from cluster.gateway.inference import Inference
 from cluster.gateway.status import abort
 
 

@@ -56,6 +56,11 @@ def random_request_id() -> str:
     return uuid.uuid4().hex
 
 
+def is_request_id(text: str) -> bool:
+    """True if ``text`` may name a request."""
+    return 1 <= len(text) <= MAX_REQUEST_ID_CHARS and all("!" <= char <= "~" for char in text)
+
+
 def validate(
     request: pb.GenerateRequest,
     model: ServedModel,
@@ -108,7 +113,7 @@ def _check_request_id(request: pb.GenerateRequest) -> None:
         if request.next_index:
             raise InvalidRequest("request_id", f"is needed to resume at next_index {request.next_index}")
         return
-    if len(request_id) > MAX_REQUEST_ID_CHARS or not all("!" <= char <= "~" for char in request_id):
+    if not is_request_id(request_id):
         raise InvalidRequest(
             "request_id",
             f"is {request_id[:MAX_REQUEST_ID_CHARS]!a} of {len(request_id)} characters; allowed are 1 to "
@@ -122,10 +127,10 @@ def _sampling(
     """Client's values over the model's defaults. Comparisons are written so that NaN fails them."""
     temperature = parameters.temperature if parameters.HasField("temperature") else defaults.temperature
     if not 0 <= temperature <= MAX_TEMPERATURE:
-        raise InvalidRequest("sampling.temperature", f"is {temperature}; allowed is 0 to {MAX_TEMPERATURE:g}")
+        raise InvalidRequest("sampling.temperature", f"is {temperature:.7g}; allowed is 0 to {MAX_TEMPERATURE:g}")
     top_p = parameters.top_p if parameters.HasField("top_p") else defaults.top_p
     if not 0 < top_p <= 1:
-        raise InvalidRequest("sampling.top_p", f"is {top_p}; allowed is above 0 to 1")
+        raise InvalidRequest("sampling.top_p", f"is {top_p:.7g}; allowed is above 0 to 1")
     top_k = parameters.top_k if parameters.HasField("top_k") else defaults.top_k
     if top_k > MAX_TOP_K:
         raise InvalidRequest("sampling.top_k", f"is {top_k}; allowed is 0 (all) to {MAX_TOP_K}")

@@ -164,6 +164,10 @@ class Body(_Section):
 
     # without effect on the answer
     user: str | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(_few)] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
 
     n: Annotated[Any, _neutral(1)] = None
     frequency_penalty: Annotated[Any, _neutral(0)] = None
@@ -194,11 +198,7 @@ class ChatBody(Body):
     max_completion_tokens: _Count | None = None
 
     # without effect on the answer
-    metadata: Annotated[dict[str, str], BeforeValidator(_few)] | None = None
     parallel_tool_calls: bool | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
 
     audio: Annotated[Any, _neutral()] = None
     function_call: Annotated[Any, _neutral("none", "auto")] = None

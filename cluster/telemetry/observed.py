@@ -20,6 +20,7 @@ from actors.engine.request import TokenEvent
 from actors.guard import Guard
 from actors.log_fields import fields, mark
 from actors.trace_context import traceparent_of
+from cluster.gateway.call import Call
 from cluster.gateway.errors import Internal
 from cluster.gateway.status import status_code
 from cluster.gateway.validation import ValidRequest
@@ -44,8 +45,8 @@ class ObservedRequest:
         self,
         metrics: RequestMetrics,
         span: Span,
-        door: str,
-        tenant: str,
+        request_id: str,
+        call: Call,
         labels: Mapping[str, str],
         clock: Callable[[], float],
         guard: Guard,
@@ -54,8 +55,8 @@ class ObservedRequest:
         self._clock = clock
         self._guard = guard
         self._span = span
-        self._door = door
-        self._tenant = tenant
+        self._request_id = request_id
+        self._call = call
         self._labels = dict(labels)
         self._began = clock()
         self._first: float | None = None
@@ -157,9 +158,9 @@ class ObservedRequest:
     @property
     def _ids(self) -> dict[str, str | None]:
         """What its records in the log have in common; None for what it has not."""
-        context, request = self._span.get_span_context(), self._request
+        context = self._span.get_span_context()
         return {
-            "request_id": request.request_id if request is not None else None,
+            "request_id": self._request_id,
             "trace_id": trace.format_trace_id(context.trace_id) if context.is_valid else None,
             "span_id": trace.format_span_id(context.span_id) if context.is_valid else None,
         }
@@ -171,7 +172,9 @@ class ObservedRequest:
     def _measure(self, now: float, error: str, outcome: str) -> None:
         metrics, labels, tokens = self._metrics, self._labels, self._output_tokens
         metrics.duration.record(now - self._began, {**labels, **({"error.type": error} if error else {})})
-        metrics.finished.add(1, {"door": self._door, "operation": labels["gen_ai.operation.name"], "reason": outcome})
+        metrics.finished.add(
+            1, {"door": self._call.door, "operation": labels["gen_ai.operation.name"], "reason": outcome}
+        )
         metrics.generated_tokens.add(self._tokens, labels)
         if self._request is not None:
             prompt = len(self._request.prompt_ids)
@@ -184,8 +187,8 @@ class ObservedRequest:
 
     def _measure_call(self, duration_s: float, code: grpc.StatusCode) -> None:
         """For HTTP that is the door's own business: only it knows what status it sent."""
-        if self._door == "grpc":
-            attributes = {**door_attributes(self._door, ""), "rpc.response.status_code": code.name}
+        if self._call.door == "grpc":
+            attributes = {**door_attributes("grpc", ""), "rpc.response.status_code": code.name}
             self._metrics.rpc.record(duration_s, attributes)
 
     def _log(self, now: float, failed: bool, outcome: str) -> None:
@@ -194,9 +197,10 @@ class ObservedRequest:
             "request",
             extra=fields(
                 request_id=ids["request_id"],
-                door=self._door,
+                client_request_id=self._call.client_id or None,
+                door=self._call.door,
                 operation=self._labels["gen_ai.operation.name"],
-                tenant=self._tenant or None,
+                tenant=self._call.caller.tenant or None,
                 model=self._labels["gen_ai.request.model"],
                 prompt_tokens=len(request.prompt_ids) if request is not None else None,
                 completion_tokens=self._output_tokens,
@@ -211,7 +215,7 @@ class ObservedRequest:
     def _end_span(self, error: BaseException | None, outcome: str, code: grpc.StatusCode) -> None:
         span = self._span
         span.set_attribute("gen_ai.usage.output_tokens", self._output_tokens)
-        if self._door == "grpc":
+        if self._call.door == "grpc":
             span.set_attribute("rpc.response.status_code", code.name)
         if error is None:
             span.set_attribute("gen_ai.response.model", self._labels["gen_ai.request.model"])

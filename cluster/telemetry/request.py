@@ -12,6 +12,7 @@ from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from actors.guard import Guard
+from cluster.gateway.call import Call
 from cluster.telemetry.observed import ObservedRequest, door_attributes
 from cluster.telemetry.request_metrics import RequestMetrics
 
@@ -42,34 +43,32 @@ class RequestObserver:
         self._clock = clock
         self._guard = Guard("requests")
 
-    def begin(
-        self, request: pb.GenerateRequest, door: str, operation: str, tenant: str, trace_headers: Mapping[str, str]
-    ) -> ObservedRequest:
+    def begin(self, request: pb.GenerateRequest, request_id: str, call: Call) -> ObservedRequest:
         """A request has come through a door; it is observed for as long as the block lasts that it is used for.
 
-        ``trace_headers``: the client's W3C trace context; a ``traceparent`` that is malformed counts as none. A
+        ``request_id``: how its records name it. A ``traceparent`` of the client's that is malformed counts as none; a
         ``tracestate`` is not read: nothing behind this gateway would get it.
         """
         known = request.model in ("", self._model)
         labels = {
-            "gen_ai.operation.name": operation,
+            "gen_ai.operation.name": call.operation,
             "gen_ai.provider.name": _PROVIDER,
             "gen_ai.request.model": self._model if known else OTHER_MODEL,
         }
         span: Span = INVALID_SPAN
         with self._guard:
             span = self._tracer.start_span(
-                f"{operation} {self._model if known else OTHER_MODEL}",
-                _parent(trace_headers),
+                f"{call.operation} {self._model if known else OTHER_MODEL}",
+                _parent(call.trace),
                 SpanKind.SERVER,
                 {
                     **labels,
                     **({} if known else {"gen_ai.request.model": request.model[:_SHOWN_NAME_CHARS]}),
-                    **({"expertmesh.tenant": tenant} if tenant else {}),
-                    **door_attributes(door, operation),
+                    **({"expertmesh.tenant": call.caller.tenant} if call.caller.tenant else {}),
+                    **door_attributes(call.door, call.operation),
                 },
             )
-        return ObservedRequest(self._metrics, span, door, tenant, labels, self._clock, self._guard)
+        return ObservedRequest(self._metrics, span, request_id, call, labels, self._clock, self._guard)
 
 
 def _parent(trace_headers: Mapping[str, str]) -> Context:

@@ -19,6 +19,8 @@ from cluster.gateway.settings import host_port
 from cluster.tls import server_pem
 
 _CLOSE_S = 1
+_KEEP_ALIVE_S = 75
+"""An idle connection lives so long: longer than load balancers keep theirs, else they send into one that ends."""
 
 
 class HttpDoor:
@@ -42,6 +44,7 @@ class HttpDoor:
             lifespan="off",
             proxy_headers=False,
             server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=2 * _CLOSE_S,
             **_tls_options(self._tls),
         )

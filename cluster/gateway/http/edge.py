@@ -34,11 +34,11 @@ _SAFE_ID = re.compile(r"[!-~]{1,128}")
 
 
 class Edge:
-    """ASGI middleware. Inside, ``scope["state"]`` has ``caller`` and ``request_id``. HEALTH, which tells nothing of the
-    model, is the only path that needs no token: there is no caller.
+    """ASGI middleware. Inside, ``scope["state"]`` has ``caller``, ``request_id`` and ``client_id``. HEALTH, which tells
+    nothing of the model, is the only path that needs no token: there is no caller.
 
-    The id is ours. One that the client sent is only given back: proxies use theirs again, so it cannot name a request
-    as gRPC's does.
+    The id is ours. The client's is given back and logged: proxies use theirs again, so it cannot name a request as
+    gRPC's does.
     """
 
     def __init__(self, app: ASGIApp, access: AccessList) -> None:
@@ -48,7 +48,9 @@ class Edge:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         request_id = scope["state"]["request_id"] = uuid.uuid4().hex
-        exchange = _Exchange(headers, request_id, receive, send)
+        sent_id = headers.get(_REQUEST_ID, "")
+        client_id = scope["state"]["client_id"] = sent_id if _SAFE_ID.fullmatch(sent_id) else ""
+        exchange = _Exchange(headers, client_id or request_id, receive, send)
         try:
             _check_framing(headers)
             if scope["path"] != HEALTH:
@@ -68,9 +70,8 @@ class _Exchange:
     still sends may never see the response (RFC 9112, 9.6). A 503 ends it too: the next one may find another gateway.
     """
 
-    def __init__(self, headers: Headers, request_id: str, receive: Receive, send: Send) -> None:
-        sent_id = headers.get(_REQUEST_ID, "")
-        self._told_id = sent_id if _SAFE_ID.fullmatch(sent_id) else request_id
+    def __init__(self, headers: Headers, told_id: str, receive: Receive, send: Send) -> None:
+        self._told_id = told_id
         self._unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         self._receive, self._send = receive, send
         self.started = False

@@ -14,10 +14,11 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from cluster.gateway.call import TRACE_HEADERS, Call, operation_of
 from cluster.gateway.errors import Unavailable
 from cluster.gateway.http.body import ClientGone, read_json_body
 from cluster.gateway.http.edge import error_response
-from cluster.gateway.inference import TRACE_HEADERS, Call, Inference, operation_of
+from cluster.gateway.inference import Inference
 from cluster.gateway.streams import DRAINING
 from cluster.openai.errors import http_error
 from cluster.openai.paths import Endpoint
@@ -67,6 +68,7 @@ class Generation:
             state["caller"],
             trace=trace,
             default_max_tokens=parsed.default_max_tokens,
+            client_id=state["client_id"],
         )
         answer, events = Answer(parsed, int(time.time())), EventStream(send)
         try:

@@ -166,6 +166,18 @@ def test_the_steps_of_many_requests_are_traced_once_a_second(spans: InMemorySpan
     assert len(named(spans, "decode")) == 10
 
 
+def test_who_had_to_wait_for_a_step_gets_one_later(spans: InMemorySpanExporter) -> None:
+    """Requests that run together: one step a second is traced, until each of them had one."""
+    run = Run(make_scheduler(), pace=BETWEEN_STEPS_S / 4)
+    for number in range(3):
+        run.add(request(f"r{number}", max_tokens=20))
+    run.to_the_end()
+    decodes = {span.context.span_id for span in named(spans, "decode") if span.context is not None}
+    parents = [span.parent.span_id for span in named(spans, "step") if span.parent is not None]
+    assert len(parents) == 3
+    assert set(parents) == decodes
+
+
 def test_a_trace_that_cannot_be_read_costs_a_line_and_no_answer(
     spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
 ) -> None:

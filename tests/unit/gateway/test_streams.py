@@ -589,6 +589,21 @@ async def test_drain_refuses_the_new_and_replays_the_old(place: Place) -> None:
 
 
 @in_virtual_time
+async def test_what_a_drain_leaves_ends_with_unavailable(place: Place) -> None:
+    a = await place.shard("a")
+    streams = [await place.open(), await place.open(request_id="another")]
+    calls = [asyncio.create_task(place.streams.next_events(stream)) for stream in streams]
+    await settle()
+    await place.streams.drain(5.0)
+    for stream, call in zip(streams, calls, strict=True):
+        with pytest.raises(Unavailable) as ended:
+            await call
+        assert ended.value.reason == "DRAINING"
+        place.streams.close(stream)
+    assert len(a.aborted) == 2, "the engine frees them"
+
+
+@in_virtual_time
 async def test_ids_are_a_tenants_own(place: Place) -> None:
     a = await place.shard("a")
     ours, theirs = await place.open("us"), await place.open("them", max_tokens=3)

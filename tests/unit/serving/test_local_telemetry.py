@@ -106,7 +106,7 @@ def _ask_grpc(address: str) -> None:
 def _ask_http(address: str) -> None:
     body = {"messages": [{"role": "user", "content": MARKER}], "max_tokens": TOKENS, "ignore_eos": True}
     body |= {"model": httpx.get(f"http://{address}/v1/models", timeout=30).json()["data"][0]["id"]}
-    headers = {"traceparent": traceparent(SECOND)}
+    headers = {"traceparent": traceparent(SECOND), "X-Request-Id": "their-own"}
     httpx.post(f"http://{address}/v1/chat/completions", json=body, headers=headers, timeout=60).raise_for_status()
 
 
@@ -200,6 +200,8 @@ def test_the_log_is_json_with_one_access_record_a_request(run: Run) -> None:
     assert access[0]["trace_id"] == FIRST
     assert [line["completion_tokens"] for line in access] == [TOKENS, TOKENS, 0, TOKENS]
     assert access[2]["model"] == "other"
+    assert len({line["request_id"] for line in access}) == 4, "also of the one that was refused"
+    assert access[3]["client_request_id"] == "their-own"
 
 
 def test_a_collector_that_is_not_there_holds_nothing_up(checkpoint: tuple[Path, Any], tmp_path: Path) -> None:

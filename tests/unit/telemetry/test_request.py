@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import Mock
 
 import pytest
@@ -18,7 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from actors.engine.request import SamplingParams, TokenEvent
 from actors.log_fields import fields_of
+from cluster.access import Caller
 from cluster.config import TelemetryConfig
+from cluster.gateway.call import Call
 from cluster.gateway.errors import Internal, Overloaded
 from cluster.gateway.validation import ValidRequest
 from cluster.telemetry.metrics import GatewayMetrics
@@ -42,9 +44,12 @@ class Gateway:
         tracer = self.provider.get_tracer("test")
         self.observer = RequestObserver("tiny", self.metrics.requests, tracer, lambda: self.now)
 
-    def begin(self, model: str = "", door: str = "grpc", tenant: str = "", **trace: str) -> ObservedRequest:
+    def begin(
+        self, model: str = "", door: Literal["grpc", "http"] = "grpc", tenant: str = "", **trace: str
+    ) -> ObservedRequest:
         """A request for ``model``."""
-        return self.observer.begin(pb.GenerateRequest(model=model, prompt=MARKER), door, "chat", tenant, trace)
+        call = Call(door, "chat", Caller(tenant, "user", 1.0), trace=trace, client_id="theirs")
+        return self.observer.begin(pb.GenerateRequest(model=model, prompt=MARKER), "id-1", call)
 
     def serve(self, observed: ObservedRequest, count: int, step_s: float = 0.5) -> None:
         """All of a request of 3 prompt tokens: ``count`` tokens, ``step_s`` apart, the first after twice that."""
@@ -313,6 +318,7 @@ def test_the_access_log_has_one_line_a_request(gateway: Gateway, caplog: pytest.
     assert span.context is not None
     assert {key: value for key, value in vars(entry)["fields"].items() if value is not None} == {
         "request_id": "id-1",
+        "client_request_id": "theirs",
         "door": "http",
         "operation": "chat",
         "tenant": "acme",

@@ -13,10 +13,10 @@ from expertmesh.v1 import inference_pb2 as pb
 
 from cluster.access import AccessList, token_hash
 from cluster.config import TokenConfig
+from cluster.gateway.call import Call
 from cluster.gateway.http.api import api
 from cluster.gateway.http.door import HttpDoor
 from cluster.gateway.http.watched import Watched
-from cluster.gateway.inference import Call
 
 STARTED = pb.GenerateResponse(request_id="r1", started=pb.Started(model="tiny", prompt_tokens=3))
 TEXT = pb.GenerateResponse(request_id="r1", text="la")

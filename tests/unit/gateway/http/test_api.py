@@ -272,7 +272,7 @@ async def test_the_close_does_not_come_between_head_and_body() -> None:
         for _ in range(10):
             await asyncio.sleep(0)
 
-    state = {"request_id": "r1", "caller": EVERYBODY}
+    state = {"request_id": "r1", "client_id": "", "caller": EVERYBODY}
     scope: Any = {"type": "http", "headers": [(b"content-type", b"application/json")], "state": state}
     await Generation(Endpoint.COMPLETIONS, model, MAX_BODY, closing)(scope, receive, send)
     assert [(message["type"], message.get("status")) for message in sent] == [
