@@ -19,8 +19,9 @@ from cluster.batch.job import Job, Wanted, open_job
 from cluster.batch.patience import Patience
 from cluster.batch.run import Limits, run_job
 from cluster.batch.tally import Tally
-from cluster.cli.client import complain, explain, open_aio_channel
+from cluster.cli.client import explain, open_aio_channel
 from cluster.cli.connection import Connection
+from cluster.cli.terminal import complain
 
 _STOPPED = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,12 +41,6 @@ def explain(error: grpc.RpcError, connection: Connection) -> str:
     retry = _retry_delay(error)
     again = f"; retry in {retry:g} s" if retry is not None and "retry" not in details else ""
     return f"{code.name}: {details}{again}"
-
-
-def complain(text: str) -> int:
-    """Print an error to stderr; the exit status that goes with it."""
-    print(f"error: {text}", file=sys.stderr)
-    return 1
 
 
 def _no_answer(connection: Connection, details: str) -> str:

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.cli.terminal import complain
+
 DEFAULT_TARGET = "127.0.0.1:50051"
 TOKEN_VARIABLE = "EXPERTMESH_TOKEN"
 
@@ -97,7 +99,6 @@ def connecting(command: Callable[..., int]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**given: Any) -> None:
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when grpc is imported: its own lines would join ours
-        from cluster.cli.client import complain
         from cluster.config import ConfigError
 
         try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from cluster.cli.client import complain
 from cluster.cli.connection import Connection
 from cluster.cli.generate import Sampling, run_generate
 from cluster.cli.serve import Stopped, StopSignals, expected_errors, ready_cluster, weight_bytes
 from cluster.cli.status import run_status
+from cluster.cli.terminal import complain
 from cluster.config import load_config
 
 

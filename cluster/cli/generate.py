@@ -9,8 +9,9 @@ import grpc
 from expertmesh.v1 import inference_pb2 as pb
 from expertmesh.v1.inference_pb2_grpc import InferenceStub
 
-from cluster.cli.client import complain, explain, open_channel
+from cluster.cli.client import explain, open_channel
 from cluster.cli.connection import Connection
+from cluster.cli.terminal import complain
 
 
 @dataclass(frozen=True)

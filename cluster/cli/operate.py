@@ -11,8 +11,9 @@ from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1.control_pb2_grpc import ControlStub
 from rich.console import Console
 
-from cluster.cli.client import complain, explain, open_channel
+from cluster.cli.client import explain, open_channel
 from cluster.cli.connection import Connection
+from cluster.cli.terminal import complain
 
 _FLEETS = ("experts", "attention")
 

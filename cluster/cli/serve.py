@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
 from cluster.access import missing_locks, refuse_open_door
-from cluster.cli.client import complain
+from cluster.cli.terminal import complain
 from cluster.config import ConfigError, ServerConfig, load_config
 from cluster.gateway.settings import Doors
 from cluster.model_source import model_name

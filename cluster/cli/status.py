@@ -11,8 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.cli.client import complain, explain, open_channel
+from cluster.cli.client import explain, open_channel
 from cluster.cli.connection import Connection
+from cluster.cli.terminal import complain
 
 _TIMEOUT_S = 15.0
 _SHOWN_ID = 8

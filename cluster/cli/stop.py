@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ray
 
-from cluster.cli.client import complain
+from cluster.cli.terminal import complain
 from cluster.config import ConfigError
 from cluster.ray_session import join, sweep
 

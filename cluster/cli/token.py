@@ -7,7 +7,7 @@ import sys
 import yaml
 
 from cluster.access import new_token, token_hash
-from cluster.cli.client import complain
+from cluster.cli.terminal import complain
 from cluster.config import ConfigError, load_config
 
 

@@ -22,8 +22,9 @@ from cluster.config import ConfigError
 from cluster.fleet import ActorHandle
 from cluster.gateway.chat import ChatTemplate
 from cluster.gateway.grpc_door import GrpcDoor, Health, HealthDoor
-from cluster.gateway.http.api import Watched, api, metrics_api
+from cluster.gateway.http.api import api, metrics_api
 from cluster.gateway.http.door import HttpDoor
+from cluster.gateway.http.watched import Watched
 from cluster.gateway.inference import Inference
 from cluster.gateway.peers import AttentionPeer
 from cluster.gateway.served_model import ServedModel, default_sampling, stop_ids

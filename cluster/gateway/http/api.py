@@ -19,8 +19,6 @@ from cluster.gateway.http.watched import Watched
 from cluster.gateway.inference import Inference
 from cluster.openai.paths import Endpoint
 
-__all__ = ["Watched", "api", "metrics_api"]
-
 _BODY_BYTES = 2**20
 _BODY_BYTES_PER_CONTEXT_TOKEN = 64
 """More than a token's worth of text or digits takes in JSON. Reading JSON holds the interpreter's lock, so for 64 MiB
