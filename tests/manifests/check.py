@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.manifests.budgets import budget_problems
 from tests.manifests.commands import command_problems
 from tests.manifests.documents import Document, ManifestError
 from tests.manifests.gateway import gateway_problems
 from tests.manifests.kinds import schema_problems
 from tests.manifests.kuberay import kuberay_problems
 from tests.manifests.kustomize import FILE_NAME, Rendered, render
+from tests.manifests.resources import resource_problems
 from tests.manifests.secrets import secret_problems
 from tests.manifests.security import security_problems
 from tests.manifests.selectors import fence_problems, selector_problems
@@ -40,7 +42,10 @@ def _check(folder: Path) -> Report:
     problems = [*_orphans(folder, rendered)]
     for one in rendered:
         problems += [f"{one.folder}: {problem}" for document in one.documents for problem in schema_problems(document)]
-    if not problems:  # what follows takes the shapes for granted
+    # what follows takes the shapes for granted, and then the numbers
+    if not problems:
+        problems += [f"{one.folder}: {problem}" for one in rendered for problem in resource_problems(one.documents)]
+    if not problems:
         problems += _across(rendered)
     count = sum(len(one.documents) for one in rendered)
     return Report(count, tuple(dict.fromkeys(problems)) if count else (f"{folder}: nothing to check",))
@@ -64,9 +69,9 @@ def _across(rendered: list[Rendered]) -> Iterator[str]:
     for one in deployments:
         more: list[Document] = [document for addon in addons for document in addon.documents]
         everything = [*one.documents, *more]
-        found = [*security_problems(everything), *selector_problems(everything), *command_problems(everything)]
-        found += [*kuberay_problems(everything), *gateway_problems(one.documents), *traffic_problems(everything)]
-        found += [*size_problems(everything), *secret_problems(everything)]
+        found = [*security_problems(everything), *selector_problems(everything), *budget_problems(everything)]
+        found += [*command_problems(everything), *kuberay_problems(everything), *gateway_problems(one.documents)]
+        found += [*traffic_problems(everything), *size_problems(everything), *secret_problems(everything)]
         yield from (f"{one.folder}: {problem}" for problem in found)
 
 

@@ -15,6 +15,11 @@ FINAL_STAGES = ("cuda", "cpu")
 _TOOLS = {"rsync", "openssh-client"}
 """What `ray up` runs in containers: to copy files in, and on AWS, from the head's, to start the other machines."""
 _TORCH_INDEX = "https://download.pytorch.org/whl/"
+_LINES = (
+    *("apt-get update", "apt-get install --yes --no-install-recommends ", "rm -rf /var/lib/apt/lists/"),
+    *("python -m venv ", "pip install ", "groupadd --gid ", "useradd --uid ", "ln -s ", "[ ", "grep "),
+)
+"""How every command of a RUN has to begin: all that the bases are known to have."""
 _EXTRA = {"cuda": ".[gpu]", "cpu": "."}
 
 
@@ -33,18 +38,23 @@ def dockerfile_problems(path: Path) -> Iterator[str]:
     arguments, stages = _parse(path)
     names = {stage.name for stage in stages}
     ignored = (path.parent / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    pinned = set((path.parent / "Makefile").read_text(encoding="utf-8").split())
+    python = _python(path.parent / "pyproject.toml")
     sent = {line[1:] for line in ignored if line.startswith("!")}
     for stage in stages:
         image = re.sub(r"\$\{(\w+)\}", lambda match: arguments[match[1]], stage.base)
         if stage.base not in names and (":" not in image or image.endswith(":latest")):
             yield f"FROM {image}: needs a tag other than latest, or a digest"
+        elif stage.base not in names and not re.match(rf"python:{re.escape(python)}(?!\d)|python@sha256:", image):
+            yield f"FROM {image}: must be python:{python}, for which constraints.txt was made"
         for name, rest in stage.instructions:
             if name == "COPY" and "--from=" not in rest:
                 yield from _copy_problems(path.parent, rest, sent)
             elif name == "COPY" and (source := rest.partition("--from=")[2].split()[0]) not in names:
                 yield f"{stage.name}: COPY --from={source}: no such stage"
             elif name == "RUN":
-                yield from _install_problems(stage, rest)
+                yield from _command_problems(stage, rest)
+                yield from _install_problems(stage, rest, pinned)
     packages = _package_folders(path.parent / "pyproject.toml")
     for name in FINAL_STAGES:
         yield from _final_problems(name, stages)
@@ -82,9 +92,20 @@ def _copy_problems(root: Path, rest: str, sent: set[str]) -> Iterator[str]:
             yield f"COPY {source}: .dockerignore keeps it out"
 
 
-def _install_problems(stage: Stage, rest: str) -> Iterator[str]:
+def _command_problems(stage: Stage, rest: str) -> Iterator[str]:
+    for part in re.split(r"&&|\|\||[;|&]|\$\(", rest):
+        line = re.sub(r"^(?:(?:if|then|else|fi)(?:\s+|$))*", "", part.strip())
+        if line and not line.startswith(_LINES):
+            allowed = ", ".join(known.strip() for known in _LINES)
+            yield f"{stage.name}: RUN {line}: no known command; known are {allowed}"
+
+
+def _install_problems(stage: Stage, rest: str, pinned: set[str]) -> Iterator[str]:
     if "pip install" not in rest:
         return
+    for requirement in re.findall(r"[\w-]+==[\w.]+", rest):
+        if requirement not in pinned:
+            yield f"{stage.name}: {requirement}: not what the Makefile installs"
     if "--no-deps" in rest:
         if "==" not in rest:
             yield f"{stage.name}: {rest}: installs without a version"
@@ -151,6 +172,12 @@ def _build_problems(name: str, stages: list[Stage], packages: set[str]) -> Itera
 
 def _runs(instructions: list[tuple[str, str]]) -> str:
     return " ".join(rest for key, rest in instructions if key == "RUN")
+
+
+def _python(path: Path) -> str:
+    """The oldest Python that pyproject.toml takes: the one that the pins are resolved and tested with."""
+    requirement: str = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["requires-python"]
+    return requirement.removeprefix(">=")
 
 
 def _package_folders(path: Path) -> set[str]:

@@ -10,12 +10,14 @@ from typing import Any
 from cluster.access import missing_locks
 from cluster.config import ConfigError, ServerConfig, load_config
 from cluster.gateway.grpc_door import INFERENCE
+from tests.manifests.budgets import copy_problems
 from tests.manifests.documents import Document, name_of
 from tests.manifests.pods import GATEWAY_GROUP, Pod, pods_of
+from tests.manifests.quantities import amount
+from tests.manifests.resources import GPU
 
 CONFIG_MAP, CONFIG_FILE = "expertmesh-config", "server.yaml"
 SCRIPT = "gateway.sh"
-_GPU = "nvidia.com/gpu"
 _PORTS = {"grpc": "port", "http": "http_port", "health": "health_port", "metrics": "metrics_port"}
 _PROBES = {"startupProbe": "", "livenessProbe": "", "readinessProbe": INFERENCE}
 _ISTIO = "sidecar.istio.io"
@@ -52,6 +54,8 @@ def gateway_problems(documents: Iterable[Document]) -> Iterator[str]:
     for fleet in ("attention", "experts"):
         yield from _room_problems(config, fleet, pods)
     yield from _model_problems(config, pods)
+    yield from _image_problems(config, pods)
+    yield from copy_problems(config, documents)
 
 
 def _load(text: str) -> ServerConfig:
@@ -142,11 +146,11 @@ def _room_problems(config: ServerConfig, fleet: str, pods: list[Pod]) -> Iterato
         return
     (pod,) = chosen
     limits = pod.container["resources"]["limits"]
-    room = int(float(pod.ray.get("rayStartParams", {}).get("num-cpus", limits["cpu"])) // section.cpus)
+    room = int(float(amount(pod.ray.get("rayStartParams", {}).get("num-cpus", limits["cpu"]))) // section.cpus)
     if config.device == "cuda":
-        room = min(room, int(float(limits.get(_GPU, 0)) // section.gpus))
-    elif _GPU in limits:
-        yield f"{pod.where}: asks for {_GPU}, but device is {config.device}"
+        room = min(room, int(float(amount(limits.get(GPU, 0))) // section.gpus))
+    elif GPU in limits:
+        yield f"{pod.where}: asks for {GPU}, but device is {config.device}"
     count = section.shards + section.spares if fleet == "experts" else section.replicas
     if count > room * pod.ray["minReplicas"]:
         yield f"{fleet}: {count} bundles, but the least number of pods of {pod.group} has room for {room} each"
@@ -161,6 +165,13 @@ def _model_problems(config: ServerConfig, pods: list[Pod]) -> Iterator[str]:
     for pod in pods:
         if pod.group in roles and config.model != "default" and not _is_mounted(Path(config.model), pod):
             yield f"model: {config.model}: nothing is mounted there in {pod.where}"
+
+
+def _image_problems(config: ServerConfig, pods: list[Pod]) -> Iterator[str]:
+    """Ray's pods run what the device needs: an image for CPUs finds no GPU, one with CUDA is gigabytes more."""
+    for image in sorted({container["image"] for pod in pods if pod.group for container in pod.containers}):
+        if image.endswith("-cuda") != (config.device == "cuda"):
+            yield f"image {image}: device is {config.device}; only cuda, and always cuda, takes an image with -cuda"
 
 
 def _is_mounted(path: Path, pod: Pod) -> bool:

@@ -71,7 +71,8 @@ def strict(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     if schema.get("x-kubernetes-int-or-string"):
-        return {"type": ["integer", "string"]}
+        pattern = {"pattern": schema["pattern"]} if "pattern" in schema else {}  # of quantities; asks texts only
+        return {"type": ["integer", "string"], **pattern}
     result = {key: strict(value) for key, value in schema.items() if key != "format"}
     if schema.get("nullable") and isinstance(result.get("type"), str):
         result["type"] = [result["type"], "null"]

@@ -12,6 +12,7 @@ from tests.manifests.pods import GATEWAY_GROUP, HEAD_GROUP, Pod, pods_of
 
 START_COMMAND = "$KUBERAY_GEN_RAY_START_CMD"
 _OVERWRITE = "ray.io/overwrite-container-cmd"
+_JOB_MODE = "K8sJobMode"
 _REDIS = {"redisAddress", "redisUsername", "redisPassword", "externalStorageNamespace"}
 
 
@@ -99,6 +100,9 @@ def _job_problems(document: Document, documents: list[Document]) -> Iterator[str
         yield f"{where}: clusterSelector: no RayCluster {cluster!r}"
     if "rayClusterSpec" in spec or spec.get("shutdownAfterJobFinishes"):
         yield f"{where}: with clusterSelector the cluster is not the job's to make or to end"
+    # the API server takes any text; of KubeRay's other modes none makes a pod of submitterPodTemplate
+    if (mode := spec.get("submissionMode")) != _JOB_MODE:
+        yield f"{where}: submissionMode: {mode}, must be {_JOB_MODE}"
     if "backoffLimit" in spec:
         yield f"{where}: backoffLimit: KubeRay refuses it with clusterSelector; use submitterConfig"
     target = re.search(r"--target[ =](\S+):(\d+)", spec["entrypoint"])

@@ -26,7 +26,8 @@ _CONTAINER = {
     "readOnlyRootFilesystem": True,
     "capabilities": {"drop": ["ALL"]},
 }
-_NAMESPACE = {"pod-security.kubernetes.io/enforce": "restricted"}
+_POD_SECURITY = "pod-security.kubernetes.io/"
+_NAMESPACE = {f"{_POD_SECURITY}{mode}": "restricted" for mode in ("enforce", "warn")}
 _WRITTEN = ("/tmp", HOME)
 _VOLUMES = {"emptyDir", "configMap", "secret", "persistentVolumeClaim"}
 _HOST = ("hostNetwork", "hostPID", "hostIPC")
@@ -37,7 +38,7 @@ def security_problems(documents: Iterable[Document]) -> Iterator[str]:
     documents = list(documents)
     made = {(d["kind"], d["metadata"]["name"]) for d in documents} | OPERATOR_MADE
     for pod in pods_of(documents):
-        yield from _pod_problems(pod)
+        yield from _pod_problems(pod, made)
         yield from _volume_problems(pod, made)
         for container in pod.containers:
             yield from _container_problems(f"{pod.where}: {container['name']}", container)
@@ -45,13 +46,14 @@ def security_problems(documents: Iterable[Document]) -> Iterator[str]:
         if document["kind"] == "RayCluster":
             yield from _autoscaler_problems(document)
         elif document["kind"] == "Namespace":
-            labels = document["metadata"].get("labels", {})
-            yield from _differences(f"{name_of(document)}: labels", labels, _NAMESPACE)
+            yield from _namespace_problems(document)
+        elif document["kind"] == "ServiceAccount" and document.get("automountServiceAccountToken") is not False:
+            yield f"{name_of(document)}: automountServiceAccountToken must be false: nothing in its pods needs one"
         elif document["kind"] == "Service" and document["spec"].get("type", "ClusterIP") != "ClusterIP":
             yield f"{name_of(document)}: type: {document['spec']['type']}, must be ClusterIP: an overlay may open it"
 
 
-def _pod_problems(pod: Pod) -> Iterator[str]:
+def _pod_problems(pod: Pod, made: set[tuple[str, str]]) -> Iterator[str]:
     context = pod.spec.get("securityContext", {})
     yield from _differences(f"{pod.where}: securityContext", context, _POD)
     for key in _HOST:
@@ -60,6 +62,9 @@ def _pod_problems(pod: Pod) -> Iterator[str]:
     # only the autoscaler, beside the head, has something to ask the API server
     if pod.spec.get("automountServiceAccountToken") is not (pod.group == HEAD_GROUP):
         yield f"{pod.where}: automountServiceAccountToken must be said: true for the head, else false"
+    account = pod.spec.get("serviceAccountName")
+    if account is not None and ("ServiceAccount", account) not in made:
+        yield f"{pod.where}: serviceAccountName: no ServiceAccount/{account}"
 
 
 def _container_problems(where: str, container: dict[str, Any]) -> Iterator[str]:
@@ -67,12 +72,6 @@ def _container_problems(where: str, container: dict[str, Any]) -> Iterator[str]:
     yield from _differences(f"{where}: securityContext", context, _CONTAINER)
     if unknown := context.keys() - _CONTAINER.keys():
         yield f"{where}: securityContext: {', '.join(sorted(unknown))} not allowed; allowed: {', '.join(_CONTAINER)}"
-    resources = container.get("resources", {})
-    for part in ("requests", "limits"):
-        if missing := {"cpu", "memory"} - resources.get(part, {}).keys():
-            yield f"{where}: resources.{part}: {', '.join(sorted(missing))} missing"
-    if resources.get("requests", {}).get("memory") != resources.get("limits", {}).get("memory"):
-        yield f"{where}: resources: memory of requests and limits differ; what is promised must be there"
 
 
 def _volume_problems(pod: Pod, made: set[tuple[str, str]]) -> Iterator[str]:
@@ -114,6 +113,15 @@ def _autoscaler_problems(document: Document) -> Iterator[str]:
         yield f"{where}.volumeMounts: {', '.join(sorted(missing))} missing: the root file system is read-only"
     if unknown := set(mounts.values()) - volumes:
         yield f"{where}.volumeMounts: the head has no volume {', '.join(sorted(unknown))}"
+
+
+def _namespace_problems(document: Document) -> Iterator[str]:
+    """A misspelt mode is just another label to Kubernetes."""
+    labels = document["metadata"].get("labels", {})
+    yield from _differences(f"{name_of(document)}: labels", labels, _NAMESPACE)
+    for key in labels.keys() - _NAMESPACE.keys():
+        if key.startswith(_POD_SECURITY):
+            yield f"{name_of(document)}: labels: {key} not allowed; allowed: {', '.join(_NAMESPACE)}"
 
 
 def _differences(where: str, found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:

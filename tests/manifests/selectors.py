@@ -17,7 +17,7 @@ def selector_problems(documents: Iterable[Document]) -> Iterator[str]:
         if document["kind"] == "Service":
             yield from _service_problems(document, pods)
         elif document["kind"] == "PodDisruptionBudget":
-            yield from _budget_problems(document, pods)
+            yield from _choose(document, _labels(document), pods)[1]
         elif document["kind"] == "NetworkPolicy":
             yield from _policy_problems(document, pods)
         elif document["kind"] == "PodMonitor":
@@ -43,17 +43,6 @@ def _service_problems(document: Document, pods: list[Pod]) -> Iterator[str]:
         for pod in chosen:
             if target not in pod.ports and target not in pod.ports.values():
                 yield f"{name_of(document)}: targetPort {target}: {pod.where} has {_ports(pod)}"
-
-
-def _budget_problems(document: Document, pods: list[Pod]) -> Iterator[str]:
-    chosen, problems = _choose(document, _labels(document), pods)
-    yield from problems
-    least = document["spec"].get("minAvailable")
-    # of pods whose owner has no scale subresource, as a RayCluster, Kubernetes does not know how many there should be
-    if type(least) is not int or "maxUnavailable" in document["spec"]:
-        yield f"{name_of(document)}: needs minAvailable as a number: for pods of a RayCluster nothing else works"
-    elif chosen and not 0 < least <= (most := sum(pod.ray.get("minReplicas", 1) for pod in chosen)):
-        yield f"{name_of(document)}: minAvailable {least}, but there may be {most} pods"
 
 
 def _policy_problems(document: Document, pods: list[Pod]) -> Iterator[str]:

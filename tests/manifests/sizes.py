@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tests.manifests.documents import Document, ManifestError, name_of
+from tests.manifests.documents import Document, name_of
 from tests.manifests.pods import Pod, pods_of
+from tests.manifests.quantities import amount
 
 GIB = 2**30
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _MOST = 2048 * GIB
 _RAY = 2 * GIB
 """A node of Ray, the dashboard's agent, and a process of ours, without weights."""
@@ -32,24 +31,16 @@ def size_problems(documents: Iterable[Document]) -> Iterator[str]:
             yield from _memory_problems(f"{name_of(document)}: autoscalerOptions", resources, _HELPER)
 
 
-def in_bytes(quantity: str | int) -> int:
-    """Kubernetes' way to write a number of bytes. Raises ManifestError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([A-Za-z]*)", str(quantity))
-    if match is None or match[2] not in _UNITS:
-        raise ManifestError(f"{quantity}: not a number of bytes; allowed units are {', '.join(filter(None, _UNITS))}")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
 def _memory_problems(where: str, resources: dict[str, Any], least: int) -> Iterator[str]:
     told = resources["limits"].get("memory", 0)
-    if not least <= in_bytes(told) <= _MOST:
+    if not least <= amount(told) <= _MOST:
         yield f"{where}: memory {told}: must be {least / GIB:g} to {_MOST / GIB:g} GiB"
 
 
 def _in_memory(pod: Pod) -> int:
     """What the volumes may take of the pod's memory."""
     volumes = [volume.get("emptyDir", {}) for volume in pod.spec.get("volumes", [])]
-    return sum(in_bytes(volume.get("sizeLimit", _MOST)) for volume in volumes if volume.get("medium") == "Memory")
+    return sum(int(amount(volume.get("sizeLimit", _MOST))) for volume in volumes if volume.get("medium") == "Memory")
 
 
 def _store_problems(pod: Pod) -> Iterator[str]:
@@ -59,6 +50,6 @@ def _store_problems(pod: Pod) -> Iterator[str]:
     store = int(pod.ray.get("rayStartParams", {}).get("object-store-memory", 0))
     mounts = {mount["mountPath"]: mount["name"] for mount in pod.container.get("volumeMounts", [])}
     shared = [v["emptyDir"] for v in pod.spec.get("volumes", []) if v["name"] == mounts.get("/dev/shm")]
-    room = in_bytes(shared[0].get("sizeLimit", 0)) if shared and shared[0].get("medium") == "Memory" else 0
+    room = int(amount(shared[0].get("sizeLimit", 0))) if shared and shared[0].get("medium") == "Memory" else 0
     if not 0 < store <= room:
         yield f"{pod.where}: object-store-memory {store}: must fit in /dev/shm, an emptyDir in memory of {room} bytes"

