@@ -86,6 +86,18 @@ def greedy(model: Any, prompt: Sequence[int], count: int) -> Reference:
     return Reference(tokens, clear)
 
 
+@torch.inference_mode()
+def greedy_along(model: Any, prompt: Sequence[int], got: Sequence[int]) -> Reference:
+    """As ``greedy`` for as long as that generates ``got``, in one pass over prompt and ``got``: at each index the token
+    that transformers chooses after those of ``got`` before it. So the first difference, if there is one, is the same.
+    """
+    logits = model(input_ids=torch.tensor([[*prompt, *got]])).logits[0, len(prompt) - 1 : -1].float()
+    best = logits.topk(2).values
+    ties = (best[:, 0] - best[:, 1] < NEAR_TIE * logits.abs().amax(dim=-1)).nonzero()
+    clear = int(ties[0]) if len(ties) else len(got)
+    return Reference(logits.argmax(dim=-1).tolist(), clear)
+
+
 @dataclass
 class Result:
     """One finished call."""

@@ -14,7 +14,7 @@ from cluster.launch import running_cluster
 from tests.cluster.conftest import ROLE
 from tests.dense_reference import dense_reference
 from tests.prompts import PROMPTS
-from tests.serving import Client, Reference, greedy
+from tests.serving import Client, Reference, greedy_along
 
 COUNT = 64
 
@@ -39,10 +39,10 @@ def chat(text: str) -> pb.GenerateRequest:
     return request
 
 
-def dense(text: str) -> Reference:
+def dense(text: str, got: list[int]) -> Reference:
     model, tokenizer = dense_reference()
     ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
-    return greedy(model, ids if isinstance(ids, list) else ids["input_ids"], COUNT)
+    return greedy_along(model, ids if isinstance(ids, list) else ids["input_ids"], got)
 
 
 @pytest.mark.timeout(600)
@@ -52,7 +52,8 @@ def test_twenty_prompts_continue_as_the_dense_original_does(client: Client) -> N
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         got = list(pool.map(lambda text: client.generate(chat(text), timeout=500), PROMPTS))
     assert len({len(text.split()) for text in PROMPTS}) > 10
-    wanted = [dense(text) for text in PROMPTS]
+    wanted = [dense(text, answer.tokens) for text, answer in zip(PROMPTS, got, strict=True)]
+    assert all(len(answer.tokens) == COUNT for answer in got)
     assert [w.agrees(g.tokens) for w, g in zip(wanted, got, strict=True)] == [True] * 20
     assert sum(w.clear for w in wanted) > 0.9 * 20 * COUNT
 
