@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from http import HTTPStatus
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from cluster.config import TelemetryConfig
 from cluster.telemetry.http_meter import HttpMeter
@@ -51,6 +53,19 @@ def counts(metrics: GatewayMetrics) -> dict[tuple[str, str, str], float]:
         for s in family.samples
         if s.name == "http_server_request_duration_seconds_count"
     }
+
+
+async def test_a_status_is_one_label_value_whatever_its_type(metrics: GatewayMetrics) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": HTTPStatus.OK if scope["query_string"] else 200})
+        await send({"type": "http.response.body", "body": b""})
+
+    transport = httpx.ASGITransport(HttpMeter(app, metrics.requests.http))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for path in ("/health", "/health?x", "/health"):
+            await client.get(path)
+    lines = [line for line in metrics.exposition().decode().splitlines() if "duration_seconds_count" in line]
+    assert [line.rpartition(" ")[2] for line in lines if line.startswith("http_server")] == ["3.0"]
 
 
 async def test_requests_are_counted_by_route_and_status(metrics: GatewayMetrics, client: httpx.AsyncClient) -> None:
