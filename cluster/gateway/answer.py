@@ -9,13 +9,11 @@ from expertmesh.v1 import inference_pb2 as pb
 
 from actors.engine.request import FinishReason, TokenEvent
 from cluster.gateway.detokenize import IncrementalDetokenizer
-from cluster.gateway.errors import Cancelled, DeadlineExceeded, Internal, ServiceError, Unavailable
+from cluster.gateway.errors import SHARDS_DOWN, Cancelled, DeadlineExceeded, Internal, ServiceError, Unavailable
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.stops import StopMatcher
-from cluster.gateway.streams import SHARDS_DOWN
 from cluster.gateway.validation import ValidRequest
 
-_RETRY_S = 1.0
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -112,7 +110,7 @@ def _failure(event: TokenEvent) -> ServiceError | None:
         case FinishReason.DEADLINE:
             return DeadlineExceeded()
         case FinishReason.UNAVAILABLE:
-            return Unavailable(SHARDS_DOWN, _RETRY_S)
+            return Unavailable(SHARDS_DOWN)
         case FinishReason.ERROR:
             return Internal(event.message)
         case _:

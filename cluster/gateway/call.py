@@ -10,7 +10,7 @@ from expertmesh.v1 import inference_pb2 as pb
 
 from cluster.access import Caller
 
-TRACE_HEADERS = ("traceparent", "tracestate")
+TRACE_HEADERS = ("traceparent",)
 """W3C Trace Context, as gRPC metadata or HTTP headers."""
 
 

@@ -11,7 +11,15 @@ from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1 import control_pb2_grpc
 
 from cluster.fleet import ActorHandle, ActorUnreachable
-from cluster.gateway.errors import FailedPrecondition, InvalidRequest, Overloaded, Unavailable
+from cluster.gateway.errors import (
+    CHANGES_WAITING,
+    CONTROLLER_DOWN,
+    DRAINING,
+    FailedPrecondition,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 from cluster.gateway.status import abort
 from cluster.gateway.watch import ClusterWatch
 from cluster.refusals import BadOperation, Busy, ChangeFailed
@@ -19,7 +27,6 @@ from cluster.roster import Stopping
 from placement.bundles import NoRoom
 
 _VIEW_TIMEOUT_S = 10.0
-_RETRY_S = 1.0
 
 
 class ControlService(control_pb2_grpc.ControlServicer):
@@ -94,9 +101,9 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoRetur
         case ChangeFailed():
             await abort(context, FailedPrecondition(str(error), "CHANGE_FAILED"))
         case Busy():
-            await abort(context, Overloaded("CHANGES_WAITING", _RETRY_S))
+            await abort(context, Overloaded(CHANGES_WAITING))
         case Stopping():
-            await abort(context, Unavailable("DRAINING", _RETRY_S))
+            await abort(context, Unavailable(DRAINING))
         case ActorUnreachable() | TimeoutError():
-            await abort(context, Unavailable("CONTROLLER_DOWN", _RETRY_S))
+            await abort(context, Unavailable(CONTROLLER_DOWN))
     await abort(context, error)

@@ -55,11 +55,21 @@ class PermissionDenied(_Refused):
     """The caller is known and may not do that (``ADMIN_NEEDED``)."""
 
 
+QUEUE_FULL = "QUEUE_FULL"
+CHANGES_WAITING = "CHANGES_WAITING"
+DRAINING = "DRAINING"
+SHARDS_DOWN = "SHARDS_DOWN"
+CONTROLLER_DOWN = "CONTROLLER_DOWN"
+
+RETRY_S = 1.0
+"""When to come again where nobody knows better."""
+
+
 class _RetryLater(ServiceError):
     """Nothing is wrong with the request; ``reason`` is from a closed set and ``retry_after_s`` is in
     seconds."""
 
-    def __init__(self, reason: str, retry_after_s: float) -> None:
+    def __init__(self, reason: str, retry_after_s: float = RETRY_S) -> None:
         """Raises ValueError for a reason that is not UPPER_SNAKE_CASE or a delay that is negative or not
         finite."""
         if not _REASON.fullmatch(reason):

@@ -23,6 +23,10 @@ from actors.engine.request import FinishReason, TokenEvent
 from actors.log_fields import fields, trace_ids
 from cluster.fleet import ActorUnreachable
 from cluster.gateway.errors import (
+    DRAINING,
+    QUEUE_FULL,
+    RETRY_S,
+    SHARDS_DOWN,
     Conflict,
     DeadlineExceeded,
     Internal,
@@ -37,11 +41,6 @@ from cluster.gateway.stream import UNWATCHED, Run, Stream, Watch
 from cluster.gateway.validation import ValidRequest
 
 log = logging.getLogger(__name__)
-
-SHARDS_DOWN = "SHARDS_DOWN"
-QUEUE_FULL = "QUEUE_FULL"
-DRAINING = "DRAINING"
-_RETRY_S = 1.0
 
 
 class Streams:
@@ -122,7 +121,7 @@ class Streams:
             await self._changed.wait(until)
         for stream in self._open:
             self._quit(stream)
-            stream.fail(Unavailable(DRAINING, _RETRY_S))
+            stream.fail(Unavailable(DRAINING))
 
     def deliver(self, events: Sequence[TokenEvent]) -> None:
         """Hand the events of one step to their streams; those of runs that are over are dropped."""
@@ -143,7 +142,7 @@ class Streams:
         Overloaded, Unavailable, DeadlineExceeded.
         """
         if self._draining:
-            raise Unavailable(DRAINING, _RETRY_S)
+            raise Unavailable(DRAINING)
         client = (tenant, request.request_id)
         request = self._supplant(client, request)
         deadline = math.inf if timeout_s is None else _now() + timeout_s
@@ -210,7 +209,7 @@ class Streams:
         Returns as soon as some shard may have taken it. That of a shard which died meanwhile is in doubt; then the
         stream counts as one that was admitted, and goes elsewhere.
         """
-        retry_s = _RETRY_S
+        retry_s = RETRY_S
         while (peer := self._peers.best(self._load(), excluding=stream.search.tried)) is not None:
             refusal = await self._submit(stream, peer)
             if refusal is None or stream.ended:
@@ -243,7 +242,7 @@ class Streams:
             if now >= stream.deadline:
                 raise DeadlineExceeded
             if now >= search.give_up_at:
-                raise Unavailable(SHARDS_DOWN, _RETRY_S)
+                raise Unavailable(SHARDS_DOWN)
             peer = self._peers.best(self._load(), excluding=search.tried, sound_only=True)
             if peer is None and now >= search.resume_at:
                 peer = self._peers.best(self._load(), excluding=search.next_try(self._peers.open_names))

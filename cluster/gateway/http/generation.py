@@ -15,18 +15,16 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from cluster.gateway.call import TRACE_HEADERS, Call, operation_of
-from cluster.gateway.errors import Unavailable
+from cluster.gateway.errors import DRAINING, Unavailable
 from cluster.gateway.http.body import ClientGone, read_json_body
 from cluster.gateway.http.edge import error_response
 from cluster.gateway.inference import Inference
-from cluster.gateway.streams import DRAINING
 from cluster.openai.errors import http_error
 from cluster.openai.paths import Endpoint
 from cluster.openai.requests import Parsed, parse_json, parse_request
 from cluster.openai.responses import Answer, Json
 
 BODY_TIMEOUT_S = 30.0
-_RETRY_S = 1.0
 _DONE = b"data: [DONE]\n\n"
 _STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -110,7 +108,7 @@ class Generation:
         if working in done:
             working.result()
         elif gone not in done:
-            raise Unavailable(DRAINING, _RETRY_S)
+            raise Unavailable(DRAINING)
 
 
 class EventStream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -25,24 +25,18 @@ from cluster.launch import running_cluster
 from cluster.telemetry.observed import ObservedRequest
 from tests.paged_runner import random_ids
 from tests.serving import VOCABULARY, Client, ids_request
-from tests.span_recorder import TRACE_ID, TRACEPARENT, install_recorder
+from tests.span_recorder import TRACE_ID, TRACEPARENT
 
 Local = Callable[..., ServerConfig]
 PROMPT = random_ids(7, seed=3, vocab=VOCABULARY)
 COUNT = 6
 
 
-@pytest.fixture(scope="module")
-def installed() -> InMemorySpanExporter:
-    return install_recorder()
-
-
 @pytest.fixture
-def spans(installed: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
+def spans(spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     """So that what comes with a trace is traced, in every step that can be."""
     monkeypatch.setattr(request_spans, "BETWEEN_STEPS_S", 0.0)
-    yield installed
-    installed.clear()
+    return spans
 
 
 def traced(client: Client) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -34,7 +34,7 @@ from tests.local_cluster import running
 from tests.multiprocess.transport.nccl_double import DoubleBackend
 from tests.paged_runner import random_ids
 from tests.serving import VOCABULARY, Client, tiny_model
-from tests.span_recorder import PARENT_ID, TRACE_ID, TRACEPARENT, about, install_recorder, named, parent_id, span_id
+from tests.span_recorder import PARENT_ID, TRACE_ID, TRACEPARENT, about, named, parent_id, span_id
 from tests.unit.serving.conftest import Actors
 from tests.waiting import until
 
@@ -46,19 +46,6 @@ TRACED = 11
 PROMPTS = [random_ids(length, seed=length, vocab=VOCABULARY) for length in (3, TRACED, 17)]
 LAYERS = (1, 2)
 Frames = list[tuple[int, int, list[int]]]
-
-
-@pytest.fixture(scope="module")
-def installed() -> InMemorySpanExporter:
-    return install_recorder()
-
-
-@pytest.fixture
-def spans(installed: InMemorySpanExporter) -> Iterator[InMemorySpanExporter]:
-    """What is recorded in this test."""
-    installed.clear()
-    yield installed
-    installed.clear()
 
 
 @pytest.fixture
