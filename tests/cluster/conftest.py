@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+import yaml
 from expertmesh.v1 import control_pb2
 from ray.util import list_named_actors, placement_group_table
 
@@ -85,6 +86,20 @@ def distributed(address: str, path: Path, **overrides: Any) -> ServerConfig:
         "experts.node_labels": {ROLE: "experts"},
     }
     return load_config(None, {**keys, **overrides})
+
+
+def server_file(folder: Path, address: str, model: Path, **sections: Any) -> Path:
+    """A configuration file for ``expertmesh serve`` in the session's cluster: a node for each fleet."""
+    tree = {
+        "model": str(model),
+        "ray": {"address": address},
+        "attention": {"threads": 1, "kv_memory": "8MiB", "node_labels": {ROLE: "attention"}},
+        "experts": {"threads": 1, "node_labels": {ROLE: "experts"}},
+        **sections,
+    }
+    file = folder / "server.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
 
 
 def nothing_of_ours(address: str) -> bool:

@@ -15,7 +15,7 @@ import yaml
 from google.protobuf import descriptor_pool, json_format, message_factory
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from tests.cluster.conftest import PROMPTS, ROLE, kv_in_use, nothing_of_ours
+from tests.cluster.conftest import PROMPTS, ROLE, kv_in_use, nothing_of_ours, server_file
 from tests.processes import Serving, run, serving, starting
 from tests.serving import Client
 from tests.waiting import until
@@ -23,15 +23,7 @@ from tests.waiting import until
 
 @pytest.fixture(scope="module")
 def config(ray_address: str, deepseek: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("config") / "server.yaml"
-    tree = {
-        "model": str(deepseek[0]),
-        "ray": {"address": ray_address},
-        "attention": {"threads": 1, "kv_memory": "8MiB", "node_labels": {ROLE: "attention"}},
-        "experts": {"threads": 1, "node_labels": {ROLE: "experts"}},
-    }
-    file.write_text(yaml.safe_dump(tree))
-    return file
+    return server_file(tmp_path_factory.mktemp("config"), ray_address, deepseek[0])
 
 
 @pytest.fixture(scope="module")

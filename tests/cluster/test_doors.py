@@ -10,10 +10,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.cluster.conftest import COUNT, PROMPTS, ROLE
+from tests.cluster.conftest import COUNT, PROMPTS, server_file
 from tests.otlp_collector import Collector, collecting
 from tests.processes import Serving, run, serving
 from tests.serving import Reference
@@ -33,16 +32,10 @@ def collector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collector]:
 def server(
     ray_address: str, deepseek: tuple[Path, Any], collector: Collector, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Serving]:
-    file = tmp_path_factory.mktemp("doors") / "server.yaml"
-    tree = {
-        "model": str(deepseek[0]),
-        "ray": {"address": ray_address},
-        "attention": {"threads": 1, "kv_memory": "8MiB", "node_labels": {ROLE: "attention"}},
-        "experts": {"threads": 1, "node_labels": {ROLE: "experts"}},
-        "gateway": {"port": 0, "http_port": 0},
-        "telemetry": {"otlp_endpoint": collector.endpoint, "trace_ratio": 0, "log_format": "json"},
-    }
-    file.write_text(yaml.safe_dump(tree))
+    folder = tmp_path_factory.mktemp("doors")
+    telemetry = {"otlp_endpoint": collector.endpoint, "trace_ratio": 0, "log_format": "json"}
+    doors = {"port": 0, "http_port": 0}
+    file = server_file(folder, ray_address, deepseek[0], gateway=doors, telemetry=telemetry)
     with serving("--config", str(file)) as server:
         yield server
 
