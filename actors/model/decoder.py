@@ -16,9 +16,10 @@ from .linear import linear
 from .mla import LatentAttention
 from .mlp import SwiGLU
 from .norm import rms_norm
+from .reader import TensorReader
 from .rope import RopeTable
 from .spec import AttentionKind, MoEDecoderSpec
-from .weights import Checkpoint, TensorReader
+from .weights import Checkpoint
 
 
 class MoE(Protocol):
@@ -126,7 +127,7 @@ class AttentionModel:
 
 def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int) -> LayerWeights:
     is_moe = spec.layer_kinds[layer] == "moe"
-    inter = spec.moe.n_shared * spec.moe.inter if is_moe else spec.dense_inter
+    inter = spec.moe.shared_inter if is_moe else spec.dense_inter
     names = spec.names.shared(layer) if is_moe else spec.names.mlp(layer)
     return LayerWeights(
         input_norm=read(spec.names.layer(layer, "input_layernorm.weight"), (spec.d_model,)),

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .errors import MissingExpert
 from .mlp import SwiGLU
+from .reader import TensorReader
 from .spec import MoEDecoderSpec
-from .weights import Checkpoint, TensorReader
+from .weights import Checkpoint
 
 
 class ExpertBank:

@@ -13,7 +13,7 @@ import torch
 from .config_fields import Fields
 from .errors import CheckpointError, UnsupportedModelError
 from .rope import magnitude
-from .spec import AttnSpec, LayerKind, MoEDecoderSpec, MoESpec, RopeSpec
+from .spec import AttnSpec, GateSpec, LayerKind, MoEDecoderSpec, MoESpec, RopeSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROPE_TYPES = ("default", "yarn")
@@ -82,7 +82,7 @@ def _glm4_moe(f: Fields) -> MoEDecoderSpec:
         head_dim=head_dim,
         rotary_dim=rope.dim,
         scale=head_dim**-0.5,
-        qk_norm=f.flag("use_qk_norm", default=False),
+        qk_norm="head" if f.flag("use_qk_norm", default=False) else "none",
         qkv_bias=f.flag("attention_bias", default=False),
     )
     return _decoder(f, attn, rope, default_eps=1e-5)
@@ -163,16 +163,23 @@ def _moe(f: Fields) -> MoESpec:
     f.require(topk_group <= n_group, "topk_group", f"at most n_group = {n_group}")
     reachable = topk_group * (n_experts // n_group)
     f.require(top_k <= reachable, "num_experts_per_tok", f"at most the {reachable} experts of the chosen groups")
+    inter = f.integer("moe_intermediate_size")
     return MoESpec(
         n_experts=n_experts,
         top_k=top_k,
-        inter=f.integer("moe_intermediate_size"),
-        n_shared=f.integer("n_shared_experts", default=0, minimum=0),
-        gate="sigmoid_noaux_tc",
-        n_group=n_group,
-        topk_group=topk_group,
-        norm_topk_prob=f.flag("norm_topk_prob", default=True),
-        routed_scaling_factor=f.number("routed_scaling_factor", default=1.0),
+        inter=inter,
+        shared_inter=f.integer("n_shared_experts", default=0, minimum=0) * inter,
+        gate=GateSpec(
+            scoring="sigmoid",
+            bias=True,
+            n_group=n_group,
+            topk_group=topk_group,
+            group_rank="top2_sum",
+            masked=float("-inf"),
+            normalise=f.flag("norm_topk_prob", default=True),
+            epsilon=1e-20,
+            scale=f.number("routed_scaling_factor", default=1.0),
+        ),
     )
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .linear import linear
 from .pointwise import pointwise
-from .spec import GateKind, MoEDecoderSpec, MoESpec
-from .weights import Checkpoint, TensorReader
+from .reader import TensorReader
+from .spec import GateSpec, MoEDecoderSpec, MoESpec
+from .weights import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +23,6 @@ class GateWeights:
     bias: Tensor
 
 
-Rule = Callable[[Tensor, GateWeights, MoESpec, int], tuple[Tensor, Tensor]]
-
-
 class Gate:
     """The gates of all MoE layers."""
 
@@ -32,7 +30,6 @@ class Gate:
         self._spec = spec
         self._layers = layers
         self._row_block = row_block
-        self._rule = RULES[spec.gate]
 
     @classmethod
     def load(
@@ -61,21 +58,21 @@ class Gate:
 
         Returns the experts' indices int64 [T, K], in no particular order, and their weights fp32 [T, K].
         """
-        return self._rule(x, self._layers[layer], self._spec, self._row_block)
+        return sigmoid_noaux_tc(x, self._layers[layer], self._spec, self._row_block)
 
 
 def sigmoid_noaux_tc(x: Tensor, gate: GateWeights, spec: MoESpec, row_block: int) -> tuple[Tensor, Tensor]:
     """DeepSeek-V3's rule (arXiv 2412.19437, section 2.1.2), as in transformers: see :meth:`Gate.route`."""
     scores = pointwise(torch.sigmoid, linear(x.to(torch.float32), gate.weight, row_block=row_block), row_block)
-    choice = _mask_groups(scores + gate.bias, spec)
+    choice = _mask_groups(scores + gate.bias, spec.gate)
     experts = torch.topk(choice, spec.top_k, dim=-1, sorted=False).indices
     weights = scores.gather(1, experts)
-    if spec.norm_topk_prob:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return experts, weights * spec.routed_scaling_factor
+    if spec.gate.normalise:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + spec.gate.epsilon)
+    return experts, weights * spec.gate.scale
 
 
-def _mask_groups(choice: Tensor, spec: MoESpec) -> Tensor:
+def _mask_groups(choice: Tensor, spec: GateSpec) -> Tensor:
     """[T, E] with -inf outside the topk_group groups whose best two scores have the highest sums."""
     if spec.topk_group == spec.n_group:
         return choice
@@ -84,6 +81,3 @@ def _mask_groups(choice: Tensor, spec: MoESpec) -> Tensor:
     kept = torch.topk(group_scores, spec.topk_group, dim=-1, sorted=False).indices
     dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
     return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).view_as(choice)
-
-
-RULES: Mapping[GateKind, Rule] = {"sigmoid_noaux_tc": sigmoid_noaux_tc}

@@ -10,9 +10,9 @@ from torch import Tensor
 from .attention import PagedAttention, Planes, causal_attention, softmax_scores
 from .linear import linear
 from .norm import rms_norm
+from .reader import TensorReader
 from .rope import RopeTable
 from .spec import MoEDecoderSpec
-from .weights import TensorReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,6 @@ def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int) -> GqaWeig
         qkv_bias=bias,
         out=read(name("o_proj.weight"), (spec.d_model, rows["q_proj"])),
         out_bias=read(name("o_proj.bias"), (spec.d_model,)) if attn.o_bias else None,
-        q_norm=read(name("q_norm.weight"), (attn.head_dim,)) if attn.qk_norm else None,
-        k_norm=read(name("k_norm.weight"), (attn.head_dim,)) if attn.qk_norm else None,
+        q_norm=read(name("q_norm.weight"), (attn.head_dim,)) if attn.qk_norm != "none" else None,
+        k_norm=read(name("k_norm.weight"), (attn.head_dim,)) if attn.qk_norm != "none" else None,
     )

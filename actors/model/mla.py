@@ -10,9 +10,9 @@ from torch import Tensor
 from .attention import PagedAttention, Planes, causal_attention, softmax_scores
 from .linear import linear
 from .norm import rms_norm
+from .reader import TensorReader
 from .rope import RopeTable
 from .spec import MoEDecoderSpec
-from .weights import TensorReader
 
 LATENT_EPS = 1e-6
 """Of the two norms inside: transformers builds them with the norm's default, not rms_norm_eps."""

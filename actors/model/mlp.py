@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .linear import linear
 from .pointwise import pointwise
-from .weights import TensorReader
+from .reader import TensorReader
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,21 +9,40 @@ from typing import Literal
 import torch
 
 from .names import NameMap
+from .quant.scheme import QuantScheme
 
 AttentionKind = Literal["gqa", "mla"]
-GateKind = Literal["sigmoid_noaux_tc"]
 LayerKind = Literal["dense", "moe"]
+Precision = Literal["float32", "model"]
+"""``model``: the dtype that the server computes in."""
+QkNorm = Literal["none", "head", "full"]
 RopeType = Literal["default", "yarn"]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexerSpec:
+    """DeepSeek-V3.2's lightning indexer: which ``top_k`` past tokens a query's softmax runs over.
+
+    ``heads`` heads of width ``head_dim``, whose first qk_rope_dim elements are rotated (in halves, whatever the rest of
+    the attention does). Its keys, one [head_dim] a token, are a third plane of the cache.
+    """
+
+    heads: int
+    head_dim: int
+    top_k: int
 
 
 @dataclass(frozen=True, slots=True)
 class AttnSpec:
     """Attention of every layer.
 
-    ``gqa`` uses kv_heads, head_dim and qk_norm. ``mla`` uses the five dimensions at the end (DeepSeek-V2,
-    arXiv 2405.04434): its query and key heads are ``[nope | rope]`` wide, head_dim is their sum.
-    ``qkv_bias`` adds a bias to the projections that read the hidden row (for MLA the two low-rank ones),
-    ``o_bias`` to the output projection. ``scale`` multiplies the scores; YaRN's correction is already in it.
+    ``gqa`` uses kv_heads, head_dim, qk_norm (RMSNorm of each ``head``, or of the ``full`` projected vector), ``clip``
+    (q, k and v are clamped to [-clip, clip] after that norm) and ``windows`` (one entry per layer: a query sees that
+    many tokens, itself among them; None: all. Empty: all layers see all). ``mla`` uses the five dimensions at the end
+    (DeepSeek-V2, arXiv 2405.04434): its query and key heads are ``[nope | rope]`` wide, head_dim is their sum; and
+    ``indexer``, if there is one. ``qkv_bias`` adds a bias to the projections that read the hidden row (for MLA the two
+    low-rank ones), ``o_bias`` to the output projection. ``scale`` multiplies the scores; YaRN's correction is already
+    in it.
     """
 
     kind: AttentionKind
@@ -32,7 +51,9 @@ class AttnSpec:
     head_dim: int
     rotary_dim: int
     scale: float
-    qk_norm: bool = False
+    qk_norm: QkNorm = "none"
+    clip: float | None = None
+    windows: tuple[int | None, ...] = ()
     qkv_bias: bool = False
     o_bias: bool = False
     q_lora_rank: int | None = None
@@ -40,6 +61,7 @@ class AttnSpec:
     qk_nope_dim: int = 0
     qk_rope_dim: int = 0
     v_dim: int = 0
+    indexer: IndexerSpec | None = None
 
     @property
     def bias(self) -> bool:
@@ -47,10 +69,11 @@ class AttnSpec:
         return self.qkv_bias or self.o_bias
 
     @property
-    def kv_planes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of what one token leaves in one layer's cache: (k, v), or (latent, rotated key)."""
+    def kv_planes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of what one token leaves in one layer's cache: (k, v), or (latent, rotated key[, indexer's key])."""
         if self.kind == "mla":
-            return (self.kv_lora_rank,), (self.qk_rope_dim,)
+            index = ((self.indexer.head_dim,),) if self.indexer else ()
+            return (self.kv_lora_rank,), (self.qk_rope_dim,), *index
         return (self.kv_heads, self.head_dim), (self.kv_heads, self.head_dim)
 
 
@@ -60,7 +83,7 @@ class RopeSpec:
 
     ``interleaved`` pairs elements (2j, 2j+1), otherwise (j, j + dim/2). The fields from ``factor`` on matter
     for ``yarn`` only (arXiv 2309.00071); ``attention_factor`` None means: derived from factor, mscale,
-    mscale_all_dim.
+    mscale_all_dim. ``precision`` is that of cos, sin and the rotation (DeepSeek-V2: fp32, then one cast).
     """
 
     type: RopeType
@@ -75,28 +98,56 @@ class RopeSpec:
     mscale_all_dim: float | None = None
     attention_factor: float | None = None
     truncate: bool = True
+    precision: Precision = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class GateSpec:
+    """From a row to its experts and their weights, in this order.
+
+    Logits in ``logits`` precision; ``scoring`` over all experts in ``scores`` precision; with ``bias`` a correction,
+    for choosing only; of ``n_group`` groups the ``topk_group`` best stay, ranked by ``group_rank`` (their best score,
+    or the sum of their best two), the others' scores become ``masked``; then top-k. The chosen experts' scores (without
+    the correction) are divided by their sum plus ``epsilon`` if ``normalise``, multiplied by ``scale``, and cast to
+    ``weights`` precision. A weight in the model's dtype also makes each weighted row round to it.
+    """
+
+    scoring: Literal["sigmoid", "softmax"]
+    logits: Precision = "float32"
+    scores: Precision = "float32"
+    bias: bool = False
+    n_group: int = 1
+    topk_group: int = 1
+    group_rank: Literal["max", "top2_sum"] = "max"
+    masked: float = 0.0
+    normalise: bool = False
+    epsilon: float = 0.0
+    scale: float = 1.0
+    weights: Precision = "float32"
 
 
 @dataclass(frozen=True, slots=True)
 class MoESpec:
-    """Routed experts of every MoE layer. The shared expert is one MLP of width ``n_shared * inter``."""
+    """Routed experts of every MoE layer: ``n_experts`` SwiGLU of width ``inter``, of which each row sees ``top_k``.
+
+    The shared expert is one MLP of width ``shared_inter`` (0: none), multiplied by the sigmoid of a learnt gate if
+    ``shared_gated``.
+    """
 
     n_experts: int
     top_k: int
     inter: int
-    n_shared: int
-    gate: GateKind
-    n_group: int = 1
-    topk_group: int = 1
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
+    gate: GateSpec
+    shared_inter: int = 0
+    shared_gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class MoEDecoderSpec:
     """A whole model. ``dtype`` is the one its checkpoint was saved in; a server may compute in another.
 
-    ``max_positions`` counts tokens, ``layer_kinds`` has one entry per layer.
+    ``max_positions`` counts tokens, ``layer_kinds`` has one entry per layer. ``quantization`` says how its weights lie
+    on disk, None: as they are. ``n_mtp`` multi-token-prediction layers lie behind the others and are not read.
     """
 
     model_type: str
@@ -115,6 +166,8 @@ class MoEDecoderSpec:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     names: NameMap = field(default_factory=NameMap)
+    quantization: QuantScheme | None = None
+    n_mtp: int = 0
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -1,9 +1,8 @@
-"""Reads single tensors out of a safetensors checkpoint."""
+"""A safetensors checkpoint: which tensors it has, and single ones of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -87,44 +86,6 @@ class Checkpoint:
         return self._open[file]
 
 
-class TensorReader:
-    """Reads a process's tensors in the dtype and on the device where it computes, and reports progress.
-
-    ``progress`` gets the bytes read from disk, once per tensor.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self.dtype = dtype
-        self._device = device
-        self._progress = progress
-
-    def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor ``name``, which must have ``shape``."""
-        before = self._checkpoint.bytes_read
-        tensor = self._checkpoint.read(name, shape, self.dtype).to(self._device)
-        if self._progress is not None:
-            self._progress(self._checkpoint.bytes_read - before)
-        return tensor
-
-    def stacked(self, parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
-        """The tensors (name, shape) under one another, along axis 0: one product instead of several."""
-        wanted = list(parts)
-        rows = sum(shape[0] for _, shape in wanted)
-        out = torch.empty((rows, *wanted[0][1][1:]), dtype=self.dtype, device=self._device)
-        start = 0
-        for name, shape in wanted:
-            out[start : start + shape[0]] = self(name, shape)
-            start += shape[0]
-        return out
-
-
 def _locate(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, every file checked."""
     if not folder.is_dir():
@@ -157,4 +118,4 @@ def _locate_indexed(folder: Path) -> dict[str, Path]:
     return {name: folder / file for name, file in files.items()}
 
 
-__all__ = ["Checkpoint", "CheckpointError", "TensorReader"]
+__all__ = ["Checkpoint", "CheckpointError"]

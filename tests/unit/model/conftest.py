@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import write_deepseek_v3, write_glm4_moe
-
-WRITERS = {"deepseek_v3": write_deepseek_v3, "glm4_moe": write_glm4_moe}
+from tests.checkpoints import WRITERS, write_deepseek_v3, write_glm4_moe
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,7 +18,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session", params=sorted(WRITERS))
+@pytest.fixture(scope="session", params=["deepseek_v3", "glm4_moe"])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """(folder, Hugging Face model) of one family's default tiny checkpoint."""
     path = tmp_path_factory.mktemp(request.param)

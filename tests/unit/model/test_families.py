@@ -39,7 +39,7 @@ def test_the_released_deepseek_v3() -> None:
     assert spec.rope.interleaved
     assert spec.kv_floats_per_token == 61 * 576
     assert KVCache.bytes_per_token(spec, torch.bfloat16) == 61 * 1152
-    assert (spec.moe.n_experts, spec.moe.top_k, spec.moe.n_group, spec.moe.topk_group) == (256, 8, 8, 4)
+    assert (spec.moe.n_experts, spec.moe.top_k, spec.moe.gate.n_group, spec.moe.gate.topk_group) == (256, 8, 8, 4)
     assert spec.eos_token_ids == (1,)
 
 
@@ -48,7 +48,7 @@ def test_glm_defaults() -> None:
     spec = spec_from_config({**config, "attention_bias": False, "eos_token_id": [5, 7]})
     assert (spec.attn.head_dim, spec.attn.rotary_dim, spec.rope.theta) == (16, 8, 10000.0)
     assert not spec.attn.bias
-    assert not spec.attn.qk_norm
+    assert spec.attn.qk_norm == "none"
     assert spec.eos_token_ids == (5, 7)
     assert spec.dtype == torch.float32
     assert spec.kv_floats_per_token == 3 * 2 * 2 * 16

@@ -21,13 +21,13 @@ def by_hand(x: list[float], weight: list[list[float]], bias: list[float], spec: 
     logits = [sum(a * b for a, b in zip(x, row, strict=True)) for row in weight]
     scores = torch.tensor(logits, dtype=torch.float64).sigmoid().tolist()
     choice = [s + b for s, b in zip(scores, bias, strict=True)]
-    size = spec.n_experts // spec.n_group
-    best = {g: sum(sorted(choice[g * size : (g + 1) * size])[-2:]) for g in range(spec.n_group)}
-    groups = sorted(best, key=lambda g: -best[g])[: spec.topk_group]
+    size = spec.n_experts // spec.gate.n_group
+    best = {g: sum(sorted(choice[g * size : (g + 1) * size])[-2:]) for g in range(spec.gate.n_group)}
+    groups = sorted(best, key=lambda g: -best[g])[: spec.gate.topk_group]
     allowed = [e for e in range(spec.n_experts) if e // size in groups]
     chosen = sorted(allowed, key=lambda e: -choice[e])[: spec.top_k]
-    total = sum(scores[e] for e in chosen) if spec.norm_topk_prob else 1.0
-    return {e: scores[e] / total * spec.routed_scaling_factor for e in chosen}
+    total = sum(scores[e] for e in chosen) if spec.gate.normalise else 1.0
+    return {e: scores[e] / total * spec.gate.scale for e in chosen}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from actors.model.decoder import AttentionModel
 from actors.model.errors import CheckpointError
 from actors.model.families import load_spec
-from actors.model.weights import Checkpoint, TensorReader
+from actors.model.reader import TensorReader
+from actors.model.weights import Checkpoint
 from tests.checkpoints import write_deepseek_v3
 
 SHARDED = "model.safetensors.index.json"
