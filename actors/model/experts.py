@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from .errors import MissingExpert
+from .heap import HeapTrimmer
 from .mlp import SwiGLU
+from .parallel import load_each
+from .quant.qtensor import QuantKind
 from .reader import TensorReader
 from .spec import MoEDecoderSpec
 from .weights import Checkpoint
@@ -35,22 +38,31 @@ class ExpertBank:
         row_block: int = 0,
         progress: Callable[[int], None] | None = None,
         device: torch.device | str = "cpu",
+        quantization: QuantKind | None = None,
     ) -> ExpertBank:
-        """Read the given (layer, expert) pairs and nothing else.
+        """Read the given (layer, expert) pairs and nothing else, several at a time.
 
-        Raises CheckpointError for what the checkpoint lacks, ValueError for a pair that the model does not
-        have.
+        Matrices that are stored quantised stay so; ``quantization`` quantises plain ones as they are read. ``progress``
+        gets bytes as they are read, from one thread at a time. Raises CheckpointError for what the checkpoint lacks,
+        ValueError for a pair that the model does not have, and for ``quantization`` of a quantised checkpoint.
         """
-        read = TensorReader(checkpoint, dtype, device, progress)
-        held = {}
-        for layer, expert in sorted(set(experts)):
+        wanted = sorted(set(experts))
+        for layer, expert in wanted:
             if layer not in spec.moe_layers or not 0 <= expert < spec.moe.n_experts:
                 raise ValueError(
                     f"expert {expert} of layer {layer}: the model has experts 0..{spec.moe.n_experts - 1} "
                     f"in layers {list(spec.moe_layers)}"
                 )
-            held[layer, expert] = SwiGLU.load(read, spec.names.expert(layer, expert), spec.d_model, spec.moe.inter)
-        return cls(held, spec.d_model, dtype, row_block)
+        read = TensorReader(checkpoint, dtype, device, progress, spec.quantization, quantization)
+        heap = HeapTrimmer()
+
+        def load_one(pair: tuple[int, int]) -> SwiGLU:
+            expert = _load_expert(spec, checkpoint, read, *pair)
+            heap.loaded(expert.nbytes)
+            return expert
+
+        loaded = load_each(load_one, wanted)
+        return cls(dict(zip(wanted, loaded, strict=True)), spec.d_model, dtype, row_block)
 
     def with_(self, other: ExpertBank) -> ExpertBank:
         """A bank of what both hold; the weights are shared, not copied."""
@@ -98,3 +110,12 @@ class ExpertBank:
         if held is None:
             raise MissingExpert(layer, expert)
         return held
+
+
+def _load_expert(spec: MoEDecoderSpec, checkpoint: Checkpoint, read: TensorReader, layer: int, expert: int) -> SwiGLU:
+    """From tensors of its own, or, where there are none, from its entries of the layer's fused ones."""
+    own, fused = spec.names.expert(layer, expert), spec.names.fused_experts(layer)
+    d_model, inter, count = spec.d_model, spec.moe.inter, spec.moe.n_experts
+    if checkpoint.has(fused[0]) and not checkpoint.has(own[0]):
+        return SwiGLU.load_fused(read, fused, count, expert, d_model, inter)
+    return SwiGLU.load_expert(read, own, d_model, inter)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from .heap import trim
+
 Key = TypeVar("Key")
 Loaded = TypeVar("Loaded")
 
@@ -14,10 +16,15 @@ READERS = 4
 
 
 def load_each(load: Callable[[Key], Loaded], keys: Iterable[Key]) -> list[Loaded]:
-    """``[load(key) for key in keys]``, several at a time. The first error ends it; loads not begun are left out."""
+    """``[load(key) for key in keys]``, several at a time. The first error ends it; loads not begun are left out.
+
+    Memory that the loads have freed is given back to the system.
+    """
     with ThreadPoolExecutor(READERS, thread_name_prefix="load") as pool:
         try:
-            return list(pool.map(load, keys))
+            loaded = list(pool.map(load, keys))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    trim()
+    return loaded

@@ -1,13 +1,16 @@
 """The header of a .safetensors file, checked against the file's size without reading tensor data.
 
 Format: 8 bytes little-endian header length, that many bytes of JSON, then the data the JSON's offsets point
-into (https://github.com/huggingface/safetensors#format).
+into; keys are unique, and the tensors fill the data without holes or overlaps
+(https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +19,98 @@ from .errors import CheckpointError
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the format's reference implementation."""
 
-ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
+ITEM_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64, "BOOL": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8,
 }  # fmt: skip
 
+LFS_POINTER = b"version https://git-lfs"
 
-def check_header(path: Path) -> frozenset[str]:
-    """Names of the tensors in ``path``. CheckpointError if the file is absent, truncated or inconsistent."""
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor lies. ``dtype`` is the format's name of it; ``begin``, ``end``: bytes from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors in ``path``. CheckpointError if the file is absent, unreadable, truncated or inconsistent."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file, though the checkpoint needs it")
-    size = path.stat().st_size
-    header, header_bytes = _read_header(path, size)
-    header.pop("__metadata__", None)
-    expected = header_bytes + max((_tensor_end(path, name, entry) for name, entry in header.items()), default=0)
+    header, start, size = _parse(path)
+    entries = {name: _entry(path, name, fields, start) for name, fields in header.items() if name != "__metadata__"}
+    expected = max((entry.end for entry in entries.values()), default=start)
     if size != expected:
         kind = "truncated" if size < expected else "longer than its header says"
         raise CheckpointError(f"{path}: is {kind}: {size} bytes, expected {expected}")
-    return frozenset(header)
+    _check_gapless(path, entries, start)
+    return entries
 
 
-def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    """The parsed header and where it ends, in bytes from the file's start."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path}: is truncated or no safetensors file: {size} bytes, header of {length}")
-        text = file.read(length)
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads``: an object's pairs as a dict. ValueError for a key that is there twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {twice!r} is there twice")
+    return made
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where it ends, and the file's size, both in bytes from the file's start."""
     try:
-        header = json.loads(text)
-    except ValueError as error:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if LFS_POINTER.startswith(start) and size >= 8:
+                raise CheckpointError(f"{path}: is a Git LFS pointer, expected the file itself: run git lfs pull")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(f"{path}: is truncated or no safetensors file: {size} bytes, header of {length}")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    try:
+        header = json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: header is {type(header).__name__}, expected a JSON object")
-    return header, 8 + length
+    return header, 8 + length, size
 
 
-def _tensor_end(path: Path, name: str, entry: Any) -> int:
-    """Where the tensor's data end, in bytes from the data's start."""
-    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
-    shape, offsets = _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
-    item = ITEM_BYTES.get(str(fields.get("dtype")))
-    if item is None or shape is None or offsets is None or len(offsets) != 2:
-        raise CheckpointError(f"{path}: header entry of tensor {name!r} is malformed: {entry!r}")
+def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
+    """One tensor's entry; the data begin ``start`` bytes from the file's start."""
+    fields: dict[str, Any] = value if isinstance(value, dict) else {}
+    shape, offsets, dtype = _counts(fields.get("shape")), _counts(fields.get("data_offsets")), str(fields.get("dtype"))
+    bits = ITEM_BITS.get(dtype)
+    if bits is None or shape is None or offsets is None or len(offsets) != 2:
+        raise CheckpointError(f"{path}: header entry of tensor {name!r} is malformed: {value!r}")
     begin, end = offsets
-    expected = math.prod(shape) * item
-    if end - begin != expected:
-        raise CheckpointError(f"{path}: tensor {name!r} spans {begin}..{end}, expected {expected} bytes")
-    return end
+    expected = math.prod(shape) * bits
+    if (end - begin) * 8 != expected:
+        raise CheckpointError(f"{path}: tensor {name!r} spans {begin}..{end}, expected {expected / 8:g} bytes")
+    return TensorEntry(dtype, tuple(shape), start + begin, start + end)
+
+
+def _check_gapless(path: Path, entries: dict[str, TensorEntry], start: int) -> None:
+    """Each tensor begins where the one before it ends. Then none reads another's bytes, and no bytes are hidden."""
+    reached = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != reached:
+            kind = "overlaps another" if entry.begin < reached else "leaves a hole before it"
+            raise CheckpointError(
+                f"{path}: tensor {name!r} {kind}: begins at byte {entry.begin - start} of the data, "
+                f"expected {reached - start}"
+            )
+        reached = entry.end
 
 
 def _counts(value: Any) -> list[int] | None:

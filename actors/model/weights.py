@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import json
+import math
+import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError
-from .safetensors_header import check_header
+from .heap import blank
+from .tensor_file import TensorFile
+from .weight_files import locate_weights
 
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 class Checkpoint:
-    """A folder with ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names.
+    """A folder's .safetensors files (which: see :func:`locate_weights`). Reading is safe from several threads.
 
-    Opening checks every file's presence and header, so that a missing or truncated file is found at once;
-    tensor data are read by :meth:`read` alone. ``bytes_read`` counts bytes of tensors as they lie on disk.
-    All errors are CheckpointError and name the file, the tensor if there is one, and what was expected.
+    Opening checks every file's presence and header, so that a missing or truncated file is found at once; tensor data
+    are read by the ``read`` methods alone, straight into the tensors that they return: CPU, contiguous, aligned,
+    memory of their own. ``bytes_read`` counts bytes of tensors as they lie on disk. With ``check_finite``, NaN and
+    infinity are refused. All errors are CheckpointError and name the file, the tensor if there is one, and what was
+    expected.
     """
 
     def __init__(self, path: str | Path, check_finite: bool = True) -> None:
         self._folder = Path(path)
         self._check_finite = check_finite
-        self._file_of = _locate(self._folder)
-        self._open: dict[Path, Any] = {}
-        self.bytes_read = 0
+        self._files = []
+        self._file_of: dict[str, TensorFile] = {}
+        for file_path, entries in locate_weights(self._folder).items():
+            file = TensorFile(file_path, entries)
+            self._files.append(file)
+            self._file_of.update(dict.fromkeys(entries, file))
+        self._counting = threading.Lock()
+        self._bytes_read = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Of all tensors read so far."""
+        return self._bytes_read
 
     def names(self) -> frozenset[str]:
         """Names of all tensors."""
@@ -42,32 +53,51 @@ class Checkpoint:
         """Whether there is a tensor called ``name``."""
         return name in self._file_of
 
-    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in memory of its own (CPU, contiguous, aligned), cast to ``dtype`` unless None.
+    def dtype(self, name: str) -> torch.dtype:
+        """In which ``name`` is stored. CheckpointError if it is absent or of a type that torch has not."""
+        return self._file(name).dtype(name)
 
-        Refuses a tensor that is absent, has another shape, is of a type other than fp32, bf16 and fp16, or,
-        with ``check_finite``, holds NaN or infinity (after the cast: what fp16 cannot hold would overflow).
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of ``name`` as stored. CheckpointError if it is absent."""
+        return self._file(name).shape(name)
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, cast to ``dtype`` (fp32, bf16 or fp16) unless None.
+
+        Refuses a tensor that is absent, has another shape, or is of a type other than fp32, bf16 and fp16. The finite
+        check is after the cast: what fp16 cannot hold would overflow.
         """
-        if name not in self._file_of:
-            raise CheckpointError(f"{self._folder}: has no tensor {name!r} (expected shape {list(shape)})")
-        file = self._file_of[name]
-        stored = self._handle(file).get_tensor(name)
-        if tuple(stored.shape) != shape:
-            got = list(stored.shape)
-            raise CheckpointError(f"{file}: tensor {name!r} has shape {got}, expected {list(shape)}")
-        if stored.dtype not in READABLE:
-            allowed = ", ".join(map(str, READABLE))
-            raise CheckpointError(f"{file}: tensor {name!r} is {stored.dtype}, expected one of {allowed}")
-        self.bytes_read += stored.nbytes
-        tensor = torch.empty(shape, dtype=dtype or stored.dtype).copy_(stored)
-        if self._check_finite and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{file}: tensor {name!r} holds NaN or infinity, expected finite {tensor.dtype}")
-        return tensor
+        stored = self._stored(name, shape, READABLE)
+        return self._fill(blank(shape, dtype or stored), name, stored)
+
+    def read_into(self, out: Tensor, name: str) -> None:
+        """:meth:`read` of the shape and dtype of ``out``, which is CPU and contiguous: part of a larger one, say."""
+        self._fill(out, name, self._stored(name, tuple(out.shape), READABLE))
+
+    def read_entry(
+        self, name: str, count: int, index: int, shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Entry ``index`` of a tensor [count, *shape], as :meth:`read` would; no byte of the others is read.
+
+        IndexError unless 0 <= index < count.
+        """
+        if not 0 <= index < count:
+            raise IndexError(f"entry {index} of tensor {name!r}, expected 0..{count - 1}")
+        stored = self._stored(name, (count, *shape), READABLE)
+        return self._fill(blank(shape, dtype or stored), name, stored, skip=index * math.prod(shape))
+
+    def read_raw(self, name: str, shape: tuple[int, ...], allowed: tuple[torch.dtype, ...]) -> Tensor:
+        """The tensor as it is stored, in one of the ``allowed`` dtypes: packed or quantised weights, scales.
+
+        The finite check is of floating ones, fp8 too: its NaN are 0x7f and 0xff.
+        """
+        stored = self._stored(name, shape, allowed)
+        return self._fill(blank(shape, stored), name, stored)
 
     def close(self) -> None:
-        """Let go of the files. May be called again."""
-        while self._open:
-            self._open.popitem()[1].__exit__(None, None, None)
+        """Let go of the files. May be called again; a later read opens them anew."""
+        for file in self._files:
+            file.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -77,45 +107,29 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(file, framework="pt", device="cpu").__enter__()
-            except SafetensorError as error:
-                raise CheckpointError(f"{file}: cannot be opened as safetensors: {error}") from error
-        return self._open[file]
+    def _file(self, name: str, expected: str = "") -> TensorFile:
+        if name not in self._file_of:
+            raise CheckpointError(f"{self._folder}: has no tensor {name!r}{expected}")
+        return self._file_of[name]
 
+    def _stored(self, name: str, shape: tuple[int, ...], allowed: tuple[torch.dtype, ...]) -> torch.dtype:
+        """The dtype that ``name`` is stored in, which must be ``allowed``; its shape must be ``shape``."""
+        file = self._file(name, f" (expected shape {list(shape)})")
+        if file.shape(name) != shape:
+            got = list(file.shape(name))
+            raise CheckpointError(f"{file.path}: tensor {name!r} has shape {got}, expected {list(shape)}")
+        stored = file.dtype(name)
+        if stored not in allowed:
+            wanted = ", ".join(map(str, allowed))
+            raise CheckpointError(f"{file.path}: tensor {name!r} is {stored}, expected one of {wanted}")
+        return stored
 
-def _locate(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, every file checked."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    if (folder / INDEX).is_file():
-        return _locate_indexed(folder)
-    if (folder / SINGLE).is_file():
-        return dict.fromkeys(check_header(folder / SINGLE), folder / SINGLE)
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    if pickles:
-        raise CheckpointError(f"{folder}: has only pickled weights ({pickles[0]}), expected safetensors: convert them")
-    raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}")
-
-
-def _locate_indexed(folder: Path) -> dict[str, Path]:
-    index = folder / INDEX
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        files = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: is not a JSON object with a weight_map of name to file: {error!r}") from error
-    held: dict[str, frozenset[str]] = {}
-    for file in sorted(set(files.values())):
-        if not file or Path(file).name != file:
-            raise CheckpointError(f"{index}: names the file {file!r}, expected a plain file name in the same folder")
-        held[file] = check_header(folder / file)
-    for name, file in files.items():
-        if name not in held[file]:
-            raise CheckpointError(f"{folder / file}: has no tensor {name!r}, though {INDEX} says so")
-    return {name: folder / file for name, file in files.items()}
+    def _fill(self, out: Tensor, name: str, stored: torch.dtype, skip: int = 0) -> Tensor:
+        """``out``, filled with elements of ``name`` from number ``skip`` on."""
+        self._file_of[name].read_into(out, name, skip, self._check_finite)
+        with self._counting:
+            self._bytes_read += out.numel() * stored.itemsize
+        return out
 
 
 __all__ = ["Checkpoint", "CheckpointError"]

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import os
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from actors.model.errors import MissingExpert
+from actors.model.errors import CheckpointError, MissingExpert
 from actors.model.experts import ExpertBank
 from actors.model.families import load_spec
+from actors.model.parallel import READERS
 from actors.model.weights import Checkpoint
 from tests.checkpoints import write_glm4_moe
 
@@ -86,7 +90,94 @@ def test_it_reads_its_experts_alone(glm: tuple[Path, Any]) -> None:
         everything = 2 * 8 * EXPERT_BYTES
         assert checkpoint.bytes_read == sum(seen) == bank.nbytes == everything // 4
     assert bank.experts == set(quarter)
-    assert len(seen) == 4 * 3
+    assert len(seen) > 1
+
+
+def fuse(path: Path, folder: Path) -> Path:
+    """The checkpoint in ``path`` with each layer's experts in two tensors."""
+    tensors = load_file(path / "model.safetensors")
+    for layer in (1, 2):
+        block = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{block}.{e}.{part}_proj.weight") for e in range(8)])
+            for part in ("gate", "up", "down")
+        )
+        tensors |= {f"{block}.gate_up_proj": torch.cat([gate, up], 1), f"{block}.down_proj": down}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((path / "config.json").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_fused_experts_are_read_one_by_one(
+    glm: tuple[Path, Any], tmp_path: Path, dtype: torch.dtype, quantization: Any
+) -> None:
+    wanted = [(1, 0), (1, 7), (2, 3)]
+    x, pair = rows(2).to(dtype), torch.tensor([0, 1])
+    banks = []
+    for path in (glm[0], fuse(glm[0], tmp_path / "fused")):
+        with Checkpoint(path) as checkpoint:
+            banks.append(
+                ExpertBank.load(load_spec(path), checkpoint, wanted, dtype, row_block=8, quantization=quantization)
+            )
+            assert checkpoint.bytes_read == 3 * EXPERT_BYTES
+    assert banks[0].nbytes == banks[1].nbytes
+    for layer, experts in ((1, torch.tensor([7, 0])), (2, torch.tensor([3, 3]))):
+        assert torch.equal(*(bank.forward(layer, x, pair, experts) for bank in banks))
+
+
+def test_experts_of_their_own_go_before_fused_ones(glm: tuple[Path, Any], tmp_path: Path) -> None:
+    path = fuse(glm[0], tmp_path / "both")
+    spoilt = {name: torch.zeros_like(value) for name, value in load_file(path / "model.safetensors").items()}
+    save_file({**spoilt, **load_file(glm[0] / "model.safetensors")}, path / "model.safetensors")
+    pair = torch.tensor([0])
+    both, own = (load(folder, [(1, 0)]).forward(1, rows(1), pair, pair) for folder in (path, glm[0]))
+    assert torch.equal(both, own)
+
+
+def test_experts_that_are_nowhere_are_named_as_they_should_be(glm: tuple[Path, Any], tmp_path: Path) -> None:
+    path = fuse(glm[0], tmp_path / "none")
+    tensors = {name: value for name, value in load_file(path / "model.safetensors").items() if "experts." not in name}
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no tensor 'model\.layers\.1\.mlp\.experts\.3\.gate_proj\.weight'"):
+        load(path, [(1, 3)])
+
+
+@pytest.mark.parametrize(("quantization", "share"), [("int8", 0.27), ("fp8", 0.27), ("int4", 0.16)])
+def test_quantised_experts_take_less_memory_and_nearly_agree(
+    glm: tuple[Path, Any], quantization: Any, share: float
+) -> None:
+    plain, bank = load(glm[0], [(1, 0)]), load(glm[0], [(1, 0)], quantization=quantization)
+    assert EXPERT_BYTES / 8 < bank.nbytes < share * EXPERT_BYTES
+    pair = torch.zeros(16, dtype=torch.int64)
+    outs = [held.forward(1, rows(16), torch.arange(16), pair) for held in (plain, bank)]
+    assert 0 < (outs[0] - outs[1]).norm() / outs[0].norm() < 0.3
+
+
+def test_experts_are_read_at_the_same_time(glm: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each first read waits until as many experts are under way as there are readers."""
+    together, first, real = threading.Barrier(READERS), threading.local(), os.preadv
+
+    def wait(*args: Any) -> int:
+        if not hasattr(first, "over"):
+            first.over = True
+            together.wait(timeout=30)
+        return real(*args)
+
+    monkeypatch.setattr(os, "preadv", wait)
+    assert len(load(glm[0], [(1, e) for e in range(8)]).experts) == 8
+
+
+def test_an_error_ends_the_load_and_its_threads(glm: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        load(glm[0], [(layer, e) for layer in (1, 2) for e in range(8)])
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
 
 
 def test_bf16_bank_halves_memory_and_wants_bf16_rows(glm: tuple[Path, Any]) -> None:
