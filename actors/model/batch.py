@@ -49,8 +49,8 @@ class Segment:
 class DecodeGroup:
     """Segments of one token each, of similar context, to be computed together.
 
-    rows: int64 [B], rows of the batch. slots: int64 [B, t]. mask: bool [B, t], True where a slot belongs to
-    the sequence, or None if all do; where it is False the slot repeats the sequence's first.
+    rows: int64 [B], rows of the batch. slots: int64 [B, t], what the rows see. mask: bool [B, t], True where a slot
+    belongs to the sequence, or None if all do; where it is False the slot repeats the row's first.
     """
 
     rows: Tensor
@@ -72,27 +72,31 @@ class StepBatch:
     slots: Tensor
     segments: list[Segment]
     output_rows: Tensor
-    _groups: dict[int, list[DecodeGroup]] = field(default_factory=dict, init=False, repr=False)
+    _groups: dict[tuple[int, int | None], list[DecodeGroup]] = field(default_factory=dict, init=False, repr=False)
 
-    def decode_groups(self, block_size: int) -> list[DecodeGroup]:
-        """All segments of length 1. Within a group contexts differ by less than a factor of two."""
-        if block_size not in self._groups:
+    def decode_groups(self, block_size: int, window: int | None = None) -> list[DecodeGroup]:
+        """All segments of length 1, each with the slots of its last ``window`` tokens (None: of all).
+
+        Within a group their counts differ by less than a factor of two.
+        """
+        key = block_size, window
+        if key not in self._groups:
             buckets: dict[int, list[Segment]] = defaultdict(list)
             for segment in self.segments:
                 if segment.length == 1:
-                    buckets[segment.end.bit_length()].append(segment)
+                    buckets[min(segment.end, window or segment.end).bit_length()].append(segment)
             groups = []
             for bits, bucket in sorted(buckets.items()):
                 size = max(1, MAX_GATHER_TOKENS >> bits)
-                groups += [_group(bucket[i : i + size], block_size) for i in range(0, len(bucket), size)]
-            self._groups[block_size] = groups
-        return self._groups[block_size]
+                groups += [_group(bucket[i : i + size], *key) for i in range(0, len(bucket), size)]
+            self._groups[key] = groups
+        return self._groups[key]
 
 
-def _group(segments: list[Segment], block_size: int) -> DecodeGroup:
+def _group(segments: list[Segment], block_size: int, window: int | None) -> DecodeGroup:
     device = segments[0].block_table.device
     rows = torch.tensor([segment.start for segment in segments], dtype=torch.int64, device=device)
-    slots = [segment.slots(block_size) for segment in segments]
+    slots = [segment.slots(block_size)[-(window or segment.end) :] for segment in segments]
     longest = max(len(row) for row in slots)
     if all(len(row) == longest for row in slots):
         return DecodeGroup(rows, torch.stack(slots), None)

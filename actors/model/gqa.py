@@ -1,4 +1,4 @@
-"""Grouped-query attention (arXiv 2305.13245), with optional norm of each q and k head."""
+"""Grouped-query attention (arXiv 2305.13245), with optional norms of q and k."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention import PagedAttention, Planes, causal_attention, softmax_scores
+from .attention import PagedAttention, Planes, Queries, Sight, block_attention, softmax_scores
 from .linear import linear
 from .norm import rms_norm
+from .parallel import load_each
 from .reader import TensorReader
 from .rope import RopeTable
 from .spec import MoEDecoderSpec
@@ -17,7 +18,10 @@ from .spec import MoEDecoderSpec
 
 @dataclass(frozen=True, slots=True)
 class GqaWeights:
-    """One layer. qkv: [(H + 2G) d, D], the rows of q, k and v under one another; out: [D, H d]."""
+    """One layer. qkv: [(H + 2G) d, D], the rows of q, k and v under one another; out: [D, H d].
+
+    q_norm and k_norm: [d] each, or [H d] and [G d] if the whole projected vector is normed.
+    """
 
     qkv: Tensor
     qkv_bias: Tensor | None
@@ -31,8 +35,7 @@ class GroupedQueryAttention(PagedAttention):
     """The cache keeps rotated k and v, each [G, d] a token."""
 
     def __init__(self, spec: MoEDecoderSpec, layers: list[GqaWeights], rope: RopeTable, row_block: int = 0) -> None:
-        super().__init__(row_block)
-        self._attn = spec.attn
+        super().__init__(spec.attn, spec.attn.head_dim, row_block)
         self._eps = spec.rms_eps
         self._layers = layers
         self._rope = rope
@@ -42,19 +45,24 @@ class GroupedQueryAttention(PagedAttention):
         cls, spec: MoEDecoderSpec, read: TensorReader, rope: RopeTable, row_block: int = 0
     ) -> GroupedQueryAttention:
         """Read the attention weights of all layers."""
-        return cls(spec, [_load_layer(spec, read, layer) for layer in range(spec.n_layers)], rope, row_block)
+        layers = load_each(lambda layer: _load_layer(spec, read, layer), range(spec.n_layers))
+        return cls(spec, layers, rope, row_block)
 
-    def _project(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Planes]:
+    def _project(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Queries, Planes]:
         weights, attn = self._layers[layer], self._attn
-        qkv = linear(x, weights.qkv, weights.qkv_bias, self._row_block).unflatten(-1, (-1, attn.head_dim))
-        query, key, value = qkv.split((attn.heads, attn.kv_heads, attn.kv_heads), dim=1)
+        qkv = linear(x, weights.qkv, weights.qkv_bias, self._row_block)
+        widths = attn.heads * attn.head_dim, attn.kv_heads * attn.head_dim, attn.kv_heads * attn.head_dim
+        query, key, value = qkv.split(widths, dim=1)
         if weights.q_norm is not None and weights.k_norm is not None:
-            query = rms_norm(query, weights.q_norm, self._eps)
-            key = rms_norm(key, weights.k_norm, self._eps)
-        return self._rope.apply(query, positions), (self._rope.apply(key, positions), value)
+            query, key = self._normed(query, weights.q_norm), self._normed(key, weights.k_norm)
+        if attn.clip is not None:
+            query, key, value = (part.clamp(-attn.clip, attn.clip) for part in (query, key, value))
+        query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in (query, key, value))
+        return Queries(self._rope.apply(query, positions)), (self._rope.apply(key, positions), value)
 
-    def _new_heads(self, x: Tensor) -> Tensor:
-        return x.new_empty(x.shape[0], self._attn.heads, self._attn.head_dim)
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, n] with each run of as many numbers as ``weight`` has normed: a head, or all of them."""
+        return rms_norm(x.unflatten(-1, (-1, weight.shape[0])), weight, self._eps).flatten(1)
 
     def _attend_rows(self, layer: int, query: Tensor, past: Planes, mask: Tensor | None) -> Tensor:
         key, value = past
@@ -63,8 +71,9 @@ class GroupedQueryAttention(PagedAttention):
         shares = softmax_scores(scores, self._attn.scale, mask)
         return torch.matmul(shares, value.transpose(1, 2)).flatten(1, 2)
 
-    def _attend_block(self, layer: int, query: Tensor, past: Planes, context: int) -> Tensor:
-        return causal_attention(query, *past, context, self._attn.scale)
+    def _attend_block(self, layer: int, query: Tensor, past: Planes, sight: Sight) -> Tensor:
+        key, value = past
+        return block_attention(query, key, value, sight, self._attn.scale)
 
     def _output(self, layer: int, heads: Tensor) -> Tensor:
         return linear(heads, self._layers[layer].out, self._layers[layer].out_bias, self._row_block)
@@ -83,11 +92,13 @@ def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int) -> GqaWeig
 
     qkv = read.stacked((name(f"{part}.weight"), (n, spec.d_model)) for part, n in rows.items())
     bias = read.stacked((name(f"{part}.bias"), (n,)) for part, n in rows.items()) if attn.qkv_bias else None
+    full = attn.qk_norm == "full"
+    q_norm, k_norm = (rows["q_proj"], rows["k_proj"]) if full else (attn.head_dim, attn.head_dim)
     return GqaWeights(
         qkv=qkv,
         qkv_bias=bias,
         out=read(name("o_proj.weight"), (spec.d_model, rows["q_proj"])),
         out_bias=read(name("o_proj.bias"), (spec.d_model,)) if attn.o_bias else None,
-        q_norm=read(name("q_norm.weight"), (attn.head_dim,)) if attn.qk_norm != "none" else None,
-        k_norm=read(name("k_norm.weight"), (attn.head_dim,)) if attn.qk_norm != "none" else None,
+        q_norm=read(name("q_norm.weight"), (q_norm,)) if attn.qk_norm != "none" else None,
+        k_norm=read(name("k_norm.weight"), (k_norm,)) if attn.qk_norm != "none" else None,
     )

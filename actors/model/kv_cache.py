@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from .spec import MoEDecoderSpec
 class KVCache:
     """``n_blocks`` blocks of ``block_size`` slots in every layer; which block is whose is not known here.
 
-    A slot (block * block_size + offset) holds one token's two *planes*: k and v for GQA, each [kv_heads,
-    head_dim]; the normed latent [r] and the rotated key [dr] for MLA.
+    A slot (block * block_size + offset) holds one token's *planes* (``spec.attn.kv_planes``): k and v for GQA, each
+    [kv_heads, head_dim]; the normed latent [r] and the rotated key [dr] for MLA, then the indexer's key [di] if there
+    is one.
     """
 
     def __init__(
@@ -30,10 +32,10 @@ class KVCache:
             raise ValueError(f"n_blocks is {n_blocks}, block_size is {block_size}: both must be 1 or more")
         self.n_blocks = n_blocks
         self.block_size = block_size
-        first, second = spec.attn.kv_planes
         slots = n_blocks * block_size
-        self._first = _zeros((spec.n_layers, slots, *first), dtype, torch.device(device))
-        self._second = _zeros((spec.n_layers, slots, *second), dtype, torch.device(device))
+        self._planes = [
+            _zeros((spec.n_layers, slots, *shape), dtype, torch.device(device)) for shape in spec.attn.kv_planes
+        ]
 
     @classmethod
     def bytes_per_token(cls, spec: MoEDecoderSpec, dtype: torch.dtype) -> int:
@@ -43,19 +45,18 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole storage."""
-        return self._first.nbytes + self._second.nbytes
+        return sum(plane.nbytes for plane in self._planes)
 
-    def write(self, layer: int, slots: Tensor, first: Tensor, second: Tensor) -> None:
-        """Keep the planes of T tokens: first and second are [T, ...], slots int64 [T]."""
-        self._first[layer].index_copy_(0, slots, first)
-        self._second[layer].index_copy_(0, slots, second)
+    def write(self, layer: int, slots: Tensor, *planes: Tensor) -> None:
+        """Keep the planes of T tokens, all of them and in order: each [T, ...], slots int64 [T]."""
+        for kept, plane in zip(self._planes, planes, strict=True):
+            kept[layer].index_copy_(0, slots, plane)
 
-    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of both planes, [*slots.shape, ...], for int64 slots of any shape."""
-        shape = slots.shape
-        first = self._first[layer].index_select(0, slots.flatten())
-        second = self._second[layer].index_select(0, slots.flatten())
-        return first.unflatten(0, shape), second.unflatten(0, shape)
+    def read(self, layer: int, slots: Tensor, planes: Iterable[int] | None = None) -> tuple[Tensor, ...]:
+        """Copies of the planes with these numbers (None: of all), [*slots.shape, ...], for int64 slots of any shape."""
+        flat = slots.flatten()
+        wanted = range(len(self._planes)) if planes is None else planes
+        return tuple(self._planes[i][layer].index_select(0, flat).unflatten(0, slots.shape) for i in wanted)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention import PagedAttention, Planes, causal_attention, softmax_scores
+from .attention import PagedAttention, Planes, Queries, Sight, block_attention, softmax_scores
+from .indexer import Indexer
 from .linear import linear
 from .norm import rms_norm
+from .parallel import load_each
 from .reader import TensorReader
 from .rope import RopeTable
 from .spec import MoEDecoderSpec
@@ -17,13 +19,17 @@ from .spec import MoEDecoderSpec
 LATENT_EPS = 1e-6
 """Of the two norms inside: transformers builds them with the norm's default, not rms_norm_eps."""
 
+MAX_EXPANDED = 1 << 25
+"""Numbers of expanded keys and values held at once (bf16: 64 MiB); with more, some heads are done after others."""
+
 
 @dataclass(frozen=True, slots=True)
 class MlaWeights:
     """One layer; H heads, r = kv_lora_rank, rq = q_lora_rank.
 
     down: [rq + r + dr, D] (without q_lora_rank: [H (dn+dr) + r + dr, D]), what reads the hidden row; q_up:
-    [H (dn+dr), rq]; key_up: [H, dn, r] and value_up: [H, r, dv], the two halves of kv_b_proj; out: [D, H dv].
+    [H (dn+dr), rq]; key_up: [H, dn, r] and value_up: [H, r, dv], the two halves of kv_b_proj; out: [D, H dv]; indexer:
+    DeepSeek-V3.2's, which reads the normed low-rank query and so exists only where there is one.
     """
 
     down: Tensor
@@ -35,40 +41,46 @@ class MlaWeights:
     value_up: Tensor
     out: Tensor
     out_bias: Tensor | None
+    indexer: Indexer | None = None
 
 
 class LatentAttention(PagedAttention):
     """The cache keeps the normed latent c [r] and the rotated key k_r [dr] that all heads share.
 
     The rows form is the absorbed one (queries and outputs pass through kv_b_proj, the cache is used as it
-    lies), the block form the expanded one (k = [W_UK c | k_r], v = W_UV c for every past token).
+    lies), the block form the expanded one (k = [W_UK c | k_r], v = W_UV c for every past token). A prompt in chunks
+    expands its past once a chunk: 2 t r H (dn + dv) operations a layer for t tokens so far.
     """
 
     def __init__(self, spec: MoEDecoderSpec, layers: list[MlaWeights], rope: RopeTable, row_block: int = 0) -> None:
-        super().__init__(row_block)
-        self._attn = spec.attn
+        super().__init__(spec.attn, spec.attn.v_dim, row_block)
         self._layers = layers
         self._rope = rope
 
     @classmethod
     def load(cls, spec: MoEDecoderSpec, read: TensorReader, rope: RopeTable, row_block: int = 0) -> LatentAttention:
         """Read the attention weights of all layers."""
-        return cls(spec, [_load_layer(spec, read, layer) for layer in range(spec.n_layers)], rope, row_block)
+        layers = load_each(lambda layer: _load_layer(spec, read, layer, rope, row_block), range(spec.n_layers))
+        return cls(spec, layers, rope, row_block)
 
-    def _project(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Planes]:
+    def _project(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Queries, Planes]:
         weights, attn = self._layers[layer], self._attn
         down = linear(x, weights.down, weights.down_bias, self._row_block)
         kv_dim = attn.kv_lora_rank + attn.qk_rope_dim
         query, latent, key_rope = down.split((down.shape[1] - kv_dim, attn.kv_lora_rank, attn.qk_rope_dim), dim=1)
         if weights.q_norm is not None and weights.q_up is not None:
-            query = linear(rms_norm(query, weights.q_norm, LATENT_EPS), weights.q_up, row_block=self._row_block)
+            query = rms_norm(query, weights.q_norm, LATENT_EPS)
+            index = None if weights.indexer is None else weights.indexer.project(x, query, positions)
+            query = linear(query, weights.q_up, row_block=self._row_block)
+        else:
+            index = None
         nope, rope = query.unflatten(-1, (attn.heads, -1)).split((attn.qk_nope_dim, attn.qk_rope_dim), dim=-1)
         query = torch.cat((nope, self._rope.apply(rope, positions)), dim=-1)
         key_rope = self._rope.apply(key_rope.unsqueeze(1), positions).squeeze(1)
-        return query, (rms_norm(latent, weights.latent_norm, LATENT_EPS), key_rope)
-
-    def _new_heads(self, x: Tensor) -> Tensor:
-        return x.new_empty(x.shape[0], self._attn.heads, self._attn.v_dim)
+        planes = rms_norm(latent, weights.latent_norm, LATENT_EPS), key_rope
+        if index is None:
+            return Queries(query), planes
+        return Queries(query, index[0]), (*planes, index[1])
 
     def _attend_rows(self, layer: int, query: Tensor, past: Planes, mask: Tensor | None) -> Tensor:
         """Absorbed: scores = (q_nope W_UK) c + q_rope k_r; out = W_UV (sum of shares x c)."""
@@ -80,20 +92,27 @@ class LatentAttention(PagedAttention):
         mixed = torch.bmm(softmax_scores(scores, attn.scale, mask), latent)
         return torch.bmm(mixed.transpose(0, 1), weights.value_up).transpose(0, 1)
 
-    def _attend_block(self, layer: int, query: Tensor, past: Planes, context: int) -> Tensor:
-        """Expanded: keys and values of every past token."""
+    def _attend_block(self, layer: int, query: Tensor, past: Planes, sight: Sight) -> Tensor:
+        """Expanded: keys and values of every past token, of as many heads at once as fit."""
         weights, attn = self._layers[layer], self._attn
         latent, key_rope = past
-        key_nope = torch.matmul(latent, weights.key_up.transpose(1, 2)).transpose(0, 1)
-        value = torch.matmul(latent, weights.value_up).transpose(0, 1)
-        shared = key_rope.unsqueeze(1).expand(-1, attn.heads, -1)
-        return causal_attention(query, torch.cat((key_nope, shared), dim=-1), value, context, attn.scale)
+        tokens = latent.shape[0]
+        out = query.new_empty(query.shape[0], attn.heads, attn.v_dim)
+        step = max(1, MAX_EXPANDED // (tokens * (attn.head_dim + attn.v_dim)))
+        for start in range(0, attn.heads, step):
+            heads = slice(start, min(start + step, attn.heads))
+            key_nope = torch.matmul(latent, weights.key_up[heads].transpose(1, 2)).transpose(0, 1)
+            shared = key_rope.unsqueeze(1).expand(-1, heads.stop - start, -1)
+            value = torch.matmul(latent, weights.value_up[heads]).transpose(0, 1)
+            key = torch.cat((key_nope, shared), dim=-1)
+            out[:, heads] = block_attention(query[:, heads], key, value, sight, attn.scale)
+        return out
 
     def _output(self, layer: int, heads: Tensor) -> Tensor:
         return linear(heads, self._layers[layer].out, self._layers[layer].out_bias, self._row_block)
 
 
-def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int) -> MlaWeights:
+def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int, rope: RopeTable, row_block: int) -> MlaWeights:
     attn, d_model = spec.attn, spec.d_model
 
     def name(tensor: str) -> str:
@@ -113,6 +132,7 @@ def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int) -> MlaWeig
         value_up=value_up,
         out=read(name("o_proj.weight"), (d_model, attn.heads * attn.v_dim)),
         out_bias=read(name("o_proj.bias"), (d_model,)) if attn.o_bias else None,
+        indexer=Indexer.load(spec, attn.indexer, read, layer, rope, row_block) if attn.indexer else None,
     )
 
 

@@ -7,27 +7,39 @@ it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .spec import RopeSpec
 
+PIECE = 8192
+"""Positions whose angles are computed at once: 163,840 positions would take several copies of the table."""
+
 
 class RopeTable:
-    """cos and sin of every position, [max_positions, dim/2] in the activation dtype.
+    """cos and sin of every position, each [max_positions, dim/2]; as transformers computes them for the spec.
 
-    Computed once, in fp32 and scaled there, then cast, as transformers does before it rotates. A table
-    (instead of cos and sin of each step's positions) makes a row's angles independent of its batch mates.
+    Computed once, in fp32 and scaled there. ``precision`` "model" casts them to the activation dtype before they
+    rotate; "float32" keeps them, rotates in fp32 and casts the result, as DeepSeek-V2 does with complex numbers (their
+    angle functions differ from cos and sin in the last bit). A table (instead of cos and sin of each step's positions)
+    makes a row's angles independent of its batch mates.
     """
 
     def __init__(
         self, spec: RopeSpec, max_positions: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         frequencies, scaling = inverse_frequencies(spec)
-        angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
-        self._cos = (angles.cos() * scaling).to(device, dtype)
-        self._sin = (angles.sin() * scaling).to(device, dtype)
+        self._wide = spec.precision == "float32"
+        kept = torch.float32 if self._wide else dtype
+        shape = (max_positions, len(frequencies))
+        self._cos = torch.empty(shape, dtype=kept, device=device)
+        self._sin = torch.empty(shape, dtype=kept, device=device)
+        for start in range(0, max_positions, PIECE):
+            positions = torch.arange(start, min(start + PIECE, max_positions), dtype=torch.float32)
+            cos, sin = _polar(positions[:, None] * frequencies, scaling, self._wide)
+            self._cos[start : start + PIECE], self._sin[start : start + PIECE] = cos, sin
         self._rotate = rotate_interleaved if spec.interleaved else rotate_half
         self._dim = spec.dim
 
@@ -37,11 +49,25 @@ class RopeTable:
 
         Raises IndexError for a position outside the table.
         """
+        return self._turn(x, positions, self._rotate)
+
+    def apply_half(self, x: Tensor, positions: Tensor) -> Tensor:
+        """As :meth:`apply`, in halves whatever the spec says of pairs."""
+        return self._turn(x, positions, rotate_half)
+
+    def _turn(self, x: Tensor, positions: Tensor, rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         cos, sin = self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
-        if x.shape[-1] == self._dim:
-            return self._rotate(x, cos, sin)
-        rotated = self._rotate(x[..., : self._dim], cos, sin)
-        return torch.cat((rotated, x[..., self._dim :]), dim=-1)
+        turned = x[..., : self._dim]
+        rotated = rotate(turned.to(torch.float32), cos, sin).to(x.dtype) if self._wide else rotate(turned, cos, sin)
+        return rotated if x.shape[-1] == self._dim else torch.cat((rotated, x[..., self._dim :]), dim=-1)
+
+
+def _polar(angles: Tensor, scaling: float, complex_numbers: bool) -> tuple[Tensor, Tensor]:
+    """Scaled cos and sin of fp32 ``angles``."""
+    if complex_numbers:
+        units = torch.polar(torch.ones_like(angles), angles) * scaling
+        return units.real, units.imag
+    return angles.cos() * scaling, angles.sin() * scaling
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.checkpoints import DEFAULT_ROPE, write_deepseek_v3, write_glm4_moe
+from tests.checkpoints import (
+    DEFAULT_ROPE,
+    write_deepseek_v2,
+    write_deepseek_v3,
+    write_deepseek_v32,
+    write_glm4_moe,
+    write_mixtral,
+    write_olmoe,
+)
 from tests.paged_runner import PagedRunner, random_ids
 
 ROW_BLOCK = 8
@@ -22,17 +30,28 @@ SIZES = {
     "num_attention_heads": 3,
     "num_key_value_heads": 3,
 }
-HEADS = {
-    write_deepseek_v3: {"qk_nope_head_dim": 11, "qk_rope_head_dim": 6, "v_head_dim": 13, "kv_lora_rank": 29},
-    write_glm4_moe: {"head_dim": 10, "rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.6}},
+LATENT = {"qk_nope_head_dim": 11, "qk_rope_head_dim": 6, "v_head_dim": 13, "kv_lora_rank": 29}
+WITHOUT_MOE_SIZE = {key: value for key, value in SIZES.items() if key != "moe_intermediate_size"}
+# Prompts are longer than the window and than what the indexer chooses.
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "deepseek_v2": (write_deepseek_v2, {**SIZES, **LATENT, "hidden_size": 60}),
+    "deepseek_v3": (write_deepseek_v3, {**SIZES, **LATENT}),
+    "deepseek_v32": (write_deepseek_v32, {**SIZES, **LATENT, "index_n_heads": 7, "index_head_dim": 15}),
+    "glm4_moe": (
+        write_glm4_moe,
+        {**SIZES, "head_dim": 10, "rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.6}},
+    ),
+    "mixtral": (write_mixtral, {**WITHOUT_MOE_SIZE, "head_dim": 10, "sliding_window": 7}),
+    "olmoe": (write_olmoe, {**WITHOUT_MOE_SIZE, "hidden_size": 60, "clip_qkv": 1.5}),
 }
 
 
-@pytest.fixture(scope="module", params=[write_deepseek_v3, write_glm4_moe], ids=["deepseek_v3", "glm4_moe"])
+@pytest.fixture(scope="module", params=MODELS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Widths that are no multiples of a vector, so that every row ends in the middle of one."""
     path: Path = tmp_path_factory.mktemp("odd")
-    request.param(path, seed=6, **SIZES, **HEADS[request.param])
+    write, overrides = MODELS[request.param]
+    write(path, seed=6, **overrides)
     return path
 
 

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from actors.model.batch import MAX_GATHER_TOKENS, Segment, StepBatch
 from actors.model.families import spec_from_config
 from actors.model.kv_cache import KVCache
+from actors.model.spec import IndexerSpec
 from tests.checkpoints import DEEPSEEK_V3, GLM4_MOE
 
 GLM = spec_from_config({**GLM4_MOE, "model_type": "glm4_moe"})
 V3 = spec_from_config({**DEEPSEEK_V3, "model_type": "deepseek_v3"})
+V32 = replace(V3, attn=replace(V3.attn, indexer=IndexerSpec(heads=8, head_dim=16, top_k=6)))
 
 
-@pytest.mark.parametrize(("spec", "floats"), [(GLM, 3 * 2 * 2 * 32), (V3, 3 * (32 + 8))])
+@pytest.mark.parametrize(("spec", "floats"), [(GLM, 3 * 2 * 2 * 32), (V3, 3 * (32 + 8)), (V32, 3 * (32 + 8 + 16))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes(spec: object, floats: int, dtype: torch.dtype) -> None:
     cache = KVCache(spec, n_blocks=5, block_size=16, dtype=dtype)
@@ -20,22 +24,32 @@ def test_sizes(spec: object, floats: int, dtype: torch.dtype) -> None:
     assert cache.nbytes == 5 * 16 * KVCache.bytes_per_token(spec, dtype)
 
 
-@pytest.mark.parametrize("spec", [GLM, V3])
+@pytest.mark.parametrize("spec", [GLM, V3, V32])
 def test_what_is_written_is_read_in_any_shape(spec: object) -> None:
     cache = KVCache(spec, n_blocks=4, block_size=4, dtype=torch.float32)
-    first_shape, second_shape = spec.attn.kv_planes
     slots = torch.tensor([9, 0, 15])
-    first, second = torch.randn(3, *first_shape), torch.randn(3, *second_shape)
-    cache.write(1, slots, first, second)
-    got = cache.read(1, slots)
-    assert torch.equal(got[0], first)
-    assert torch.equal(got[1], second)
+    planes = [torch.randn(3, *shape) for shape in spec.attn.kv_planes]
+    cache.write(1, slots, *planes)
+    for got, plane in zip(cache.read(1, slots), planes, strict=True):
+        assert torch.equal(got, plane)
     square = cache.read(1, torch.tensor([[15, 9], [0, 0]]))
-    assert torch.equal(square[0], first[torch.tensor([[2, 0], [1, 1]])])
-    assert square[1].shape == (2, 2, *second_shape)
-    assert cache.read(0, slots)[0].abs().sum() == 0, "another layer was written"
+    for got, plane in zip(square, planes, strict=True):
+        assert torch.equal(got, plane[torch.tensor([[2, 0], [1, 1]])])
+    assert all(plane.abs().sum() == 0 for plane in cache.read(0, slots)), "another layer was written"
     square[0].zero_()
-    assert torch.equal(cache.read(1, slots)[0], first), "read gave a view"
+    assert torch.equal(cache.read(1, slots)[0], planes[0]), "read gave a view"
+
+
+def test_planes_are_read_singly_and_written_together() -> None:
+    cache = KVCache(V32, n_blocks=2, block_size=4, dtype=torch.float32)
+    slots = torch.tensor([3, 6])
+    planes = [torch.randn(2, *shape) for shape in V32.attn.kv_planes]
+    cache.write(0, slots, *planes)
+    (last,) = cache.read(0, slots, (2,))
+    assert torch.equal(last, planes[2])
+    assert [plane.shape[1] for plane in cache.read(0, slots, (1, 0))] == [8, 32]
+    with pytest.raises(ValueError, match="shorter"):
+        cache.write(0, slots, *planes[:2])
 
 
 @pytest.mark.parametrize(("blocks", "size"), [(0, 4), (4, 0), (-1, 4)])
@@ -71,6 +85,21 @@ def test_decode_groups_hold_every_decode_once_with_its_slots() -> None:
             assert (group.slots[i][~mask] == group.slots[i][0]).all()
             assert len(group.slots[i]) < 2 * (contexts[row] + 1)
     assert seen == {row: batch.segments[row].slots(4).tolist() for row in range(8)}
+
+
+@pytest.mark.parametrize("window", [1, 5, 64])
+def test_decode_groups_of_a_window_hold_its_tokens_alone(window: int) -> None:
+    contexts = [0, 3, 100, 4, 60, 63, 64, 2, 3]
+    batch = decode_batch(contexts)
+    seen = {}
+    for group in batch.decode_groups(4, window):
+        assert group.slots.shape[1] <= window
+        for i, row in enumerate(group.rows.tolist()):
+            mask = torch.ones_like(group.slots[i], dtype=torch.bool) if group.mask is None else group.mask[i]
+            seen[row] = group.slots[i][mask].tolist()
+    assert seen == {row: batch.segments[row].slots(4)[-window:].tolist() for row in range(9)}
+    assert batch.decode_groups(4, window) is batch.decode_groups(4, window)
+    assert batch.decode_groups(4)[-1].slots.shape[1] == 101
 
 
 def test_decode_groups_bound_what_they_gather() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.model import mla
 from tests.checkpoints import DEFAULT_ROPE, write_deepseek_v3
 from tests.paged_runner import PagedRunner, random_ids
 
@@ -41,3 +42,28 @@ def test_decode_is_absorbed_and_equals_an_expanded_decode(deepseek: tuple[Path, 
 def test_cache_holds_the_latent_alone(deepseek: tuple[Path, Any]) -> None:
     spec = PagedRunner(deepseek[0]).spec
     assert spec.kv_floats_per_token == 3 * (32 + 8)
+
+
+@pytest.mark.parametrize("at_once", [1, 40 * 37 * 3])
+def test_heads_expanded_one_after_another_are_the_same(
+    deepseek: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """One head at a time, and three and then one of four."""
+    ids = random_ids(37, seed=8)
+    runner = PagedRunner(deepseek[0])
+    want = runner.step([(runner.add(ids), len(ids))])[0]
+    monkeypatch.setattr(mla, "MAX_EXPANDED", at_once)
+    got = runner.step([(runner.add(ids), len(ids))])[0]
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_values_wider_than_keys(tmp_path: Path) -> None:
+    write_deepseek_v3(tmp_path, seed=4, v_head_dim=40)
+    ids = random_ids(30, seed=8)
+    logits = {}
+    for form in ("rows", "block"):
+        runner = PagedRunner(tmp_path)
+        runner.model.attention.form = form
+        number = runner.add(ids)
+        logits[form] = torch.cat([runner.step([(number, 15)])[0] for _ in range(2)])
+    assert (logits["rows"] - logits["block"]).abs().max() < 1e-5 * logits["rows"].abs().max()
