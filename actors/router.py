@@ -105,8 +105,15 @@ class Router:
 
     def load(self) -> Address:
         """Read the gate weights and start to serve. Returns where attention shards connect."""
-        with Checkpoint(self._model.path) as checkpoint:
-            self._gate = Gate.load(self._spec, checkpoint, self._model.row_block, self._count, self._model.torch_device)
+        with Checkpoint(self._model.path, check_finite=self._model.check_weights) as checkpoint:
+            self._gate = Gate.load(
+                self._spec,
+                checkpoint,
+                self._model.torch_dtype,
+                self._model.row_block,
+                self._count,
+                self._model.torch_device,
+            )
         self._loop.start()
         return self._endpoint.address
 

@@ -88,7 +88,8 @@ DEEPSEEK_V3 = {
     "routed_scaling_factor": 2.5,
     "rope_parameters": YARN,
 }
-DEEPSEEK_V32 = {**DEEPSEEK_V3, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 6}
+# With few heads the indexer's relu leaves many a token with a score of exactly 0, and ties are topk's to break.
+DEEPSEEK_V32 = {**DEEPSEEK_V3, "index_n_heads": 12, "index_head_dim": 16, "index_topk": 6}
 GLM4_MOE = {
     **BASE,
     "first_k_dense_replace": 1,

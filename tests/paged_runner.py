@@ -34,7 +34,7 @@ class PagedRunner:
         everything = [(layer, e) for layer in self.spec.moe_layers for e in range(self.spec.moe.n_experts)]
         with Checkpoint(path) as checkpoint:
             self.model = AttentionModel.load(self.spec, checkpoint, dtype, row_block)
-            self.gate = Gate.load(self.spec, checkpoint, row_block)
+            self.gate = Gate.load(self.spec, checkpoint, dtype, row_block)
             self.bank = ExpertBank.load(self.spec, checkpoint, everything, dtype, row_block)
         self.moe: MoE = LocalMoE(self.gate, self.bank)
         self.cache = KVCache(self.spec, n_blocks, block_size, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from .errors import UnsupportedModelError
@@ -12,19 +13,44 @@ _REQUIRED: Any = object()
 
 
 class Fields:
-    """A view of a configuration. ``null`` counts as absent, as it does for transformers' defaults.
+    """A view of a configuration. It remembers which keys were asked for.
 
-    Every method raises UnsupportedModelError for a value that is missing (without default) or not allowed.
-    ``where`` prefixes the keys in messages.
+    ``defaults`` stand for keys that are absent; a key that is ``null`` has no value, whatever its default, as in
+    transformers. A method's own ``default`` stands for what has no value then. Every method raises
+    UnsupportedModelError for a value that is missing (without default) or not allowed. ``where`` prefixes the keys in
+    messages.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
+    def __init__(
+        self, values: Mapping[str, Any], where: str = "", defaults: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         self._values = values
+        self._defaults = defaults
         self._where = where
+        self._asked: set[str] = set()
 
     def get(self, key: str) -> Any:
         """The raw value, or None."""
-        return self._values.get(key)
+        self._asked.add(key)
+        return self._values[key] if key in self._values else self._defaults.get(key)
+
+    def ignore(self, *keys: str) -> None:
+        """Whatever they hold has no effect here, and is not refused for that."""
+        self._asked.update(keys)
+
+    def synonym(self, *keys: str) -> str:
+        """The one of ``keys``, all names of the same thing, that has a value; the first if none has."""
+        stated = [key for key in keys if self.get(key) is not None] or [keys[0]]
+        for other in stated[1:]:
+            same = f"{self.get(stated[0])!r}, as {stated[0]} says"
+            self.require(self.get(other) == self.get(stated[0]), other, same)
+        return stated[0]
+
+    def refuse_unasked(self, neutral: Mapping[str, Any]) -> None:
+        """Raise for a key of ``neutral`` that nobody asked for and that holds another value than the one there."""
+        for key, value in neutral.items():
+            if key not in self._asked and self._values.get(key) not in (None, value):
+                raise self.error(key, f"{value!r} (this model_type has no such thing)")
 
     def sub(self, key: str) -> Fields:
         """The object at ``key``, which must not hold further objects; empty if absent."""
@@ -69,17 +95,35 @@ class Fields:
 
     def one_of(self, key: str, allowed: Sequence[str], default: str = _REQUIRED) -> str:
         """A string out of ``allowed``."""
-        choices = "one of " + ", ".join(map(repr, allowed))
+        choices = _one_of(allowed)
         value = self._value(key, default, choices)
         if value not in allowed:
             raise self.error(key, choices)
         return value
 
+    def list_of(self, key: str, allowed: Sequence[str], length: int) -> tuple[str, ...] | None:
+        """``length`` strings out of ``allowed``, or None if absent."""
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != length or any(entry not in allowed for entry in value):
+            raise self.error(key, f"a list of {length}, each {_one_of(allowed)}")
+        return tuple(value)
+
+    def indices(self, key: str) -> frozenset[int]:
+        """A list of integers >= 0; empty if absent."""
+        value = self.get(key)
+        if value is None:
+            return frozenset()
+        if not isinstance(value, list) or not all(_is_index(i) for i in value):
+            raise self.error(key, "a list of integers >= 0")
+        return frozenset(value)
+
     def token_ids(self, key: str) -> tuple[int, ...]:
         """An integer or a list of integers >= 0; empty if absent."""
         value = self.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        if not all(_is_index(i) for i in ids):
             raise self.error(key, "an integer >= 0 or a list of them")
         return tuple(ids)
 
@@ -90,17 +134,29 @@ class Fields:
 
     def error(self, key: str, allowed: str) -> UnsupportedModelError:
         """The error for the value at ``key``."""
-        if key not in self._values:
-            return UnsupportedModelError(f"{self._where}{key} is missing: allowed is {allowed}")
-        return UnsupportedModelError(f"{self._where}{key} is {self._values[key]!r}: allowed is {allowed}")
+        if key in self._values:
+            state = repr(self._values[key])
+        elif key in self._defaults:
+            state = f"missing, which means {self._defaults[key]!r}"
+        else:
+            state = "missing"
+        return UnsupportedModelError(f"{self._where}{key} is {state}: allowed is {allowed}")
 
     def _value(self, key: str, default: Any, allowed: str) -> Any:
-        value = self._values.get(key)
+        value = self.get(key)
         if value is not None:
             return value
         if default is _REQUIRED:
             raise self.error(key, allowed)
         return default
+
+
+def _one_of(allowed: Sequence[str]) -> str:
+    return "one of " + ", ".join(map(repr, allowed))
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_finite(value: Any) -> bool:

@@ -16,6 +16,8 @@ from .linear import linear
 from .mla import LatentAttention
 from .mlp import SwiGLU
 from .norm import rms_norm
+from .parallel import load_each
+from .pointwise import pointwise
 from .reader import TensorReader
 from .rope import RopeTable
 from .spec import AttentionKind, MoEDecoderSpec
@@ -41,11 +43,15 @@ ATTENTION: Mapping[AttentionKind, type[GroupedQueryAttention] | type[LatentAtten
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer's norms [D] and the MLP computed here: the dense one, the shared expert, or None."""
+    """One layer's norms [D] and the MLP computed here: the dense one, the shared expert, or None.
+
+    ``shared_gate`` [1, D]: the logit whose sigmoid multiplies the shared expert's output, or None.
+    """
 
     input_norm: Tensor
     post_norm: Tensor
     mlp: SwiGLU | None
+    shared_gate: Tensor | None
     is_moe: bool
 
 
@@ -85,14 +91,14 @@ class AttentionModel:
         ``row_block > 0`` is the deterministic mode (see :func:`linear`); ``progress`` gets bytes as they are
         read.
         """
-        read = TensorReader(checkpoint, dtype, device, progress)
+        read = TensorReader(checkpoint, dtype, device, progress, scheme=spec.quantization)
         rope = RopeTable(spec.rope, spec.max_positions, dtype, device)
         shape = (spec.vocab_size, spec.d_model)
         embed = read(spec.names.embed, shape)
         return cls(
             spec,
             ATTENTION[spec.attn.kind].load(spec, read, rope, row_block),
-            [_load_layer(spec, read, layer) for layer in range(spec.n_layers)],
+            load_each(lambda layer: _load_layer(spec, read, layer), range(spec.n_layers)),
             embed,
             read(spec.names.final_norm, (spec.d_model,)),
             embed if spec.tie_embeddings else read(spec.names.lm_head, shape),
@@ -121,17 +127,22 @@ class AttentionModel:
         local = layer.mlp(rows, self._row_block) if layer.mlp is not None else None
         if not layer.is_moe and local is not None:
             return local
+        if layer.shared_gate is not None and local is not None:
+            logit = linear(rows, layer.shared_gate, row_block=self._row_block)
+            local = pointwise(torch.sigmoid, logit, self._row_block) * local
         routed = moe.finish(handle)
         return routed if local is None else routed + local
 
 
 def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int) -> LayerWeights:
     is_moe = spec.layer_kinds[layer] == "moe"
+    gated = is_moe and spec.moe.shared_gated
     inter = spec.moe.shared_inter if is_moe else spec.dense_inter
     names = spec.names.shared(layer) if is_moe else spec.names.mlp(layer)
     return LayerWeights(
         input_norm=read(spec.names.layer(layer, "input_layernorm.weight"), (spec.d_model,)),
         post_norm=read(spec.names.layer(layer, "post_attention_layernorm.weight"), (spec.d_model,)),
         mlp=SwiGLU.load(read, names, spec.d_model, inter) if inter else None,
+        shared_gate=read(spec.names.shared_gate(layer), (1, spec.d_model)) if gated else None,
         is_moe=is_moe,
     )

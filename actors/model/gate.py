@@ -9,25 +9,27 @@ import torch
 from torch import Tensor
 
 from .linear import linear
+from .parallel import load_each
 from .pointwise import pointwise
 from .reader import TensorReader
-from .spec import GateSpec, MoEDecoderSpec, MoESpec
+from .spec import GateSpec, MoEDecoderSpec, MoESpec, Precision
 from .weights import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class GateWeights:
-    """One layer's gate. weight: fp32 [E, D]; bias: fp32 [E], added for choosing only."""
+    """One layer's gate. weight: [E, D]; bias: [E], added for choosing only, or None; both in the logits' dtype."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
 
 class Gate:
-    """The gates of all MoE layers."""
+    """The gates of all MoE layers. Operations, their order and dtypes are those of the family in transformers."""
 
     def __init__(self, spec: MoESpec, layers: Mapping[int, GateWeights], row_block: int = 0) -> None:
-        self._spec = spec
+        self._top_k = spec.top_k
+        self._spec = spec.gate
         self._layers = layers
         self._row_block = row_block
 
@@ -36,48 +38,63 @@ class Gate:
         cls,
         spec: MoEDecoderSpec,
         checkpoint: Checkpoint,
+        dtype: torch.dtype,
         row_block: int = 0,
         progress: Callable[[int], None] | None = None,
         device: torch.device | str = "cpu",
     ) -> Gate:
-        """Read the gates, in fp32 whatever the model's dtype. Raises CheckpointError."""
-        read = TensorReader(checkpoint, torch.float32, device, progress)
+        """Read the gates for a model that computes in ``dtype``. Raises CheckpointError."""
+        read = TensorReader(checkpoint, _dtype(spec.moe.gate.logits, dtype), device, progress, scheme=spec.quantization)
         experts, names = spec.moe.n_experts, spec.names
-        layers = {
-            layer: GateWeights(
-                read(names.gate(layer), (experts, spec.d_model)),
-                read(names.gate(layer, "e_score_correction_bias"), (experts,)),
-            )
-            for layer in spec.moe_layers
-        }
+
+        def load(layer: int) -> GateWeights:
+            named = names.gate(layer)
+            weight = read(next(filter(checkpoint.has, named), named[0]), (experts, spec.d_model))
+            if not spec.moe.gate.bias:
+                return GateWeights(weight, None)
+            return GateWeights(weight, read(names.gate_bias(layer), (experts,)))
+
+        layers = dict(zip(spec.moe_layers, load_each(load, spec.moe_layers), strict=True))
         return cls(spec.moe, layers, row_block)
 
     @torch.inference_mode()
     def route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose experts for the normed rows x [T, D] of MoE layer ``layer``.
+        """Choose experts for the normed rows x [T, D] of MoE layer ``layer``, in the model's dtype.
 
-        Returns the experts' indices int64 [T, K], in no particular order, and their weights fp32 [T, K].
+        Returns the experts' indices int64 [T, K], different ones in each row, and their weights [T, K]: fp32, or in
+        the rows' dtype if the family says so. A row with NaN in it gets K experts like any other (topk ranks NaN
+        above all numbers) and NaN weights, so that its result is NaN and no other row's is.
         """
-        return sigmoid_noaux_tc(x, self._layers[layer], self._spec, self._row_block)
+        spec, gate = self._spec, self._layers[layer]
+        scores = self._scores(gate, x)
+        choice = mask_groups(scores if gate.bias is None else scores + gate.bias, spec)
+        weights, experts = torch.topk(choice, self._top_k, dim=-1, sorted=spec.ranked)
+        if gate.bias is not None:
+            weights = scores.gather(1, experts)
+        if spec.normalise:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + spec.epsilon)
+        return experts, (weights * spec.scale).to(_dtype(spec.weights, x.dtype))
+
+    def _scores(self, gate: GateWeights, x: Tensor) -> Tensor:
+        """[T, E], between 0 and 1."""
+        logits = linear(x.to(_dtype(self._spec.logits, x.dtype)), gate.weight, row_block=self._row_block)
+        logits = logits.to(_dtype(self._spec.scores, x.dtype))
+        if self._spec.scoring == "softmax":
+            return logits.softmax(dim=-1)
+        return pointwise(torch.sigmoid, logits, self._row_block)
 
 
-def sigmoid_noaux_tc(x: Tensor, gate: GateWeights, spec: MoESpec, row_block: int) -> tuple[Tensor, Tensor]:
-    """DeepSeek-V3's rule (arXiv 2412.19437, section 2.1.2), as in transformers: see :meth:`Gate.route`."""
-    scores = pointwise(torch.sigmoid, linear(x.to(torch.float32), gate.weight, row_block=row_block), row_block)
-    choice = _mask_groups(scores + gate.bias, spec.gate)
-    experts = torch.topk(choice, spec.top_k, dim=-1, sorted=False).indices
-    weights = scores.gather(1, experts)
-    if spec.gate.normalise:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + spec.gate.epsilon)
-    return experts, weights * spec.gate.scale
-
-
-def _mask_groups(choice: Tensor, spec: GateSpec) -> Tensor:
-    """[T, E] with -inf outside the topk_group groups whose best two scores have the highest sums."""
+def mask_groups(choice: Tensor, spec: GateSpec) -> Tensor:
+    """[T, E] with ``spec.masked`` outside the ``topk_group`` best groups of neighbouring experts."""
     if spec.topk_group == spec.n_group:
         return choice
-    grouped = choice.view(choice.shape[0], spec.n_group, -1)
-    group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
-    kept = torch.topk(group_scores, spec.topk_group, dim=-1, sorted=False).indices
-    dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
-    return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).view_as(choice)
+    grouped = choice.unflatten(1, (spec.n_group, -1))
+    best_two = spec.group_rank == "top2_sum"
+    ranks = grouped.topk(2, dim=-1).values.sum(dim=-1) if best_two else grouped.max(dim=-1).values
+    kept = torch.topk(ranks, spec.topk_group, dim=-1, sorted=False).indices
+    dropped = torch.ones_like(ranks, dtype=torch.bool).scatter_(1, kept, False)
+    return grouped.masked_fill(dropped.unsqueeze(-1), spec.masked).flatten(1)
+
+
+def _dtype(precision: Precision, model: torch.dtype) -> torch.dtype:
+    return torch.float32 if precision == "float32" else model

@@ -107,8 +107,9 @@ class GateSpec:
 
     Logits in ``logits`` precision; ``scoring`` over all experts in ``scores`` precision; with ``bias`` a correction,
     for choosing only; of ``n_group`` groups the ``topk_group`` best stay, ranked by ``group_rank`` (their best score,
-    or the sum of their best two), the others' scores become ``masked``; then top-k. The chosen experts' scores (without
-    the correction) are divided by their sum plus ``epsilon`` if ``normalise``, multiplied by ``scale``, and cast to
+    or the sum of their best two), the others' scores become ``masked``; then top-k, best first if ``ranked`` (it is the
+    order of the weighted sum). The chosen experts' scores (those before the correction; without one, ``masked`` ones as
+    they are) are divided by their sum plus ``epsilon`` if ``normalise``, multiplied by ``scale``, and cast to
     ``weights`` precision. A weight in the model's dtype also makes each weighted row round to it.
     """
 
@@ -120,6 +121,7 @@ class GateSpec:
     topk_group: int = 1
     group_rank: Literal["max", "top2_sum"] = "max"
     masked: float = 0.0
+    ranked: bool = False
     normalise: bool = False
     epsilon: float = 0.0
     scale: float = 1.0

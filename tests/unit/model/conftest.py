@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.checkpoints import WRITERS, write_deepseek_v3, write_glm4_moe
+from tests.checkpoints import WRITERS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,20 +18,32 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
+    """(family, seed, **overrides) -> (folder, Hugging Face model); what is asked for twice is written once."""
+    written: dict[str, tuple[Path, Any]] = {}
+
+    def get(family: str, seed: int = 0, **overrides: Any) -> tuple[Path, Any]:
+        key = repr((family, seed, overrides))
+        if key not in written:
+            path = tmp_path_factory.mktemp(family)
+            written[key] = path, WRITERS[family](path, seed=seed, **overrides)
+        return written[key]
+
+    return get
+
+
 @pytest.fixture(scope="session", params=["deepseek_v3", "glm4_moe"])
-def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def written(request: pytest.FixtureRequest, checkpoint_of: Callable[..., tuple[Path, Any]]) -> tuple[Path, Any]:
     """(folder, Hugging Face model) of one family's default tiny checkpoint."""
-    path = tmp_path_factory.mktemp(request.param)
-    return path, WRITERS[request.param](path)
+    return checkpoint_of(request.param)
 
 
 @pytest.fixture(scope="session")
-def deepseek(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    path = tmp_path_factory.mktemp("deepseek")
-    return path, write_deepseek_v3(path)
+def deepseek(checkpoint_of: Callable[..., tuple[Path, Any]]) -> tuple[Path, Any]:
+    return checkpoint_of("deepseek_v3")
 
 
 @pytest.fixture(scope="session")
-def glm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    path = tmp_path_factory.mktemp("glm")
-    return path, write_glm4_moe(path)
+def glm(checkpoint_of: Callable[..., tuple[Path, Any]]) -> tuple[Path, Any]:
+    return checkpoint_of("glm4_moe")

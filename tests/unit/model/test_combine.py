@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +9,46 @@ import torch
 
 from actors.model.combine import combine_rows
 from actors.model.local_moe import LocalMoE
-from tests.checkpoints import write_deepseek_v3, write_glm4_moe
+from tests.checkpoints import WRITERS
 from tests.paged_runner import PagedRunner
 
+WIDE = {"hidden_size": 128}  # grouped_mm wants rows of whole 16 bytes
 
-@pytest.mark.parametrize("write", [write_deepseek_v3, write_glm4_moe])
+
+@pytest.mark.parametrize("family", WRITERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("top_k", [1, 4, 8])
-def test_routed_sum_is_bit_equal_to_grouped_mm(tmp_path: Path, write: Any, dtype: torch.dtype, top_k: int) -> None:
-    hidden = 128  # grouped_mm wants rows of whole 16 bytes
-    model = write(tmp_path, seed=2, dtype=dtype, hidden_size=hidden, num_experts_per_tok=top_k)
-    runner = PagedRunner(tmp_path, dtype)
-    layer = runner.spec.moe_layers[0]
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_routed_sum_is_bit_equal_to_grouped_mm(
+    checkpoint_of: Callable[..., tuple[Path, Any]], family: str, dtype: torch.dtype, top_k: int
+) -> None:
+    """Gate, experts and sum; without the shared expert."""
+    count = {"n_routed_experts": 16} if family.startswith(("deepseek", "glm")) else {"num_experts": 8}
+    count = {"num_local_experts": 8} if family == "mixtral" else count
+    path, model = checkpoint_of(family, 2, dtype=dtype, num_experts_per_tok=top_k, **WIDE, **count)
+    runner = PagedRunner(path, dtype)
+    layer = runner.spec.moe_layers[-1]
     block = model.model.layers[layer].mlp
-    x = torch.randn(57, hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(57, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad():
         _, weights, experts = block.gate(x)
         want = block.experts(x, experts, weights)
     moe = LocalMoE(runner.gate, runner.bank)
     assert torch.equal(moe.finish(moe.start(layer, x)), want)
+
+
+def test_weights_in_the_models_dtype_round_each_row() -> None:
+    out = torch.tensor([[[1.0], [2**-8]]], dtype=torch.bfloat16)
+    weight = torch.tensor([[1.0, 1 + 2**-7]])
+    fine = combine_rows(out, weight, torch.float32)
+    coarse = combine_rows(out, weight.to(torch.bfloat16), torch.float32)
+    assert fine.item() == 1 + 2**-8 + 2**-15
+    assert coarse.item() == 1 + 2**-8 + 2**-15, "1 + 2**-7 is a bf16, and so is its product with a power of two"
+    third = torch.full((1, 2), 1 / 3)
+    products = combine_rows(out, third.to(torch.bfloat16), torch.float32)
+    assert products.item() == 0.333984375 + 0.333984375 * 2**-8
+    rounded = torch.tensor([[[1.0078125], [0.0]]], dtype=torch.bfloat16)
+    assert combine_rows(rounded, third.to(torch.bfloat16), torch.float32).item() == 0.3359375
+    assert combine_rows(rounded, third, torch.float32).item() == pytest.approx(1.0078125 / 3, rel=1e-6)
 
 
 def reference(out: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

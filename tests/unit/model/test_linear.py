@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from actors.model.linear import linear
 from actors.model.pointwise import PIECE, pointwise
+from actors.model.quant.qtensor import QTensor
+from actors.model.quant.quantize import quantize
 
 SHAPES = [(64, 32), (48, 96), (576, 49), (17, 19), (576, 1536), (40, 203)]
 
@@ -72,3 +76,56 @@ def test_pointwise_takes_views_and_nothing() -> None:
     torch.testing.assert_close(pointwise(F.silu, left, row_block=8), F.silu(left))
     assert torch.equal(x, before)
     assert pointwise(F.silu, x[:0], row_block=8).shape == (0, 20)
+
+
+QUANTISED = ["int8", "int4", "fp8", "int4 ordered"]
+
+
+def quantised(kind: str, outer: int, inner: int) -> QTensor:
+    q = quantize(draw(outer, inner, seed=1), kind.removesuffix(" ordered"))  # type: ignore[arg-type]
+    if not kind.endswith("ordered"):
+        return q
+    return replace(q, columns=torch.randperm(inner, generator=torch.Generator().manual_seed(2)))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("width", [(64, 32), (48, 96), (300, 50), (1536, 776)])
+@pytest.mark.parametrize("row_block", [0, 8])
+def test_a_quantised_weight_is_multiplied_as_what_it_stands_for(
+    kind: str, width: tuple[int, int], row_block: int
+) -> None:
+    inner, outer = width
+    weight, x, bias = quantised(kind, outer, inner), draw(11, inner), draw(outer, seed=2)
+    want = F.linear(x.double(), weight.dequantize(torch.float64), bias.double())
+    got = linear(x, weight, bias, row_block)
+    assert (got.double() - want).abs().max() <= 2e-6 * want.abs().max()
+    short = linear(x.bfloat16(), weight, row_block=row_block)
+    want = F.linear(x.bfloat16().double(), weight.dequantize(torch.bfloat16).double())
+    assert (short.double() - want).abs().max() <= 8e-3 * want.abs().max()
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_with_a_quantised_weight_too_a_row_is_the_same_bits_alone_and_at_any_place(
+    kind: str, dtype: torch.dtype, biased: bool
+) -> None:
+    """A weight of more than one tile."""
+    weight, rows, row = quantised(kind, 776, 1536), draw(31, 1536, seed=3).to(dtype), draw(1, 1536, seed=4).to(dtype)
+    assert len(list(weight.tiles(dtype))) == 2
+    bias = draw(776, seed=5, dtype=dtype) if biased else None
+    want = linear(row, weight, bias, row_block=8)
+    for place in (0, 1, 7, 8, 20, 31):
+        mixed = torch.cat((rows[:place], row, rows[place:]))
+        assert torch.equal(linear(mixed, weight, bias, row_block=8)[place : place + 1], want)
+
+
+def test_no_rows_and_nan_with_a_quantised_weight() -> None:
+    weight, x = quantised("int8", 24, 64), draw(11, 64)
+    assert linear(x[:0], weight).shape == linear(x[:0], weight, row_block=8).shape == (0, 24)
+    want = linear(x, weight, row_block=8)
+    x[3] = float("nan")
+    got = linear(x, weight, row_block=8)
+    assert got[3].isnan().all()
+    got[3] = want[3]
+    assert torch.equal(got, want)

@@ -7,6 +7,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 
 from actors.model.mlp import SwiGLU
 from actors.model.norm import rms_norm
+from actors.model.quant.qtensor import stack
+from actors.model.quant.quantize import quantize
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -20,6 +22,24 @@ def test_swiglu(row_block: int) -> None:
     want = (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
     got = SwiGLU(torch.cat((gate, up)), down)(x, row_block)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("row_block", [0, 8])
+def test_swiglu_of_quantised_matrices(row_block: int) -> None:
+    """Also where gate and up cannot lie under one another."""
+    gate, up, down = (
+        quantize(draw(27, 16, seed=1), "int4"),
+        quantize(draw(27, 16, seed=2), "int4"),
+        draw(16, 27, seed=3),
+    )
+    x = draw(11, 16)
+    dense = (gate.dequantize(torch.float32), up.dequantize(torch.float32))
+    want = (F.silu(x @ dense[0].T) * (x @ dense[1].T)) @ down.T
+    together, apart, mixed = SwiGLU(stack([gate, up]), down), SwiGLU((gate, up), down), SwiGLU((gate, dense[1]), down)
+    for mlp in (together, apart, mixed):
+        torch.testing.assert_close(mlp(x, row_block), want, rtol=1e-5, atol=1e-5)
+    assert together.nbytes == apart.nbytes == gate.nbytes + up.nbytes + down.nbytes
+    assert mixed.nbytes == gate.nbytes + dense[1].nbytes + down.nbytes
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from actors.model.quant.quantize import GROUP, quantize
+
+KINDS = ["int8", "int4", "fp8"]
+
+
+def error_and_bound(weight: Tensor, kind: Any) -> tuple[Tensor, Tensor]:
+    """|W - dequantised|, and what it may be: half a step of the group (fp8: of the element), rounding of fp32 apart."""
+    q = quantize(weight, kind)
+    error = (weight.double() - q.dequantize(torch.float32).double()).abs()
+    step = q.scale.double().repeat_interleave(q.group, 1)[:, : weight.shape[1]]
+    if kind == "fp8":
+        # e4m3 has 3 bits behind the point, and its subnormal numbers are multiples of 2**-9.
+        half = torch.maximum(weight.double().abs() * 2.0**-4, step * 2.0**-10)
+    else:
+        half = step / 2
+    return error, half * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    half_width=st.integers(1, 150),
+    magnitude=st.sampled_from([1e-42, 1e-38, 1e-6, 1.0, 300.0, 1e30, 1e38]),
+    offset=st.sampled_from([0.0, 1.0, -1.0, 300.0, -300.0]),
+    seed=st.integers(0, 1000),
+)
+def test_no_element_is_off_by_more_than_half_a_step(
+    kind: Any, rows: int, half_width: int, magnitude: float, offset: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(rows, 2 * half_width, generator=generator).clamp(-3, 3) * 0.3 + offset) * magnitude
+    weight /= max(1.0, abs(offset))
+    error, bound = error_and_bound(weight, kind)
+    assert (error <= bound).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_largest_numbers_there_are(kind: Any) -> None:
+    weight = torch.tensor([[3.4e38, -3.4e38, 1e38, 0.0]])
+    error, bound = error_and_bound(weight, kind)
+    assert (error <= bound).all()
+
+
+def test_zero_points_have_four_bits() -> None:
+    for sign in (1, -1):
+        weight = sign * (100 + torch.randn(4, 64, generator=torch.Generator().manual_seed(0)))
+        zero = quantize(weight, "int4").zero
+        assert zero is not None
+        assert (zero == (0 if sign == 1 else 15)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_step_is_no_larger_than_the_range_asks_for(kind: Any, dtype: torch.dtype) -> None:
+    weight = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q = quantize(weight, kind)
+    width = q.group
+    for index in range(q.scale.shape[1]):
+        part = weight[:, index * width : (index + 1) * width].float()
+        low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
+        step = {"int8": part.abs().amax(1) / 127, "int4": (high - low) / 15, "fp8": part.abs().amax(1) / 448}[kind]
+        ratio = q.scale[:, index].float() / step
+        assert ratio.min() >= 1 - 1e-6
+        assert ratio.max() <= 1 + 2**-7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_stay_zero(kind: Any) -> None:
+    weight = torch.zeros(3, 2 * GROUP[kind] + 2)
+    weight[1, 0] = 1.0
+    got = quantize(weight, kind).dequantize(torch.float32)
+    assert torch.equal(got == 0, weight == 0)
+    assert got[1, 0] == pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_visible_in_its_group_alone(kind: Any, bad: float) -> None:
+    weight = torch.randn(2, 3 * GROUP[kind], generator=torch.Generator().manual_seed(0))
+    want = quantize(weight, kind).dequantize(torch.float32)
+    weight[0, 5] = bad
+    got = quantize(weight, kind).dequantize(torch.float32)
+    assert not got[0, 5].isfinite()
+    got[0, : GROUP[kind]] = want[0, : GROUP[kind]]
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_matrices_are_done_piece_by_piece_with_the_same_result(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(50, 70, generator=torch.Generator().manual_seed(0))
+    whole = quantize(weight, kind)
+    monkeypatch.setattr("actors.model.quant.quantize.TILE_BYTES", 70 * 4 * 7)
+    pieces = quantize(weight, kind)
+    assert torch.equal(pieces.data.view(torch.uint8), whole.data.view(torch.uint8))
+    assert torch.equal(pieces.scale, whole.scale)
+    assert torch.equal(pieces.dequantize(torch.float32), whole.dequantize(torch.float32))
+
+
+def test_bytes_of_an_element() -> None:
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    assert {kind: quantize(weight, kind).nbytes / weight.numel() for kind in ("int8", "int4", "fp8")} == {
+        "int8": 1 + 2 / 128,
+        "int4": 0.5 + 3 / 32,
+        "fp8": 1 + 2 / 128,
+    }
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="weight has 7 columns: allowed is an even number"):
+        quantize(torch.zeros(2, 7), "int4")
+    quantize(torch.zeros(2, 7), "int8")
+    with pytest.raises(ValueError, match="kind is 'int2'"):
+        quantize(torch.zeros(2, 8), "int2")  # type: ignore[arg-type]
+    for weight in (torch.zeros(8), torch.zeros(2, 8, dtype=torch.int8)):
+        with pytest.raises(ValueError, match="allowed is a floating"):
+            quantize(weight, "int8")
