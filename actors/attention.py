@@ -128,7 +128,7 @@ class AttentionShard:
 
     def load(self) -> Address:
         """Read this shard's weights, allocate the KV cache. Returns where gateways connect."""
-        with Checkpoint(self._settings.path) as checkpoint:
+        with Checkpoint(self._settings.path, check_finite=self._settings.check_weights) as checkpoint:
             self._model = AttentionModel.load(
                 self._spec,
                 checkpoint,

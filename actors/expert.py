@@ -89,7 +89,7 @@ class ExpertShard:
         self._wanted_epoch = max(self._wanted_epoch, epoch)
         with self._changing:
             missing = set(experts) - self._bank.experts
-            with Checkpoint(self._model.path) as checkpoint:
+            with Checkpoint(self._model.path, check_finite=self._model.check_weights) as checkpoint:
                 read = ExpertBank.load(
                     self._spec,
                     checkpoint,
@@ -98,6 +98,7 @@ class ExpertShard:
                     row_block=self._model.row_block,
                     progress=self._count,
                     device=self._model.torch_device,
+                    quantization=self._model.quant_kind,
                 )
             self._bank, self._epoch = self._bank.with_(read), epoch
         return len(missing)

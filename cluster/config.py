@@ -124,6 +124,9 @@ class ExpertsConfig(_Section):
     min_replicas: int = Field(1, ge=1, le=16, description="shards that hold each expert, at least")
     slots: int = Field(0, ge=0, description="(layer, expert) weights a shard may hold; 0: what its share needs")
     spares: int = Field(0, ge=0, le=64, description="warm processes without experts, for quick recovery")
+    quantization: Literal["none", "int8", "int4", "fp8"] = Field(
+        "none", description="quantise the experts' weights while they are loaded; none: keep them as they are stored"
+    )
     autoscale: AutoscaleConfig = Field(default_factory=AutoscaleConfig)
     cpus: float = Field(0.25, gt=0, description="logical CPUs of a bundle, for Ray's bookkeeping")
     gpus: float = Field(1.0, gt=0, le=1, description="with device: cuda, the part of a GPU that a bundle gets")
@@ -221,11 +224,14 @@ class RayConfig(_Section):
 class ServerConfig(_Section):
     """Everything ``expertmesh serve`` can be told."""
 
-    model: str = Field("default", description="default, or the folder of a checkpoint")
+    model: str = Field(
+        "default", min_length=1, description="default, the folder of a checkpoint, or ORG/NAME[@REVISION] of the hub"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     context_length: Annotated[int, AfterValidator(_not_one)] = Field(
         0, ge=0, description="tokens, prompt and answer; 0: what the model allows"
     )
+    check_weights: bool = Field(True, description="look for NaN and infinity while weights are loaded")
     deterministic: bool = Field(True, description="a row's result does not depend on its batch mates")
     transport: Literal["auto", "nccl", "shm", "tcp", "local"] = "auto"
     device: Literal["cpu", "cuda"] = Field("cpu", description="where gates, experts and attention compute")

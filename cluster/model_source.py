@@ -5,15 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.config import ConfigError
+from cluster.hub import Hub, HubId
 
 DEFAULT_MODEL = "default"
 DEFAULT_MODEL_NAME = "smollm2-135m-moe"
+_PATH_STARTS = ("/", "./", "../", "~")
+
+
+def pinned_model(model: str) -> str:
+    """What all nodes are told, so that each gets the same: a repository at a commit, or a folder's absolute path.
+
+    Asks the hub, once, what a branch or tag means now. Raises ConfigError.
+    """
+    if model == DEFAULT_MODEL:
+        return model
+    source = model_source(model)
+    return str(source) if isinstance(source, Path) else str(Hub().pin(source))
 
 
 def resolve_model(model: str, progress: bool = False) -> Path:
-    """The folder of ``model``; "default" is made in the user's cache first if it is not there yet.
+    """The folder of ``model`` on this machine; "default" is made, and a repository fetched, if it is not there yet.
 
-    Raises ConfigError when there is no such folder.
+    Raises ConfigError; of the hub's errors, HubError.
     """
     if model == DEFAULT_MODEL:
         from cluster.default_model import cache_dir, ensure_default_model
@@ -22,12 +35,34 @@ def resolve_model(model: str, progress: bool = False) -> Path:
             return ensure_default_model(progress=progress)
         except OSError as error:
             raise ConfigError(f"model: the default model cannot be made in {cache_dir()}: {error}") from error
+    source = model_source(model)
+    return source if isinstance(source, Path) else Hub().fetch(source, progress)
+
+
+def model_source(model: str) -> Path | HubId:
+    """An existing folder's absolute path, or a repository: a folder wins over a repository of the same name.
+
+    Raises ConfigError for what is neither.
+    """
     path = Path(model).expanduser()
-    if not path.is_dir():
+    if path.is_dir():
+        return path.resolve()
+    if model.startswith(_PATH_STARTS) or model in (".", ".."):
         raise ConfigError(f"model: {model!r} is not a folder; give the folder of a checkpoint, or {DEFAULT_MODEL!r}")
-    return path.resolve()
+    wanted = HubId.parse(model)
+    if wanted is None:
+        raise ConfigError(
+            f"model: {model!r} is not a folder, and no repository is called so; give the folder of a checkpoint, "
+            f"ORG/NAME or ORG/NAME@REVISION of the Hugging Face hub, or {DEFAULT_MODEL!r}"
+        )
+    return wanted
 
 
 def model_name(model: str) -> str:
-    """What clients call it."""
-    return DEFAULT_MODEL_NAME if model == DEFAULT_MODEL else Path(model).expanduser().resolve().name
+    """What clients call it: a folder's name; a repository's, without the revision. Asks nobody: no node but that of
+    ``serve`` needs to have the folder."""
+    if model == DEFAULT_MODEL:
+        return DEFAULT_MODEL_NAME
+    path = Path(model).expanduser()
+    wanted = None if path.is_dir() or model.startswith(_PATH_STARTS) else HubId.parse(model)
+    return path.resolve().name if wanted is None else wanted.repo

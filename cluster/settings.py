@@ -111,6 +111,7 @@ class SettingsFactory:
     def _model(self, node_id: str, threads: int, sharing: int) -> ModelSettings:
         path = self.paths[node_id]
         spec = load_spec(path)
+        check_quantization(self.config, spec)
         if not threads and spec.d_model * spec.moe.inter * torch_dtype(self.config, path).itemsize < _WORTH_A_THREAD:
             threads = 1
         return ModelSettings(
@@ -122,6 +123,8 @@ class SettingsFactory:
             sharing=sharing,
             device=self.config.device,
             nccl=self.config.transport == "nccl",
+            expert_quantization=self.config.experts.quantization,
+            check_weights=self.config.check_weights,
         )
 
 
@@ -156,4 +159,14 @@ def check_shards(config: ServerConfig, spec: MoEDecoderSpec) -> None:
             f"experts.shards: {config.experts.shards}; allowed are {least} to {most}: the model has "
             f"{spec.moe.n_experts} experts a layer, min_replicas is {config.experts.min_replicas}"
             + (f", slots is {config.experts.slots}" if config.experts.slots else "")
+        )
+
+
+def check_quantization(config: ServerConfig, spec: MoEDecoderSpec) -> None:
+    """Raise ConfigError when experts are to be quantised that are stored quantised."""
+    wanted, stored = config.experts.quantization, spec.quantization
+    if wanted != "none" and stored is not None:
+        raise ConfigError(
+            f"experts.quantization: {wanted}, but the checkpoint is quantised already ({stored.method}, {stored.bits} "
+            "bits), which is kept as it is; write none"
         )

@@ -23,18 +23,23 @@ app.add_typer(batch, name="batch")
 
 @app.command()
 def serve(
-    model: Annotated[str | None, typer.Option(help="A checkpoint's folder, or 'default'.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint's folder, ORG/NAME[@REVISION] of the hub, or 'default'.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="Configuration; flags win over it.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC gateway; 0 takes a free one.")] = None,
     http_port: Annotated[int | None, typer.Option(help="Port of the HTTP gateway; 0 takes a free one.")] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Off loopback, serve even without TLS or tokens.")
     ] = False,
+    quantization: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Quantise the experts at load: int8, int4, fp8 or none.")
+    ] = None,
 ) -> None:
     """Start the cluster and serve until Ctrl-C."""
     from cluster.cli.serve import run_serve
 
-    raise typer.Exit(run_serve(model, config, grpc_port, http_port, insecure))
+    raise typer.Exit(run_serve(model, config, grpc_port, http_port, insecure, quantization))
 
 
 @app.command()
@@ -145,6 +150,22 @@ def watch(connection: Connection) -> int:
     from cluster.cli.operate import run_watch
 
     return run_watch(connection)
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint's folder, a config.json, ORG/NAME[@REVISION] of the hub, or 'default'.")
+    ],
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Such as 80GiB: how many shards of it are needed.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs; sizes in bytes.")] = False,
+) -> None:
+    """Show how large a model is and how it divides over shards, and check its files, without loading it."""
+    from cluster.cli.inspect import run_inspect
+
+    raise typer.Exit(run_inspect(model, memory, as_json))
 
 
 @app.command()

@@ -21,7 +21,7 @@ from cluster.access import missing_locks, refuse_open_door
 from cluster.cli.terminal import complain
 from cluster.config import ConfigError, ServerConfig, load_config
 from cluster.gateway.settings import Doors
-from cluster.model_source import model_name
+from cluster.model_source import model_name, pinned_model
 from cluster.tls import server_pem
 
 _WHO_TIMEOUT_S = 2.0
@@ -32,7 +32,12 @@ _OPEN = {
 
 
 def run_serve(
-    model: str | None, config_file: Path | None, grpc_port: int | None, http_port: int | None, insecure: bool
+    model: str | None,
+    config_file: Path | None,
+    grpc_port: int | None,
+    http_port: int | None,
+    insecure: bool,
+    quantization: str | None,
 ) -> int:
     """Serve until SIGINT or SIGTERM; the exit status."""
     signals = StopSignals()
@@ -41,11 +46,13 @@ def run_serve(
         "gateway.port": grpc_port,
         "gateway.http_port": http_port,
         "gateway.insecure": insecure or None,
+        "experts.quantization": quantization,
     }
     try:
         config = load_config(config_file, {key: value for key, value in flags.items() if value is not None})
         check_door(config)
         check_ports(config)
+        config = config.model_copy(update={"model": pinned_model(config.model)})
         with ready_cluster(config, weight_bytes(config), signals):
             signals.wait()
             print("stopping", file=sys.stderr, flush=True)
@@ -135,21 +142,27 @@ def check_door(config: ServerConfig) -> None:
 
 
 def weight_bytes(config: ServerConfig) -> int:
-    """Open the checkpoint and the tokenizer, so that what is wrong with them is said before anything starts.
+    """Have the checkpoint on this machine and open it and its tokenizer, so that what is wrong with them is said before
+    anything starts.
 
-    Returns the bytes of its files. Raises ConfigError, CheckpointError, UnsupportedModelError, TokenizerError.
+    Returns the bytes that attention and expert shards will read. Raises ConfigError, CheckpointError,
+    UnsupportedModelError, TokenizerError.
     """
     from actors.model.families import load_spec
-    from actors.model.weights import Checkpoint
+    from actors.model.weight_files import locate_weights
     from cluster.gateway.server import served_model
+    from cluster.inspection import bytes_by_part
     from cluster.model_source import resolve_model
-    from cluster.settings import SettingsFactory, check_shards
+    from cluster.settings import SettingsFactory, check_quantization, check_shards
 
     path = resolve_model(config.model, progress=True)
-    check_shards(config, load_spec(path))
+    spec = load_spec(path)
+    check_shards(config, spec)
+    check_quantization(config, spec)
     served_model(SettingsFactory(config, {"": path}).gateway(""))
-    Checkpoint(path).close()
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    by_part = bytes_by_part(spec, locate_weights(path).values())
+    resident = sum(size for part, size in by_part.items() if part not in ("expert", "gate"))
+    return by_part["expert"] * config.experts.min_replicas + resident * config.attention.replicas
 
 
 def expected_errors() -> tuple[type[Exception], ...]:

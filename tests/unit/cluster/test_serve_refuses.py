@@ -39,7 +39,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated shard": (cut, r"model-00002-of-0000\d.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), r"config.json"),
-    "unknown family": (lambda f: edit_config(f, model_type="gpt9"), r"model_type.*gpt9.*'deepseek_v3', 'glm4_moe'"),
+    "unknown family": (lambda f: edit_config(f, model_type="gpt9"), r"model_type.*gpt9.*'deepseek_v3', .*'glm4_moe'"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer.json"),
 }
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from actors.model.families import load_spec
+from actors.model.quant.scheme import QuantScheme
 from cluster.config import ConfigError, load_config
 from cluster.fleet import Bundle
-from cluster.settings import ROW_BLOCK, SettingsFactory
+from cluster.settings import ROW_BLOCK, SettingsFactory, check_quantization
 from tests.checkpoints import write_deepseek_v3
 
 TOKEN_BYTES = 3 * (32 + 8) * 4
@@ -56,3 +59,21 @@ def test_deterministic_mode_and_dtype(checkpoint: Path) -> None:
     relaxed = factory(checkpoint, deterministic=False, dtype="bfloat16").attention(bundle, [bundle])
     assert (relaxed.row_block, relaxed.dtype) == (0, "bfloat16")
     assert factory(checkpoint).attention(bundle, [bundle]).dtype == "float32"
+
+
+def test_quantisation_and_checks_reach_the_actors(checkpoint: Path) -> None:
+    bundle = Bundle("expert-0", "a")
+    plain = factory(checkpoint).expert(bundle, [bundle])
+    assert (plain.quant_kind, plain.check_weights) == (None, True)
+    asked = {"experts.quantization": "int4", "check_weights": False}
+    settings = factory(checkpoint, **asked).expert(bundle, [bundle])
+    assert (settings.quant_kind, settings.check_weights) == ("int4", False)
+
+
+def test_what_is_quantised_already_is_not_quantised_again(checkpoint: Path) -> None:
+    spec = replace(load_spec(checkpoint), quantization=QuantScheme("gptq", 4))
+    check_quantization(load_config(None, {"experts.quantization": "none"}), spec)
+    config = load_config(None, {"experts.quantization": "int8"})
+    check_quantization(config, load_spec(checkpoint))
+    with pytest.raises(ConfigError, match=r"experts\.quantization: int8, but .* quantised already \(gptq, 4 bits\)"):
+        check_quantization(config, spec)

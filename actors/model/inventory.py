@@ -1,0 +1,114 @@
+"""How large a model is, part by part, and how much of it a shard holds. Arithmetic on its description alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import get_args
+
+from .quant.qtensor import QuantKind
+from .quant.quantize import GROUP
+from .quant.scheme import QuantScheme
+from .spec import MoEDecoderSpec
+from .tensor_list import expert_tensors, resident_tensors
+
+_QUANTISED_SCALE_BYTES = 2  # bf16, see quantize
+_QUANTISED_ZERO_BYTES = {"int8": 0, "int4": 1, "fp8": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Parameters of a model. ``embed`` to ``dense``: of all layers together; ``head`` is 0 where the embeddings are the
+    head as well; ``expert``: of one routed expert of one layer. Multi-token-prediction layers are not in it.
+
+    ``experts``: (layer, expert) pairs there are; ``active_experts``: those that a token passes.
+    """
+
+    embed: int
+    head: int
+    norms: int
+    attention: int
+    gates: int
+    shared: int
+    dense: int
+    expert: int
+    experts: int
+    active_experts: int
+    d_model: int
+
+    @classmethod
+    def of(cls, spec: MoEDecoderSpec) -> Inventory:
+        """Count the tensors that the model's checkpoint holds."""
+        counts: Counter[str] = Counter()
+        for tensor in resident_tensors(spec):
+            counts[tensor.part] += tensor.numel
+        layers = spec.moe_layers
+        return cls(
+            embed=counts["embed"],
+            head=counts["head"],
+            norms=counts["norm"],
+            attention=counts["attention"],
+            gates=counts["gate"],
+            shared=counts["shared"],
+            dense=counts["dense"],
+            expert=sum(tensor.numel for layer in layers[:1] for tensor in expert_tensors(spec, layer, 0)),
+            experts=len(layers) * spec.moe.n_experts,
+            active_experts=len(layers) * spec.moe.top_k,
+            d_model=spec.d_model,
+        )
+
+    @property
+    def total(self) -> int:
+        """All parameters, correction biases too."""
+        return self.attention_shard + self.gates + self.experts * self.expert
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token is multiplied with, and its row of the embeddings."""
+        lookup = self.embed - self.d_model if self.head else 0
+        return self.attention_shard - lookup + self.gates + self.active_experts * self.expert
+
+    @property
+    def attention_shard(self) -> int:
+        """What each attention shard holds: all but gates and routed experts."""
+        return self.embed + self.head + self.norms + self.attention + self.shared + self.dense
+
+    def experts_per_shard(self, shards: int) -> int:
+        """(layer, expert) pairs of the fullest of ``shards`` expert shards."""
+        return -(-self.experts // shards)
+
+    def shards_for(self, memory: int, expert_bytes: int) -> int | None:
+        """Fewest expert shards that hold all experts with ``memory`` bytes each; None: not one expert fits."""
+        held = memory // expert_bytes
+        return -(-self.experts // held) if held else None
+
+
+def expert_shapes(spec: MoEDecoderSpec) -> list[tuple[int, int]]:
+    """[N, K] of the three matrices of a routed expert; empty for a model without."""
+    tensors = (tensor for layer in spec.moe_layers[:1] for tensor in expert_tensors(spec, layer, 0))
+    return [(tensor.shape[0], tensor.shape[1]) for tensor in tensors]
+
+
+def quantised_bytes(shapes: Iterable[tuple[int, int]], kind: QuantKind) -> int:
+    """Bytes of matrices that were quantised at load, with scales and zero points; as ``quantize`` makes them."""
+    per_group = _QUANTISED_SCALE_BYTES + _QUANTISED_ZERO_BYTES[kind]
+    bits = 4 if kind == "int4" else 8
+    return sum(rows * width * bits // 8 + rows * -(-width // GROUP[kind]) * per_group for rows, width in shapes)
+
+
+def held_bytes(shapes: Iterable[tuple[int, int]], scheme: QuantScheme | None, itemsize: int) -> int:
+    """Bytes of matrices as a shard keeps them that quantises nothing: as they are stored, cast if they are not
+    quantised. ``itemsize``: of the dtype it computes in. Exact without a scheme. With one, scales are taken to be 16
+    bits wide (fp8's 32), which config.json does not tell, and an order of columns (GPTQ) is left out."""
+    if scheme is None:
+        return sum(rows * width * itemsize for rows, width in shapes)
+    group = scheme.block[1] if scheme.method == "fp8" else scheme.group_size
+    per_group = (4 if scheme.method == "fp8" else 2) + (0 if scheme.symmetric else 1)
+    return sum(
+        rows * width * scheme.bits // 8 + rows * -(-width // (group or width)) * per_group for rows, width in shapes
+    )
+
+
+QUANTIZATIONS: tuple[QuantKind, ...] = get_args(QuantKind)
+"""What experts can be quantised to at load."""

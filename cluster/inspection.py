@@ -1,0 +1,229 @@
+"""What can be said of a checkpoint without loading it: from its config.json, its index, and its files' headers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.model.errors import CheckpointError, UnsupportedModelError
+from actors.model.families import load_spec, spec_from_config
+from actors.model.inventory import QUANTIZATIONS, Inventory, expert_shapes, held_bytes, quantised_bytes
+from actors.model.safetensors_header import TensorEntry
+from actors.model.spec import MoEDecoderSpec
+from actors.model.tensor_list import ExpectedTensor, expected_tensors, expert_tensors
+from actors.model.weight_files import locate_weights
+from cluster.config import ConfigError
+from cluster.hub import Hub, HubId
+from cluster.hub_files import CONFIG, INDEX, Listing, missing_weights, read_index, weight_names
+from cluster.model_source import DEFAULT_MODEL, model_source, resolve_model
+
+_TOLD = 8
+"""Of missing tensors so many are named, of shapes that differ so many are told."""
+
+_PLAIN = ("F32", "F16", "BF16")
+_PACKED = ("qweight", "weight_packed")
+"""What GPTQ and AWQ, and compressed-tensors, call a packed matrix instead of ``weight``."""
+
+_SCALES = {"fp8": "weight_scale_inv", "compressed-tensors": "weight_scale", "gptq": "scales", "awq": "scales"}
+"""What has to lie beside a quantised matrix, by method."""
+
+Entries = Mapping[str, TensorEntry | None]
+"""Tensors by name; None where only the index was seen."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """All in bytes, but the inventory. ``expert``: a routed expert in memory, by ``experts.quantization``; "none" alone
+    (and an estimate) if it is stored quantised. ``expert_on_disk`` and ``disk``, the latter of all files of weights:
+    None if they were not seen."""
+
+    inventory: Inventory
+    attention_shard: int
+    expert: dict[str, int]
+    expert_on_disk: int | None
+    kv_per_token: int
+    disk: int | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """``model``: what was looked at, a repository at its commit. ``config``: config.json as it is. ``spec`` and
+    ``sizes`` are None for a model that is not supported; then, and for weights that cannot be used, ``problems`` say
+    why."""
+
+    model: str
+    config: dict[str, Any]
+    spec: MoEDecoderSpec | None
+    sizes: Sizes | None
+    mtp_tensors: int
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """``weights``: the folder with all files, if they are there; else ``listing`` and the index may tell something."""
+
+    model: str
+    config: Path
+    weights: Path | None = None
+    listing: Listing | None = None
+
+
+def inspect_model(model: str) -> Inspection:
+    """Look at a folder, a config.json, or a repository of the hub (of which only config.json and index are fetched).
+
+    Raises ConfigError and CheckpointError when there is nothing to look at.
+    """
+    source = _find(model)
+    config = _read_config(source.config)
+    try:
+        spec = spec_from_config(config) if source.weights is None else load_spec(source.weights)
+    except UnsupportedModelError as error:
+        return Inspection(source.model, config, None, None, 0, (str(error),))
+    entries, disk, problems = _tensors(source)
+    if entries is not None:
+        problems += _differences(spec, entries)
+    mtp = sum(name.startswith(_behind(spec)) for name in entries or ())
+    return Inspection(source.model, config, spec, _sizes(spec, entries or {}, disk), mtp, tuple(problems))
+
+
+def bytes_by_part(spec: MoEDecoderSpec, files: Iterable[Mapping[str, TensorEntry]]) -> Counter[str]:
+    """Bytes on disk of the tensors that are read, scales and zero points too, by ``Part``. Those behind the last layer,
+    and others that nobody reads, are not counted."""
+    parts: dict[str, str] = {
+        _stem(name): tensor.part for tensor in expected_tensors(spec) for name in (tensor.name, *tensor.aliases)
+    }
+    parts |= {name: "expert" for layer in spec.moe_layers for name in spec.names.fused_experts(layer)}
+    sizes: Counter[str] = Counter()
+    for name, entry in (item for held in files for item in held.items()):
+        part = parts.get(name) or parts.get(_stem(name))
+        if part is not None:
+            sizes[part] += entry.end - entry.begin
+    return sizes
+
+
+def _find(model: str) -> _Source:
+    path = Path(model).expanduser()
+    if path.is_file():
+        return _Source(str(path.resolve()), path)
+    source = resolve_model(model) if model == DEFAULT_MODEL else model_source(model)
+    if isinstance(source, Path):
+        return _Source(str(source), source / CONFIG, source)
+    return _find_on_hub(source)
+
+
+def _find_on_hub(wanted: HubId) -> _Source:
+    pinned, listing, folder = Hub().fetch_description(wanted)
+    complete = listing is None and not missing_weights(folder)
+    return _Source(str(pinned), folder / CONFIG, folder if complete else None, listing)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: {path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"model: {path}: holds {type(config).__name__}, expected a JSON object")
+    return config
+
+
+def _tensors(source: _Source) -> tuple[Entries | None, int | None, list[str]]:
+    """What the weights' files hold (None: not to be known), their bytes, and what is wrong with them."""
+    if source.listing is not None:
+        return _indexed(source.config.parent / INDEX, source.listing)
+    if source.weights is None:
+        return None, None, []
+    try:
+        files = locate_weights(source.weights)
+    except CheckpointError as error:
+        return None, None, [str(error)]
+    entries = {name: entry for held in files.values() for name, entry in held.items()}
+    return entries, sum(file.stat().st_size for file in files), []
+
+
+def _indexed(path: Path, listing: Listing) -> tuple[Entries | None, int | None, list[str]]:
+    index = read_index(path) if INDEX in listing.names else None
+    weights = weight_names(listing.names, index)
+    problems = [f"{name}: not in the repository, though {INDEX} names it" for name in sorted(weights - listing.names)]
+    entries = None if index is None else dict.fromkeys(index["weight_map"])
+    return entries, listing.size(weights & listing.names), problems
+
+
+def _differences(spec: MoEDecoderSpec, entries: Entries) -> list[str]:
+    """Tensors that are not there, or that have another shape."""
+    fused = (spec.names.fused_experts(layer)[0] for layer in spec.moe_layers)
+    blocks = tuple(name.removesuffix("gate_up_proj") for name in fused if name in entries)
+    missing, shapes = [], []
+    for tensor in expected_tensors(spec):
+        if tensor.part == "expert" and tensor.name.startswith(blocks):
+            continue
+        if (name := _missing(spec, entries, tensor)) is not None:
+            missing.append(name)
+        entry = entries.get(tensor.name)
+        if entry is not None and entry.dtype in _PLAIN and entry.shape != tensor.shape:
+            shapes.append(f"tensor {tensor.name!r} has shape {list(entry.shape)}, expected {list(tensor.shape)}")
+    if missing:
+        more = f" and {len(missing) - _TOLD} more" if len(missing) > _TOLD else ""
+        shapes.insert(0, f"{len(missing)} tensor(s) missing: {', '.join(missing[:_TOLD])}{more}")
+    return shapes[: _TOLD + 1]
+
+
+def _missing(spec: MoEDecoderSpec, entries: Entries, tensor: ExpectedTensor) -> str | None:
+    """What is not there of a tensor: itself, or the scale that belongs to it where it is quantised."""
+    plain = next((name for name in (tensor.name, *tensor.aliases) if name in entries), None)
+    packed = any(f"{_stem(tensor.name)}.{form}" in entries for form in _PACKED)
+    if plain is None and not (packed and spec.quantization):
+        return tensor.name
+    entry = entries[plain] if plain else None
+    if spec.quantization is None or (plain and (entry is None or entry.dtype in _PLAIN)):
+        return None
+    scale = f"{_stem(tensor.name)}.{_SCALES[spec.quantization.method]}"
+    return None if scale in entries else scale
+
+
+def _stem(name: str) -> str:
+    """Of a matrix and of its scales."""
+    return name.rpartition(".")[0]
+
+
+def _sizes(spec: MoEDecoderSpec, entries: Entries, disk: int | None) -> Sizes:
+    inventory, shapes, itemsize = Inventory.of(spec), expert_shapes(spec), spec.dtype.itemsize
+    expert = {"none": held_bytes(shapes, spec.quantization, itemsize)}
+    if spec.quantization is None:
+        expert |= {kind: quantised_bytes(shapes, kind) for kind in QUANTIZATIONS}
+    return Sizes(
+        inventory,
+        inventory.attention_shard * itemsize,
+        expert,
+        _expert_on_disk(spec, entries),
+        spec.kv_floats_per_token * itemsize,
+        disk,
+    )
+
+
+def _expert_on_disk(spec: MoEDecoderSpec, entries: Entries) -> int | None:
+    """Bytes of the largest expert on disk, of those whose tensors' sizes are known."""
+    by_stem: Counter[str] = Counter()
+    for name, entry in entries.items():
+        if entry is not None:
+            by_stem[_stem(name)] += entry.end - entry.begin
+    largest = 0
+    for layer in spec.moe_layers:
+        for expert in range(spec.moe.n_experts):
+            tensors = expert_tensors(spec, layer, expert)
+            largest = max(largest, sum(by_stem[_stem(tensor.name)] for tensor in tensors))
+        fused = [entries.get(name) for name in spec.names.fused_experts(layer)]
+        largest = max(largest, sum(entry.end - entry.begin for entry in fused if entry) // spec.moe.n_experts)
+    return largest or None
+
+
+def _behind(spec: MoEDecoderSpec) -> tuple[str, ...]:
+    """Prefixes of the tensors of layers behind the last one that is read."""
+    return tuple(spec.names.layer(spec.n_layers + layer, "") for layer in range(max(1, spec.n_mtp)))

@@ -1,0 +1,374 @@
+"""Models from a hub: what is fetched, what is not, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from cluster import hub as hub_module
+from cluster.config import ConfigError
+from cluster.hub import (
+    AccessRefused,
+    Hub,
+    HubError,
+    HubId,
+    HubUnreachable,
+    NoDiskSpace,
+    NoSuchRepository,
+    NoSuchRevision,
+    NotACheckpoint,
+)
+from cluster.hub_files import weight_names
+from tests.hub_server import HubServer, hub_server
+
+INDEX = "model.safetensors.index.json"
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+REPO = HubId("org/tiny")
+
+
+def index(**tensors: str) -> bytes:
+    return json.dumps({"weight_map": tensors}).encode()
+
+
+def files(**more: bytes) -> dict[str, bytes]:
+    """A repository of two weight files, with all that tends to lie beside them."""
+    return {
+        "config.json": b"{}",
+        "generation_config.json": b"g",
+        "tokenizer.json": b"t",
+        "tokenizer_config.json": b"tc",
+        "chat_template.jinja": b"x",
+        "tokenizer.model": b"m",
+        INDEX: index(a=A, b=B),
+        A: b"a" * 5000,
+        B: b"b" * 3000,
+        "consolidated.safetensors": b"c" * 8000,
+        "original/model.safetensors": b"o" * 8000,
+        "original/tokenizer.model": b"om",
+        "pytorch_model.bin": b"p" * 8000,
+        "modeling_deepseek.py": b"raise SystemExit",
+        "configuration_deepseek.py": b"raise SystemExit",
+        "README.md": b"r",
+        **{name.replace("__", "."): data for name, data in more.items()},
+    }
+
+
+WANTED = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    INDEX,
+    A,
+    B,
+}
+
+
+@pytest.fixture
+def server() -> Iterator[HubServer]:
+    with hub_server() as running:
+        yield running
+
+
+@pytest.fixture
+def hub(server: HubServer, tmp_path: Path) -> Hub:
+    return Hub(server.url, tmp_path / "cache")
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("text", "repo", "revision"),
+    [
+        ("org/name", "org/name", "main"),
+        ("deepseek-ai/DeepSeek-V2-Lite@v1.0", "deepseek-ai/DeepSeek-V2-Lite", "v1.0"),
+        ("a/b@refs/pr/1", "a/b", "refs/pr/1"),
+    ],
+)
+def test_ids(text: str, repo: str, revision: str) -> None:
+    assert HubId.parse(text) == HubId(repo, revision)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "name",
+        "a/b/c",
+        "/a/b",
+        "a/b@",
+        "a/b@../../x",
+        "a/..",
+        "-a/b",
+        "a/b-",
+        "a b/c",
+        "a/b--c",
+        "a/b@-x",
+        "a/" + "b" * 95,
+    ],
+)
+def test_what_no_repository_is_called(text: str) -> None:
+    assert HubId.parse(text) is None
+
+
+def test_only_what_a_checkpoint_needs_is_fetched(server: HubServer, hub: Hub) -> None:
+    commit = server.publish("org/tiny", files())
+    folder = hub.fetch(REPO)
+    assert folder.name == commit
+    assert names(folder) == WANTED
+    assert (folder / A).read_bytes() == b"a" * 5000
+    assert set(server.fetched()) == WANTED
+    assert not any(".py" in path or "/original/" in path for path in server.asked)
+
+
+def test_a_second_time_nothing_is_fetched(server: HubServer, hub: Hub) -> None:
+    server.publish("org/tiny", files())
+    first = hub.fetch(REPO)
+    pinned = HubId("org/tiny", first.name)
+    assert pinned.pinned
+    server.asked.clear()
+    assert hub.fetch(pinned) == first
+    assert [path.split()[0] for path in server.asked] == ["GET"]
+    assert server.fetched() == []
+
+
+def test_a_pinned_revision_stays_when_the_branch_moves(server: HubServer, hub: Hub) -> None:
+    old = server.publish("org/tiny", files())
+    pinned = hub.pin(REPO)
+    assert pinned == HubId("org/tiny", old)
+    assert server.fetched() == ["config.json"]
+    new = server.publish("org/tiny", files(config__json=b"[]"))
+    assert hub.fetch(pinned).name == old
+    assert hub.fetch(REPO).name == new
+    assert server.fetched().count(A) == 1, "what is the same in both is fetched once"
+
+
+def test_branches_and_tags(server: HubServer, hub: Hub) -> None:
+    server.publish("org/tiny", files())
+    tagged = server.publish("org/tiny", files(config__json=b"[]"), revision="v2")
+    assert hub.fetch(HubId("org/tiny", "v2")).name == tagged
+    with pytest.raises(NoSuchRevision, match=r"org/tiny has no revision 'v3'"):
+        hub.fetch(HubId("org/tiny", "v3"))
+    with pytest.raises(NoSuchRevision, match="0" * 40):
+        hub.fetch(HubId("org/tiny", "0" * 40))
+
+
+def test_weights_by_the_loaders_rule() -> None:
+    assert weight_names({"model.safetensors", A, "x.safetensors"}, None) == {"model.safetensors"}
+    assert weight_names({"model.safetensors", A, B}, {"weight_map": {"a": A}}) == {"model.safetensors"}
+    both = {"model.safetensors", A}
+    assert weight_names({*both, B}, {"weight_map": {"a": A, "b": "model.safetensors"}}) == both
+    assert weight_names({A, B, "x.safetensors"}, {"weight_map": {"a": A, "b": B}}) == {A, B}
+    assert weight_names({A, B, "adapter_model.safetensors", "sub/x.safetensors"}, None) == {A, B}
+    assert weight_names({"pytorch_model.bin"}, None) == frozenset()
+
+
+def test_who_may_not(server: HubServer, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    server.publish("org/tiny", files())
+    with pytest.raises(NoSuchRepository, match=r"no repository org/other at http://.* or it is private: then HF_TOKEN"):
+        hub.fetch(HubId("org/other"))
+    server.gated.add("org/tiny")
+    with pytest.raises(AccessRefused, match=r"org/tiny@main is gated: ask for access at .*/org/tiny, and set HF_TOKEN"):
+        hub.fetch(REPO)
+    server.gated.clear()
+    server.private.add("org/tiny")
+    with pytest.raises(NoSuchRepository, match="HF_TOKEN"):
+        hub.fetch(REPO)
+    server.status = 403
+    with pytest.raises(AccessRefused, match=r"http://.* refuses org/tiny@main \(403\): set HF_TOKEN"):
+        hub.fetch(REPO)
+    server.status = 503
+    with pytest.raises(HubUnreachable, match="503"):
+        hub.fetch(REPO)
+    server.status = 0
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    assert names(hub.fetch(REPO)) == WANTED
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        (
+            {"config.json": b"{}", "pytorch_model-1.bin": b"p" * 999},
+            r"only pickled weights \(pytorch_model-1\.bin, .*GiB",
+        ),
+        ({"config.json": b"{}", "README.md": b""}, r"has no \*\.safetensors"),
+        ({"config.json": b"{}", "adapter_model.safetensors": b""}, r"has no \*\.safetensors"),
+        ({"config.json": b"{}", "sub/model.safetensors": b""}, r"has no \*\.safetensors"),
+        ({"model.safetensors": b""}, r"has no config\.json"),
+        ({"config.json": b"{}", INDEX: index(a=A, b=B), A: b""}, rf"has no file '{B}', though its {INDEX} names it"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_before_weights_are_fetched(
+    server: HubServer, hub: Hub, held: dict[str, bytes], message: str
+) -> None:
+    server.publish("org/tiny", held)
+    with pytest.raises(NotACheckpoint, match=message):
+        hub.fetch(REPO)
+    assert not {name for name in server.fetched() if not name.endswith(".json")}
+
+
+@pytest.mark.parametrize(
+    "bad", [b"{", b"[]", b'{"weight_map": {"a": "../x.safetensors"}}', b'{"weight_map": {"a": "a.bin"}}']
+)
+def test_a_bad_index(server: HubServer, hub: Hub, bad: bytes) -> None:
+    server.publish("org/tiny", {**files(), INDEX: bad})
+    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json"):
+        hub.fetch(REPO)
+    assert A not in server.fetched()
+
+
+def test_a_full_disk_is_seen_before(server: HubServer, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.publish("org/tiny", files())
+    first = sum(len(files()[name]) for name in WANTED - {INDEX, "config.json"})
+    room = {"free": first - 1}
+    usage = type("Usage", (), {"free": property(lambda _: room["free"])})
+    monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda _: usage())
+    with pytest.raises(NoDiskSpace, match=r"needs 0\.00 GiB more in .*cache.* HF_HOME or HF_HUB_CACHE"):
+        hub.fetch(REPO)
+    assert A not in server.fetched()
+    room["free"] = first
+    hub.fetch(REPO)
+    # Of a new commit only what is new counts.
+    server.publish("org/tiny", files(chat_template__jinja=b"yy"))
+    room["free"] = 2
+    assert names(hub.fetch(REPO)) == WANTED
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(
+    server: HubServer, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    server.publish("org/tiny", files())
+    server.cut.add(A)
+    assert (hub.fetch(REPO) / A).read_bytes() == b"a" * 5000
+    assert server.ranges == [f"{A} bytes=2000-"]
+
+
+def test_a_download_that_was_given_up_fetches_only_what_is_missing(
+    server: HubServer, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    server.publish("org/tiny", files())
+    server.broken.add(A)
+    with pytest.raises(HubUnreachable, match=r"org/tiny@\w+ cannot be fetched from http"):
+        hub.fetch(REPO)
+    server.broken.clear()
+    server.asked.clear()
+    assert names(hub.fetch(REPO)) == WANTED
+    assert A in server.fetched()
+    assert "config.json" not in server.fetched()
+
+
+class Unplugged:
+    """A hub whose server has ended; the cache has what was fetched before."""
+
+    def __init__(self, cache: Path) -> None:
+        with hub_server() as server:
+            server.publish("org/tiny", files())
+            self.folder = Hub(server.url, cache).fetch(REPO)
+        self.hub = Hub(server.url, cache)
+
+
+def test_without_a_hub_the_cache_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unplugged = Unplugged(tmp_path)
+    assert unplugged.hub.pin(REPO) == HubId("org/tiny", unplugged.folder.name)
+    assert unplugged.hub.fetch(REPO, progress=True) == unplugged.folder
+    assert "cannot be fetched" in (told := capsys.readouterr().err)
+    assert told.endswith("from the cache\n")
+    assert unplugged.hub.fetch(HubId("org/tiny", unplugged.folder.name)) == unplugged.folder
+    for other in (HubId("org/other"), HubId("org/tiny", "v2"), HubId("org/tiny", "0" * 40)):
+        with pytest.raises(HubUnreachable, match=r"Connection refused; org/.* is not in the cache .* either"):
+            unplugged.hub.fetch(other)
+
+
+def test_without_a_hub_a_snapshot_has_to_be_complete(tmp_path: Path) -> None:
+    unplugged = Unplugged(tmp_path)
+    (unplugged.folder / B).unlink()
+    with pytest.raises(HubUnreachable, match=rf"Connection refused; the cache .* has it without {B}"):
+        unplugged.hub.fetch(REPO)
+
+
+def test_told_to_stay_offline_nothing_is_asked(
+    server: HubServer, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.publish("org/tiny", files())
+    folder = hub.fetch(REPO)
+    server.asked.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert Hub(server.url, tmp_path / "cache").fetch(REPO) == folder
+    with pytest.raises(HubUnreachable, match=r"offline mode.*not in the cache"):
+        hub.fetch(HubId("org/other"))
+    assert server.asked == []
+
+
+def test_a_cache_laid_out_by_others(tmp_path: Path) -> None:
+    """By the layout's description: refs name commits, snapshots link to blobs."""
+    commit = "c" * 40
+    root = tmp_path / "models--org--tiny"
+    for part in ("refs", "blobs", f"snapshots/{commit}"):
+        (root / part).mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    for number, (name, data) in enumerate(
+        {"config.json": b"{}", "model.safetensors": b"w", "tokenizer.json": b""}.items()
+    ):
+        (root / "blobs" / f"blob{number}").write_bytes(data)
+        (root / "snapshots" / commit / name).symlink_to(f"../../blobs/blob{number}")
+    hub = Hub("http://127.0.0.1:9", tmp_path)
+    assert hub.fetch(REPO) == root / "snapshots" / commit
+    (root / "snapshots" / commit / "model.safetensors").unlink()
+    with pytest.raises(HubUnreachable, match=r"without model\.safetensors"):
+        hub.fetch(REPO)
+
+
+def test_who_is_no_hub(hub: Hub, server: HubServer) -> None:
+    server.publish("org/tiny", files())
+    server.garbled = True
+    with pytest.raises(HubError, match=r"org/tiny@main at http"):
+        hub.fetch(REPO)
+
+
+class StoppedError(BaseException):
+    """What the handler of a signal raises."""
+
+
+def test_a_signal_ends_a_download(server: HubServer, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not go on in the background, and the file of which half was there is not kept for whole."""
+    server.publish("org/tiny", files())
+    downloads: list[threading.Event] = []
+    bars = hub_module._bars
+    monkeypatch.setattr(hub_module, "_bars", lambda shown, event: downloads.append(event) or bars(shown, event))
+
+    def half_way(name: str) -> None:
+        if name == A:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert downloads[-1].wait(30)
+
+    def on_signal(*_: Any) -> None:
+        raise StoppedError
+
+    server.half_way = half_way
+    previous = signal.signal(signal.SIGUSR1, on_signal)
+    try:
+        with pytest.raises(StoppedError):
+            hub.fetch(REPO)
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert not any(thread.name.startswith("hub_") for thread in threading.enumerate())
+    kept = [path.name for path in (hub._storage(REPO) / "snapshots").glob("*/*")]
+    assert "config.json" in kept
+    assert A not in kept
+    assert not list((hub._storage(REPO) / "blobs").glob("*.incomplete"))

@@ -1,0 +1,97 @@
+"""What ``model`` means: the built-in one, a folder, or a repository; and what every node is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from cluster import model_source as module
+from cluster.config import ConfigError, load_config
+from cluster.hub import Hub, HubId
+from cluster.model_source import model_name, model_source, pinned_model, resolve_model
+from tests.hub_server import HubServer, hub_server
+from tests.processes import run
+from tests.serving import tiny_model
+
+FILES = {"config.json": b"{}", "model.safetensors": b"w"}
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """The hub that the environment names."""
+    with hub_server() as running:
+        monkeypatch.setattr(module, "Hub", lambda: Hub(running.url, tmp_path / "cache"))
+        yield running
+
+
+def test_folders_win_over_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert model_source("org/tiny") == HubId("org/tiny")
+    (tmp_path / "org" / "tiny").mkdir(parents=True)
+    assert model_source("org/tiny") == tmp_path / "org" / "tiny"
+    assert model_source("org/tiny@v1") == HubId("org/tiny", "v1")
+
+
+@pytest.mark.parametrize("path", ["/no/such", "./org/tiny", "../org/tiny", "~/no/such/model", ".."])
+def test_what_looks_like_a_path_is_one(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    if path == "..":
+        assert model_source(path) == tmp_path
+    else:
+        with pytest.raises(ConfigError, match=f"model: '{path}' is not a folder; give the folder of a checkpoint"):
+            model_source(path)
+
+
+@pytest.mark.parametrize("text", ["tiny", "a/b/c", "org/tiny@", "org name/x"])
+def test_what_is_neither(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not a folder, and no repository is called so; .*ORG/NAME@REVISION"):
+        resolve_model(text)
+
+
+def test_what_nodes_are_told(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit, so that each node gets the same; a folder without the directory that it was named from."""
+    commit = server.publish("org/tiny", FILES)
+    assert pinned_model("org/tiny") == f"org/tiny@{commit}"
+    assert pinned_model(f"org/tiny@{commit}") == f"org/tiny@{commit}"
+    assert pinned_model("default") == "default"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    assert pinned_model("m") == str(tmp_path / "m")
+    server.publish("org/tiny", {**FILES, "config.json": b"[]"})
+    assert resolve_model(f"org/tiny@{commit}").name == commit
+
+
+def test_what_clients_call_it(tmp_path: Path) -> None:
+    assert model_name("org/tiny@main") == model_name(f"org/tiny@{'0' * 40}") == "org/tiny"
+    assert model_name(str(tmp_path / "gone")) == "gone"
+    assert model_name("default") == "smollm2-135m-moe"
+
+
+def test_the_environment_names_hub_cache_and_token(tmp_path: Path) -> None:
+    """In a process of its own: huggingface_hub reads it when it is imported."""
+    tiny_model(tmp_path / "model")
+    with hub_server() as server:
+        commit = server.publish_folder("org/tiny", tmp_path / "model")
+        server.private.add("org/tiny")
+        cache = tmp_path / "home" / "hub"
+        env = {"HF_ENDPOINT": server.url, "HF_HOME": str(cache.parent), "HF_HUB_CACHE": str(cache), "HF_TOKEN": "wrong"}
+        assert "it is private: then HF_TOKEN" in run("inspect", "org/tiny", **env).stderr
+        shards = tmp_path / "many.yaml"
+        shards.write_text("{experts: {shards: 4096}, gateway: {port: 0, http_port: 0}}")
+        env["HF_TOKEN"] = server.token
+        served = run("serve", "--model", "org/tiny", "--config", str(shards), **env)
+        assert f"fetching org/tiny@{commit}: " in served.stderr
+        assert "experts.shards: 4096; allowed are 1 to 16" in served.stderr, "it has read the model's config.json"
+        assert (cache / "models--org--tiny" / "snapshots" / commit / "model.safetensors").is_file()
+    offline = run("inspect", "org/tiny", "--json", **env, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert f"org/tiny@{commit}" in offline.stdout
+
+
+def test_the_environment_is_not_read_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert resolve_model(str(load_config(None, {"model": str(tmp_path)}).model)) == tmp_path
