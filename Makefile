@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PROTOS := $(wildcard protos/expertmesh/v1/*.proto)
 
-.PHONY: help setup demo test lint check-manifests format protos bench picture clean
+.PHONY: help setup demo test lint check-manifests format protos bench parity picture clean
 
 help:  ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ protos: setup  ## Regenerate the gRPC code
 
 bench: setup  ## Measure the wires
 	$(BIN)/python -m benchmarks.transport
+
+parity: setup  ## Compare every model family with transformers: docs/parity.md
+	$(BIN)/python -m tests.parity
 
 picture: setup  ## Draw docs/live_run.svg anew: what the demo prints
 	$(BIN)/python docs/live_run.py

@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .quant.int8_product import int8_linear
+from .quant.qtensor import QTensor
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, row_block: int = 0) -> Tensor:
+Matrix = Tensor | QTensor
+
+
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None, row_block: int = 0) -> Tensor:
     """``x @ weight.T + bias``. x: [R, K], weight: [N, K], bias: [N] or None, one dtype; returns [R, N].
+
+    A quantised weight stays as it is: some of its rows at a time are dequantised to x's dtype and multiplied, or, with
+    ``int8_activations``, x is quantised too and multiplied as integers.
 
     ``row_block > 0`` is the deterministic mode: every product is computed on exactly that many rows, copied
     to aligned memory and zero padded. GEMM libraries choose their kernel, and with it the order of additions,
@@ -15,6 +23,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, row_block: int
     MKL (fp32) and oneDNN (bf16) were found independent of position, mates, alignment and thread count; 1, 2
     and 4 rows are not safe.
     """
+    if isinstance(weight, Tensor):
+        return _dense(x, weight, bias, row_block)
+    if weight.int8_activations:
+        out = int8_linear(x, weight)
+        return out if bias is None else out + bias
+    return _weight_only(x, weight, bias, row_block)
+
+
+def _weight_only(x: Tensor, weight: QTensor, bias: Tensor | None, row_block: int) -> Tensor:
+    if weight.columns is not None:
+        x = x.index_select(1, weight.columns)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for start, tile in weight.tiles(x.dtype):
+        part = slice(start, start + tile.shape[0])
+        out[:, part] = _dense(x, tile, None if bias is None else bias[part], row_block)
+    return out
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, row_block: int) -> Tensor:
     if row_block == 0:
         return F.linear(x, weight, bias)
     rows = x.shape[0]

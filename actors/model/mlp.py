@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import linear
+from .linear import Matrix, linear
 from .pointwise import pointwise
 from .reader import TensorReader
 
@@ -16,25 +17,51 @@ from .reader import TensorReader
 class SwiGLU:
     """``down(silu(gate x) * (up x))``, no biases (arXiv 2002.05202).
 
-    gate_up: [2I, D], the gate's rows first; down: [D, I].
+    gate_up: [2I, D], the gate's rows first, or the two matrices [I, D] apart where one is quantised unlike the other;
+    down: [D, I].
     """
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix | tuple[Matrix, ...]
+    down: Matrix
 
     @classmethod
     def load(cls, read: TensorReader, names: tuple[str, str, str], d_model: int, inter: int) -> SwiGLU:
-        """Read the (gate, up, down) matrices called ``names``."""
+        """Read the (gate, up, down) matrices called ``names`` as dense ones."""
         gate, up, down = names
         gate_up = read.stacked([(gate, (inter, d_model)), (up, (inter, d_model))])
         return cls(gate_up, read(down, (d_model, inter)))
 
+    @classmethod
+    def load_expert(cls, read: TensorReader, names: tuple[str, str, str], d_model: int, inter: int) -> SwiGLU:
+        """Read the (gate, up, down) matrices called ``names``; quantised ones stay so."""
+        gate, up, down = names
+        gate_up = read.stacked_matrix([(gate, (inter, d_model)), (up, (inter, d_model))])
+        return cls(gate_up, read.matrix(down, (d_model, inter)))
+
+    @classmethod
+    def load_fused(
+        cls, read: TensorReader, names: tuple[str, str], count: int, index: int, d_model: int, inter: int
+    ) -> SwiGLU:
+        """Read expert ``index`` out of the fused (gate_up [count, 2I, D], down [count, D, I]) called ``names``."""
+        gate_up, down = names
+        return cls(
+            read.matrix_entry(gate_up, count, index, (2 * inter, d_model)),
+            read.matrix_entry(down, count, index, (d_model, inter)),
+        )
+
     @property
     def nbytes(self) -> int:
-        """Bytes of both matrices."""
-        return self.gate_up.nbytes + self.down.nbytes
+        """Bytes of all matrices."""
+        return sum(matrix.nbytes for matrix in self._matrices())
 
     def __call__(self, x: Tensor, row_block: int = 0) -> Tensor:
-        """x: [R, D] in the weights' dtype; returns [R, D]. ``row_block`` as for :func:`linear`."""
-        gate, up = linear(x, self.gate_up, row_block=row_block).chunk(2, dim=-1)
+        """x: [R, D] in the weights' dtype (quantised: any); returns [R, D]. ``row_block`` as for :func:`linear`."""
+        if isinstance(self.gate_up, tuple):
+            gate, up = (linear(x, matrix, row_block=row_block) for matrix in self.gate_up)
+        else:
+            gate, up = linear(x, self.gate_up, row_block=row_block).chunk(2, dim=-1)
         return linear(pointwise(F.silu, gate, row_block) * up, self.down, row_block=row_block)
+
+    def _matrices(self) -> Iterator[Matrix]:
+        yield from self.gate_up if isinstance(self.gate_up, tuple) else (self.gate_up,)
+        yield self.down

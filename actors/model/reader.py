@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from .linear import Matrix
+from .quant.qtensor import QTensor, QuantKind, can_stack, stack
+from .quant.quantize import quantize
+from .quant.read import is_quantized, read_quantized
+from .quant.scheme import QuantScheme
 from .weights import Checkpoint
+
+Part = tuple[str, tuple[int, int]]
+"""A matrix's name and shape."""
 
 
 class TensorReader:
-    """Reads a process's tensors in the dtype and on the device where it computes, and reports progress.
+    """Reads a process's tensors in the dtype and on the device where it computes, and reports progress. Called, it
+    gives dense tensors, dequantised if they are stored quantised; the ``matrix`` methods keep them as they are.
 
-    ``progress`` gets the bytes read from disk, once per tensor.
+    ``scheme`` says how quantised matrices lie on disk, None: there are none. ``quantize``: as what plain ones are kept
+    where they need not be dense; ValueError together with a scheme. ``progress`` gets the bytes read from disk, once
+    per tensor, from one thread at a time. Reading is safe from several threads.
     """
 
     def __init__(
@@ -22,19 +34,23 @@ class TensorReader:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         progress: Callable[[int], None] | None = None,
+        scheme: QuantScheme | None = None,
+        quantize: QuantKind | None = None,
     ) -> None:
+        if scheme is not None and quantize is not None:
+            raise ValueError(f"quantize is {quantize!r}: allowed is None, as the checkpoint is {scheme.method} already")
         self._checkpoint = checkpoint
         self.dtype = dtype
-        self._device = device
+        self._device = torch.device(device)
         self._progress = progress
+        self._scheme = scheme
+        self._quantize = quantize
+        self._reporting = threading.Lock()
+        self._reported = checkpoint.bytes_read
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor ``name``, which must have ``shape``."""
-        before = self._checkpoint.bytes_read
-        tensor = self._checkpoint.read(name, shape, self.dtype).to(self._device)
-        if self._progress is not None:
-            self._progress(self._checkpoint.bytes_read - before)
-        return tensor
+        return self.stacked([(name, shape)])
 
     def stacked(self, parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
         """The tensors (name, shape) under one another, along axis 0: one product instead of several."""
@@ -43,6 +59,69 @@ class TensorReader:
         out = torch.empty((rows, *wanted[0][1][1:]), dtype=self.dtype, device=self._device)
         start = 0
         for name, shape in wanted:
-            out[start : start + shape[0]] = self(name, shape)
+            self._fill(out[start : start + shape[0]], name)
             start += shape[0]
+            self._report()
         return out
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
+        """The matrix ``name``, quantised if it is stored so or ``quantize`` is set."""
+        stored = self._stored_quantized(name, shape)
+        if stored is None and self._quantize is None:
+            return self(name, shape)
+        kept = stored or self._quantized(self._checkpoint.read(name, shape))
+        self._report()
+        return kept
+
+    def stacked_matrix(self, parts: Sequence[Part]) -> Matrix | tuple[Matrix, ...]:
+        """As :meth:`stacked`, of what :meth:`matrix` gives. Apart, in their order, where they cannot lie under one
+        another: one plain and one quantised, or two orders of columns."""
+        if self._quantize is None and not any(self._is_quantized(name) for name, _ in parts):
+            return self.stacked(parts)
+        matrices = [self.matrix(name, shape) for name, shape in parts]
+        quantized = [matrix for matrix in matrices if isinstance(matrix, QTensor)]
+        if len(quantized) == len(matrices) and can_stack(quantized):
+            return stack(quantized)
+        return tuple(matrices)
+
+    def matrix_entry(self, name: str, count: int, index: int, shape: tuple[int, int]) -> Matrix:
+        """Entry ``index`` of the fused tensor ``name`` [count, *shape], which is stored plain; see :meth:`matrix`."""
+        if self._quantize is None:
+            kept: Matrix = self._checkpoint.read_entry(name, count, index, shape, self.dtype).to(self._device)
+        else:
+            kept = self._quantized(self._checkpoint.read_entry(name, count, index, shape))
+        self._report()
+        return kept
+
+    def _fill(self, out: Tensor, name: str) -> None:
+        shape = tuple(out.shape)
+        stored = self._stored_quantized(name, shape) if len(shape) == 2 else None
+        if stored is not None:
+            stored.dequantize_into(out)
+        elif self._device.type == "cpu":
+            self._checkpoint.read_into(out, name)
+        else:
+            out.copy_(self._checkpoint.read(name, shape, self.dtype))
+
+    def _is_quantized(self, name: str) -> bool:
+        return self._scheme is not None and is_quantized(self._checkpoint, self._scheme, name)
+
+    def _stored_quantized(self, name: str, shape: tuple[int, ...]) -> QTensor | None:
+        if self._scheme is None:
+            return None
+        stored = read_quantized(self._checkpoint, self._scheme, name, (shape[0], shape[1]))
+        return None if stored is None else stored.to(self._device)
+
+    def _quantized(self, plain: Tensor) -> QTensor:
+        """From the precision on disk: a cast before it would add an error."""
+        assert self._quantize is not None
+        return quantize(plain, self._quantize).to(self._device)
+
+    def _report(self) -> None:
+        if self._progress is None:
+            return
+        with self._reporting:
+            total = self._checkpoint.bytes_read
+            if total > self._reported:
+                self._progress(total - self._reported)
+                self._reported = total

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from .packing import unpack_nibbles
+
 QuantKind = Literal["int8", "int4", "fp8"]
+
+DATA = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+SCALES = (torch.float32, torch.bfloat16, torch.float16)
+MIDDLE = {"int8": 0, "int4": 8}
+"""The zero point where none is kept."""
+
+TILE_BYTES = 4 * 1024 * 1024
+"""Of fp32 numbers that are dequantised at a time."""
+
+MAX_INT8_COLUMNS = 2**16
+"""Up to here sums of 255 * 128 per column stay within int32."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -15,9 +30,10 @@ class QTensor:
     """``W[n, k] = (data[n, k] - zero[n, k // group]) * scale[n, k // group]``, N rows of K columns.
 
     data: int8 or float8_e4m3fn [N, K]; for ``int4`` uint8 [N, K / 2], column 2j in the low nibble of byte j, unsigned.
-    scale: [N, ceil(K / group)] floating. zero: uint8 as scale, or None: 0 (for int4: 8). columns: int64 [K] or None;
-    stored column j is the matrix's column ``columns[j]`` (GPTQ's act order). ``int8_activations``: rows that are
-    multiplied are quantised as well.
+    scale: fp32, bf16 or fp16 [N, ceil(K / group)]: the last group may be shorter. zero: as scale, int8 (``int8``) or
+    uint8 (``int4``), or None: 0 (for int4: 8); fp8 has none. columns: int64 [K] or None; stored column j is the
+    matrix's column ``columns[j]`` (GPTQ's act order). ``int8_activations`` (kind int8): rows that are multiplied are
+    quantised as well. Raises ValueError for parts that do not fit.
     """
 
     kind: QuantKind
@@ -28,6 +44,27 @@ class QTensor:
     columns: Tensor | None = None
     int8_activations: bool = False
 
+    def __post_init__(self) -> None:
+        if self.kind not in DATA:
+            raise ValueError(f"kind is {self.kind!r}: allowed is one of {', '.join(DATA)}")
+        if self.group < 1:
+            raise ValueError(f"group is {self.group}: allowed is an integer >= 1")
+        if self.data.dtype != DATA[self.kind] or self.data.dim() != 2:
+            found = f"{self.data.dtype} {list(self.data.shape)}"
+            raise ValueError(f"data is {found}: allowed for {self.kind} is a matrix of {DATA[self.kind]}")
+        rows, width = self.shape
+        groups = (rows, -(-width // self.group))
+        _expect("scale", self.scale, SCALES, groups)
+        if self.zero is not None:
+            _expect("zero", self.zero, (DATA[self.kind],) if self.kind in MIDDLE else (), groups)
+        if self.columns is not None:
+            _expect("columns", self.columns, (torch.int64,), (width,))
+        if self.int8_activations and (self.kind != "int8" or self.columns is not None or width > MAX_INT8_COLUMNS):
+            raise ValueError(
+                f"int8_activations with kind {self.kind}, {width} columns{', reordered' * (self.columns is not None)}: "
+                f"allowed is int8 with at most {MAX_INT8_COLUMNS} columns in their order"
+            )
+
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
@@ -35,7 +72,110 @@ class QTensor:
         return rows, width * 2 if self.kind == "int4" else width
 
     @property
+    def device(self) -> torch.device:
+        """Where all parts lie."""
+        return self.data.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of everything that is kept."""
         parts = (self.data, self.scale, self.zero, self.columns)
         return sum(part.nbytes for part in parts if part is not None)
+
+    def to(self, device: torch.device | str) -> QTensor:
+        """The same on ``device``; nothing is copied if it lies there."""
+        return replace(
+            self,
+            data=self.data.to(device),
+            scale=self.scale.to(device),
+            zero=None if self.zero is None else self.zero.to(device),
+            columns=None if self.columns is None else self.columns.to(device),
+        )
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [N, K]: products in fp32, one cast to ``dtype``."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        self.dequantize_into(out)
+        return out
+
+    def dequantize_into(self, out: Tensor) -> None:
+        """:meth:`dequantize` into ``out`` [N, K], floating, on the same device: part of a larger one, say."""
+        for start, tile in self.tiles(torch.float32):
+            rows = out[start : start + tile.shape[0]]
+            if self.columns is None:
+                rows.copy_(tile)
+            else:
+                rows[:, self.columns] = tile.to(out.dtype)
+
+    def tiles(self, dtype: torch.dtype, tile_bytes: int = TILE_BYTES) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows [n, K] in ``dtype``) from the top to the bottom, columns in their *stored* order.
+
+        Each tile is memory of its own; at most ``tile_bytes`` of fp32 (one row at least) lie about at a time, and as
+        much again in ``dtype``. Where the tiles are cut depends on K alone.
+        """
+        height = max(1, tile_bytes // (4 * max(1, self.shape[1])))
+        if height > 8:
+            height -= height % 8
+        for start in range(0, self.shape[0], height):
+            yield start, self._rows(slice(start, start + height)).to(dtype)
+
+    def _rows(self, rows: slice) -> Tensor:
+        """fp32 [n, K], stored order of columns."""
+        data = self.data[rows]
+        values = unpack_nibbles(data).float() if self.kind == "int4" else data.float()
+        scale = self.scale[rows].float()
+        zero = None if self.zero is None else self.zero[rows].float()
+        if zero is None and MIDDLE.get(self.kind):
+            values.sub_(MIDDLE[self.kind])
+        whole = self.shape[1] // self.group
+        cut = whole * self.group
+        for part, groups in ((values[:, :cut], slice(0, whole)), (values[:, cut:], slice(whole, None))):
+            if part.shape[1]:
+                grouped = part.unflatten(1, (-1, min(self.group, part.shape[1])))
+                if zero is not None:
+                    grouped.sub_(zero[:, groups, None])
+                grouped.mul_(scale[:, groups, None])
+        return values
+
+
+def can_stack(parts: Sequence[QTensor]) -> bool:
+    """Whether :func:`stack` takes them: kind, K, group, order of columns and treatment of rows must agree."""
+    first = parts[0]
+    return all(_layout(part) == _layout(first) and _same_columns(part, first) for part in parts)
+
+
+def stack(parts: Sequence[QTensor]) -> QTensor:
+    """The matrices under one another. ValueError for what :func:`can_stack` refuses."""
+    if not can_stack(parts):
+        found = ", ".join(f"{p.kind} K={p.shape[1]} group={p.group} act order={p.columns is not None}" for p in parts)
+        raise ValueError(f"matrices {found} cannot be stacked: expected one kind, K, group and order of columns")
+    first = parts[0]
+    scales = {part.scale.dtype for part in parts}
+    scale_dtype = scales.pop() if len(scales) == 1 else torch.float32
+    zero = None
+    if any(part.zero is not None for part in parts):
+        zero = torch.cat([_zero(part) for part in parts])
+    data = torch.cat([part.data.view(torch.uint8) for part in parts]).view(first.data.dtype)
+    return replace(first, data=data, scale=torch.cat([part.scale.to(scale_dtype) for part in parts]), zero=zero)
+
+
+def _layout(q: QTensor) -> tuple[object, ...]:
+    return q.kind, q.shape[1], q.group, q.int8_activations
+
+
+def _same_columns(a: QTensor, b: QTensor) -> bool:
+    if a.columns is None or b.columns is None:
+        return a.columns is b.columns
+    return torch.equal(a.columns, b.columns)
+
+
+def _zero(q: QTensor) -> Tensor:
+    if q.zero is not None:
+        return q.zero
+    return torch.full(q.scale.shape, MIDDLE[q.kind], dtype=q.data.dtype, device=q.device)
+
+
+def _expect(part: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+    if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+        allowed = f"{' or '.join(map(str, dtypes))} {list(shape)}" if dtypes else "none"
+        raise ValueError(f"{part} is {tensor.dtype} {list(tensor.shape)}: allowed is {allowed}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 QuantMethod = Literal["fp8", "compressed-tensors", "gptq", "awq"]
+Bits = Literal[4, 8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class QuantScheme:
     """
 
     method: QuantMethod
-    bits: Literal[4, 8]
+    bits: Bits
     group_size: int = 0
     symmetric: bool = True
     block: tuple[int, int] = (128, 128)

@@ -1,0 +1,66 @@
+"""Products of rows that are quantised to int8 as they come (W8A8, dynamic, a scale per row)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .qtensor import QTensor
+
+STEPS = 127.5
+"""Half of int8's range: compressed-tensors' divisor, whose largest element then rounds to 128 and is clamped to 127."""
+
+EXACT_COLUMNS = 1024
+"""int8 products over so many columns are integers <= 2**24, which fp32 adds exactly in any order."""
+
+CUDA_MIN_ROWS = 32
+"""torch._int_mm takes more than 16 rows alone there, and multiples of 8 for the other two extents."""
+
+
+def int8_linear(x: Tensor, weight: QTensor) -> Tensor:
+    """``dequantised(quantised(x)) @ dequantised(weight).T``. x: floating [R, K]; returns [R, N] in x's dtype.
+
+    The integer products are exact; scales are applied in fp32, with one cast at the end. A row's result does not depend
+    on the other rows. A row that holds NaN or infinity becomes NaN or infinity, the others do not.
+    """
+    rows, row_scale = quantize_rows(x)
+    total = x.new_zeros((), dtype=torch.float32)
+    for index, start in enumerate(range(0, weight.shape[1], weight.group)):
+        part = slice(start, start + weight.group)
+        whole = int_matmul(rows[:, part], weight.data[:, part])
+        if weight.zero is not None:
+            whole -= rows[:, part].sum(-1, keepdim=True, dtype=torch.int32) * weight.zero[:, index].int()
+        total = total + whole.float() * weight.scale[:, index].float()
+    return (total * row_scale).to(x.dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 [R, K], fp32 scales [R, 1]): symmetric, scale = the largest magnitude / 127.5, ties to even.
+
+    As compressed-tensors' dynamic ``token`` strategy has it (compute_dynamic_scales_and_zp), eps in the place of a
+    scale of 0 included, but always in fp32: there, bf16 rows get bf16 scales and quotients.
+    """
+    values = x.float()
+    scale = values.abs().amax(-1, keepdim=True) / STEPS
+    scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
+    return (values / scale).round().clamp(-128, 127).to(torch.int8), scale
+
+
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` exactly. a: int8 [R, K], b: int8 [N, K]; returns int32 [R, N]."""
+    if a.device.type == "cpu":
+        return torch._int_mm(a.contiguous(), b.T)
+    if a.device.type == "cuda" and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0:
+        padded = F.pad(a, (0, 0, 0, max(0, CUDA_MIN_ROWS - a.shape[0])))
+        return torch._int_mm(padded, b.contiguous().T)[: a.shape[0]]
+    return exact_matmul(a, b)
+
+
+def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """:func:`int_matmul` out of fp32 products, on any device and for any shape."""
+    total = a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.int32)
+    for start in range(0, a.shape[1], EXACT_COLUMNS):
+        part = slice(start, start + EXACT_COLUMNS)
+        total += F.linear(a[:, part].float(), b[:, part].float()).int()
+    return total
