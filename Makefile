@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## Start a cluster, stream one chat answer, show what runs where, stop it
 	$(BIN)/expertmesh demo "What is the capital of France?"
 
-test: setup  ## Run every test
-	$(BIN)/python -m pytest
+test: setup  ## Run every test; those without Ray on all cores
+	$(BIN)/python -m pytest tests/unit -n auto --dist loadfile
+	$(BIN)/python -m pytest tests/multiprocess tests/cluster tests/gpu
 
 lint: setup check-manifests  ## ruff, mypy, import contracts, protos, manifests
 	$(BIN)/ruff check .

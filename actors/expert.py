@@ -23,6 +23,7 @@ from actors.loop import LoopThread
 from actors.messages import Kind, indices_from, on_host, tensor_from, tensor_part, traced_parts
 from actors.model.experts import ExpertBank
 from actors.model.families import load_spec
+from actors.model.heap import trim
 from actors.model.weights import Checkpoint
 from actors.settings import ModelSettings
 from actors.stats import WireTraffic, traffic
@@ -118,6 +119,7 @@ class ExpertShard:
         with self._changing:
             if epoch >= self._wanted_epoch:
                 self._bank, self._epoch = self._bank.only(experts), epoch
+                trim()
 
     def loaded_bytes(self) -> int:
         """Bytes read so far, for a progress bar."""

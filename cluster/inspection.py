@@ -87,7 +87,7 @@ def inspect_model(model: str) -> Inspection:
     entries, disk, problems = _tensors(source)
     if entries is not None:
         problems += _differences(spec, entries)
-    mtp = sum(name.startswith(_behind(spec)) for name in entries or ())
+    mtp = skipped_tensors(spec, entries or ())
     return Inspection(source.model, config, spec, _sizes(spec, entries or {}, disk), mtp, tuple(problems))
 
 
@@ -224,6 +224,7 @@ def _expert_on_disk(spec: MoEDecoderSpec, entries: Entries) -> int | None:
     return largest or None
 
 
-def _behind(spec: MoEDecoderSpec) -> tuple[str, ...]:
-    """Prefixes of the tensors of layers behind the last one that is read."""
-    return tuple(spec.names.layer(spec.n_layers + layer, "") for layer in range(max(1, spec.n_mtp)))
+def skipped_tensors(spec: MoEDecoderSpec, names: Iterable[str]) -> int:
+    """How many of ``names`` belong to layers behind the last one that is read: those for multi-token prediction."""
+    behind = tuple(spec.names.layer(spec.n_layers + layer, "") for layer in range(max(1, spec.n_mtp)))
+    return sum(name.startswith(behind) for name in names)

@@ -260,7 +260,7 @@ def _original_gate(gate: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor
     """MoEGate of the hub's modeling_deepseek.py: all in the model's dtype."""
     logits = torch.nn.functional.linear(hidden_states.view(-1, gate.hidden_dim), gate.weight)
     weights, experts = torch.topk(logits.softmax(dim=-1), k=gate.top_k, dim=-1, sorted=False)
-    if getattr(gate, "normalise", False):
+    if gate.top_k > 1 and getattr(gate, "normalise", False):
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     return logits, weights, experts
 

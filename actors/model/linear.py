@@ -10,6 +10,8 @@ from .quant.qtensor import QTensor
 
 Matrix = Tensor | QTensor
 
+_FEW = 11
+
 
 def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None, row_block: int = 0) -> Tensor:
     """``x @ weight.T + bias``. x: [R, K], weight: [N, K], bias: [N] or None, one dtype; returns [R, N].
@@ -21,7 +23,8 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None, row_block: int
     to aligned memory and zero padded. GEMM libraries choose their kernel, and with it the order of additions,
     by the number of rows; with one row alone (GEMV) MKL looks at the operands' alignment as well. For 8 rows
     MKL (fp32) and oneDNN (bf16) were found independent of position, mates, alignment and thread count; 1, 2
-    and 4 rows are not safe.
+    and 4 rows are not safe. Nor are 2 to 8 columns where K is no multiple of 4 (fp32): such a weight is padded to
+    _FEW + 1 rows first.
     """
     if isinstance(weight, Tensor):
         return _dense(x, weight, bias, row_block)
@@ -44,6 +47,15 @@ def _weight_only(x: Tensor, weight: QTensor, bias: Tensor | None, row_block: int
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, row_block: int) -> Tensor:
     if row_block == 0:
         return F.linear(x, weight, bias)
+    few = weight.shape[0]
+    if few <= _FEW and weight.shape[1] % 4:
+        missing = _FEW + 1 - few
+        padded = None if bias is None else F.pad(bias, (0, missing))
+        return _in_blocks(x, F.pad(weight, (0, 0, 0, missing)), padded, row_block)[:, :few]
+    return _in_blocks(x, weight, bias, row_block)
+
+
+def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, row_block: int) -> Tensor:
     rows = x.shape[0]
     blocks = -(-rows // row_block)
     out = x.new_empty(blocks * row_block, weight.shape[0])

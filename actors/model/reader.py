@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .heap import blank
 from .linear import Matrix
 from .quant.qtensor import QTensor, QuantKind, can_stack, stack
 from .quant.quantize import quantize
@@ -56,7 +57,9 @@ class TensorReader:
         """The tensors (name, shape) under one another, along axis 0: one product instead of several."""
         wanted = list(parts)
         rows = sum(shape[0] for _, shape in wanted)
-        out = torch.empty((rows, *wanted[0][1][1:]), dtype=self.dtype, device=self._device)
+        whole = (rows, *wanted[0][1][1:])
+        on_cpu = self._device.type == "cpu"
+        out = blank(whole, self.dtype) if on_cpu else torch.empty(whole, dtype=self.dtype, device=self._device)
         start = 0
         for name, shape in wanted:
             self._fill(out[start : start + shape[0]], name)

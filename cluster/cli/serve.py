@@ -151,7 +151,7 @@ def weight_bytes(config: ServerConfig) -> int:
     from actors.model.families import load_spec
     from actors.model.weight_files import locate_weights
     from cluster.gateway.server import served_model
-    from cluster.inspection import bytes_by_part
+    from cluster.inspection import bytes_by_part, skipped_tensors
     from cluster.model_source import resolve_model
     from cluster.settings import SettingsFactory, check_quantization, check_shards
 
@@ -160,7 +160,10 @@ def weight_bytes(config: ServerConfig) -> int:
     check_shards(config, spec)
     check_quantization(config, spec)
     served_model(SettingsFactory(config, {"": path}).gateway(""))
-    by_part = bytes_by_part(spec, locate_weights(path).values())
+    files = locate_weights(path).values()
+    if skipped := skipped_tensors(spec, (name for held in files for name in held)):
+        print(f"note: {skipped} tensors of layers for multi-token prediction are skipped", file=sys.stderr)
+    by_part = bytes_by_part(spec, files)
     resident = sum(size for part, size in by_part.items() if part not in ("expert", "gate"))
     return by_part["expert"] * config.experts.min_replicas + resident * config.attention.replicas
 

@@ -21,7 +21,7 @@ import structlog
 from actors.log_fields import fields_of
 from cluster.config import TelemetryConfig
 
-_QUIET = ("asyncio", "grpc", "opentelemetry", "urllib3", "uvicorn")
+_QUIET = ("asyncio", "grpc", "httpx", "httpx2", "huggingface_hub", "opentelemetry", "urllib3", "uvicorn")
 """Packages of others: from warnings on, and those seldom (see ``Seldom``)."""
 _SELDOM_S = 30.0
 _PLACES = 500

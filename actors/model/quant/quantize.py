@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .packing import pack_nibbles
-from .qtensor import DATA, TILE_BYTES, QTensor, QuantKind
+from .qtensor import DATA, QTensor, QuantKind
 
 GROUP = {"int8": 128, "int4": 32, "fp8": 128}
 """Columns that share a scale."""
+
+TILE_BYTES = 1024 * 1024
+"""Of fp32 that are worked on at once: small enough to stay in a cache, and several threads do it at the same time."""
 
 LARGEST = {"int8": 127.0, "int4": 15.0, "fp8": 448.0}
 

@@ -11,7 +11,7 @@ from actors.model.pointwise import PIECE, pointwise
 from actors.model.quant.qtensor import QTensor
 from actors.model.quant.quantize import quantize
 
-SHAPES = [(64, 32), (48, 96), (576, 49), (17, 19), (576, 1536), (40, 203)]
+SHAPES = [(54, 8), (333, 2), (27, 3), (64, 32), (48, 96), (576, 49), (17, 19), (576, 1536), (40, 203)]
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

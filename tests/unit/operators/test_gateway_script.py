@@ -23,7 +23,11 @@ trap 'echo ray ended >> {log}; exit 0' TERM
 {then}
 while true; do sleep 0.05; done
 """
-SOCKET = "python3 -c 'import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])' {raylet}"
+SOCKET = (
+    "python3 -c 'import os, socket, sys; os.chdir(sys.argv[1]); socket.socket(socket.AF_UNIX).bind(sys.argv[2])' "
+    "$(dirname {raylet}) $(basename {raylet})"
+)
+"""Bound from within its folder: a socket's whole path may have 107 bytes, a test's folder alone has more."""
 ULIMIT = "ulimit() { return 1; }\n"
 """As where the container runtime allows fewer open files: that is no reason not to serve."""
 
