@@ -16,7 +16,7 @@ from expertmesh.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
 from expertmesh.v1 import inference_pb2 as pb
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import write_deepseek_v3, write_glm4_moe
+from tests.checkpoints import WRITERS
 from tests.unit.gateway.tiny_tokenizers import CONFIG, write_checkpoint
 
 VOCABULARY = 300
@@ -24,12 +24,10 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor
 NEAR_TIE = 1e-5
 """Two candidates closer than this share of the logits' scale are a tie: nothing is promised from there on."""
 
-_WRITERS = {"deepseek_v3": write_deepseek_v3, "glm4_moe": write_glm4_moe}
-
 
 def tiny_model(path: Path, family: str = "deepseek_v3", seed: int = 0, **overrides: Any) -> Any:
     """Write a random checkpoint with a byte-level tokenizer and a chat template; returns the Hugging Face model."""
-    model = _WRITERS[family](path, seed=seed, **{"vocab_size": VOCABULARY, **overrides})
+    model = WRITERS[family](path, seed=seed, **{"vocab_size": VOCABULARY, **overrides})
     write_checkpoint(path, {**CONFIG, "chat_template": CHAT_TEMPLATE})
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "do_sample": False}))
     return model

@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 from actors.model.experts import ExpertBank
 from cluster.config import ServerConfig
 from cluster.launch import running_cluster
+from tests.checkpoints import WRITERS
 from tests.paged_runner import random_ids
 from tests.serving import VOCABULARY, Client, greedy, ids_request, swap_experts, tiny_model
 from tests.waiting import until
@@ -63,7 +64,7 @@ def error_of(call: Any) -> tuple[grpc.StatusCode, dict[str, Any]]:
     return caught.value.code(), details
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize("family", WRITERS)
 def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path, local: Local) -> None:
     """Six prompts of different length in one running batch, chunked prefill and all."""
     model = tiny_model(tmp_path, family, seed=3)
@@ -71,6 +72,25 @@ def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path, lo
     with running_cluster(local(tmp_path, **CHUNKED)) as doors, Client(doors.grpc) as client:
         got = client.tokens_together(PROMPTS, 32)
     assert [w.agrees(g) for w, g in zip(wanted, got, strict=True)] == [True] * len(PROMPTS)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("int8", 0.3), ("fp8", 0.3), ("int4", 0.25)])
+def test_experts_quantised_at_load(
+    kind: str, share: float, checkpoint: tuple[Path, Any], local: Local, client: Client
+) -> None:
+    """Small in memory (of fp32, and rows of 32 and 64 numbers for each scale), near the unquantised ones in what they
+    say, and the same however they are spread."""
+    plain = sum(actor.weight_bytes for actor in client.load(control_pb2.ROLE_EXPERT))
+    got = []
+    for shards in (1, 3):
+        config = local(checkpoint[0], **{"experts.quantization": kind, "experts.shards": shards})
+        with running_cluster(config) as doors, Client(doors.grpc) as quantised:
+            got.append(quantised.tokens_together(PROMPTS, 16))
+            assert sum(actor.weight_bytes for actor in quantised.load(control_pb2.ROLE_EXPERT)) < share * plain
+    assert got[0] == got[1]
+    exact = client.tokens_together(PROMPTS, 16)
+    assert got[0] != exact
+    assert sum(ours[0] == theirs[0] for ours, theirs in zip(got[0], exact, strict=True)) >= len(PROMPTS) // 2
 
 
 def test_swapped_experts_are_noticed(checkpoint: tuple[Path, Any], tmp_path: Path, local: Local) -> None:
