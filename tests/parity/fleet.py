@@ -79,10 +79,10 @@ class ExpertFleet:
             for name in self._hosts:
                 self._call(name, "stop")
 
-    def rows_per_shard(self) -> dict[str, int]:
-        """Rows that each shard got of the model being served."""
-        rows: dict[str, int] = self._call("router-0", "stats").rows_per_shard
-        return rows
+    def check_all_were_asked(self) -> None:
+        """Raise AssertionError unless every shard has computed rows of the model being served."""
+        rows = {name: self._call(name, "stats").rows for name in SHARDS}
+        assert all(rows.values()), f"a shard has computed nothing: {rows}"
 
     def _call(self, name: str, method: str, *args: Any) -> Any:
         self._hosts[name].send((method, args))

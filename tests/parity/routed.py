@@ -31,6 +31,7 @@ def routed_outputs(family: str, fleet: ExpertFleet, seed: int = 0) -> tuple[Tens
         with fleet.serving(path, torch.bfloat16) as client:
             client.begin_step()
             there = client.finish(client.start(layer, rows)).clone()
+            fleet.check_all_were_asked()
     return _theirs(model.model.layers[layer].mlp, rows), here, there
 
 
