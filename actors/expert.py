@@ -24,6 +24,7 @@ from actors.messages import Kind, indices_from, on_host, tensor_from, tensor_par
 from actors.model.experts import ExpertBank
 from actors.model.families import load_spec
 from actors.model.heap import trim
+from actors.model.parallel import READERS
 from actors.model.weights import Checkpoint
 from actors.settings import ModelSettings
 from actors.stats import WireTraffic, traffic
@@ -67,6 +68,7 @@ class ExpertShard:
         self._spec = load_spec(model.path)
         self._bank = ExpertBank({}, self._spec.d_model, model.torch_dtype, model.row_block)
         self._changing = threading.Lock()
+        self._checkpoint: Checkpoint | None = None
         self._epoch = 0
         self._wanted_epoch = 0  # of the latest load
         self._loaded_bytes = 0
@@ -85,23 +87,15 @@ class ExpertShard:
     def load(self, epoch: int, experts: Iterable[Expert]) -> int:
         """Read the weights of those of ``experts`` that are not here yet, for the map of ``epoch``.
 
-        Nothing is taken away: maps of other epochs go on being served. Returns how many were read.
+        Nothing is taken away: maps of other epochs go on being served, for the sake of which one thread reads instead
+        of several. Returns how many were read.
         """
         self._wanted_epoch = max(self._wanted_epoch, epoch)
         with self._changing:
             missing = set(experts) - self._bank.experts
-            with Checkpoint(self._model.path, check_finite=self._model.check_weights) as checkpoint:
-                read = ExpertBank.load(
-                    self._spec,
-                    checkpoint,
-                    missing,
-                    dtype=self._model.torch_dtype,
-                    row_block=self._model.row_block,
-                    progress=self._count,
-                    device=self._model.torch_device,
-                    quantization=self._model.quant_kind,
-                )
-            self._bank, self._epoch = self._bank.with_(read), epoch
+            if missing:
+                self._bank = self._bank.with_(self._read(missing))
+            self._epoch = epoch
         return len(missing)
 
     def join(self, plan: GroupPlan, timeout_s: float) -> None:
@@ -118,8 +112,10 @@ class ExpertShard:
         one has come meanwhile: calls may overtake each other."""
         with self._changing:
             if epoch >= self._wanted_epoch:
+                before = len(self._bank.experts)
                 self._bank, self._epoch = self._bank.only(experts), epoch
-                trim()
+                if len(self._bank.experts) < before:
+                    trim()
 
     def loaded_bytes(self) -> int:
         """Bytes read so far, for a progress bar."""
@@ -148,6 +144,27 @@ class ExpertShard:
         self._lobby.close()
         self._loop.stop()
         self._groups.close()
+
+    def _read(self, experts: Iterable[Expert]) -> ExpertBank:
+        with self._opened() as checkpoint:
+            return ExpertBank.load(
+                self._spec,
+                checkpoint,
+                experts,
+                dtype=self._model.torch_dtype,
+                row_block=self._model.row_block,
+                progress=self._count,
+                device=self._model.torch_device,
+                quantization=self._model.quant_kind,
+                readers=1 if self._bank.experts else READERS,
+            )
+
+    def _opened(self) -> Checkpoint:
+        """The same as for the load before, unless its files have changed: parsing their headers would hold up whoever
+        is served."""
+        if self._checkpoint is None or not self._checkpoint.unchanged():
+            self._checkpoint = Checkpoint(self._model.path, check_finite=self._model.check_weights)
+        return self._checkpoint
 
     def _count(self, read: int) -> None:
         self._loaded_bytes += read

@@ -38,6 +38,7 @@ class LoopThread:
         self._on_frame = on_frame
         self._on_gone = on_gone
         self._threads = threads
+        self._use_threads()  # already now: other threads that begin later, to read weights, take the number over
         self._next_deadline = next_deadline or (lambda: time.monotonic() + _IDLE_S)
         self._on_tick = on_tick
         self._poller = Poller()
@@ -103,8 +104,7 @@ class LoopThread:
             self._on_gone(wire, error)
 
     def _run(self) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads)
+        self._use_threads()
         try:
             with torch.inference_mode():
                 while not self._stopping:
@@ -117,6 +117,11 @@ class LoopThread:
             self._close_all()
             for wire in lost:
                 self._on_gone(wire, PeerGone("the data-plane loop ended by an error"))
+
+    def _use_threads(self) -> None:
+        """Torch keeps the number for each thread, and for threads to come."""
+        if self._threads:
+            torch.set_num_threads(self._threads)
 
     def _turn(self) -> None:
         with self._lock:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 
-QuantKind = Literal["int8", "int4", "fp8"]
+from actors.quant_kind import QuantKind
 
 
 @dataclass(frozen=True)

@@ -90,12 +90,12 @@ class AttentionFleet:
         """What ``count`` new replicas need of their nodes."""
         return [self._deployment.request("attention", self._config, actors=2) for _ in range(count)]
 
-    def spawn(self, bundles: Sequence[Bundle]) -> list[Replica]:
+    def spawn(self, bundles: Sequence[Bundle], deadline: float) -> list[Replica]:
         """One replica per bundle. They do not serve yet. If that fails, nothing of it is left, the bundles neither."""
         spawned, spawn = list[Member](), self._deployment.roster.spawn
         try:
             beside = [r.shard.bundle for r in self.replicas if r.shard.bundle] + list(bundles)
-            settings = self._deployment.settings([bundle.node_id for bundle in bundles])
+            settings = self._deployment.settings([bundle.node_id for bundle in bundles], deadline)
             for bundle in bundles:
                 name = bundle.name.replace("attention", "router")
                 spawned.append(spawn(Role.ROLE_ROUTER, Router, name, bundle, settings.router(bundle)))
@@ -133,7 +133,7 @@ class AttentionFleet:
 
     def start(self, bundles: Sequence[Bundle], deadline: float) -> list[Started]:
         """Replicas that have read their weights, with their addresses; they serve after ``add``. All or none."""
-        replicas = self.spawn(bundles)
+        replicas = self.spawn(bundles, deadline)
         try:
             self._await_life(replicas, deadline)
             loads = self.begin(replicas)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from actors.quant_kind import QuantKind
 from placement.autoscale import AutoscalePolicy
 
 
@@ -124,7 +125,7 @@ class ExpertsConfig(_Section):
     min_replicas: int = Field(1, ge=1, le=16, description="shards that hold each expert, at least")
     slots: int = Field(0, ge=0, description="(layer, expert) weights a shard may hold; 0: what its share needs")
     spares: int = Field(0, ge=0, le=64, description="warm processes without experts, for quick recovery")
-    quantization: Literal["none", "int8", "int4", "fp8"] = Field(
+    quantization: Literal["none", QuantKind] = Field(
         "none", description="quantise the experts' weights while they are loaded; none: keep them as they are stored"
     )
     autoscale: AutoscaleConfig = Field(default_factory=AutoscaleConfig)
@@ -275,15 +276,28 @@ class ServerConfig(_Section):
 
 
 def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> ServerConfig:
-    """Read ``path`` (or the defaults), then apply ``overrides`` given as dotted keys. Raises ConfigError."""
+    """Read ``path`` (or the defaults), then apply ``overrides``, the flags, given as dotted keys.
+
+    Raises ConfigError, which names the file, but not for what a flag says.
+    """
     tree = _read_yaml(path) if path is not None else {}
-    for key, value in (overrides or {}).items():
-        _set(tree, key.split("."), value)
+    flags = [keys for key, value in (overrides or {}).items() if _set(tree, keys := tuple(key.split(".")), value)]
     try:
         return ServerConfig.model_validate(tree)
     except ValidationError as error:
-        where = f"{path}: " if path is not None else ""
-        raise ConfigError(where + "; ".join(_explain(dict(e)) for e in error.errors())) from None
+        texts: dict[str, list[str]] = {}
+        for one in error.errors():
+            texts.setdefault(_origin(path, flags, one["loc"]), []).append(_explain(dict(one)))
+        raise ConfigError("; ".join(where + "; ".join(told) for where, told in texts.items())) from None
+
+
+def _origin(path: Path | None, flags: Sequence[tuple[str, ...]], location: tuple[str | int, ...]) -> str:
+    """Who gave what is at ``location``, as a prefix: the file, nobody for a flag's value, or both."""
+    if path is None or any(location[: len(flag)] == flag for flag in flags):
+        return ""
+    # of several keys together, such as two doors with one port, each may have come from either
+    below = any(flag[: len(location)] == location for flag in flags)
+    return f"{path} and flags: " if below else f"{path}: "
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -315,13 +329,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> bool:
+    """Whether there is room for it: the file may have a plain value on the way, as validation will say."""
     for key in keys[:-1]:
         below = tree.setdefault(key, {})
         if not isinstance(below, dict):
-            return  # the file has a plain value there: validation will say so
+            return False
         tree = below
     tree[keys[-1]] = value
+    return True
 
 
 _SHOWN_OF_ACCESS = {"tenant", "role", "share"}

@@ -212,14 +212,14 @@ class Controller:
         shards = expert_requests(self._deployment, self._config.experts.shards)
         bundles = self._deployment.reserve(replicas + shards, left(deadline))
         self._progress.phase = "preparing the model"
-        settings = self._deployment.settings([home, *(bundle.node_id for bundle in bundles)])
+        settings = self._deployment.settings([home, *(bundle.node_id for bundle in bundles)], deadline)
         spec = load_spec(settings.paths[home])
         check_shards(self._config, spec)
         experts = ExpertFleet(self._deployment, spec, lambda: attention.routers)
         self._progress.phase = "starting actors"
-        gateway = self._gateways.spawn()
-        spawned = experts.spawn(bundles[len(replicas) :])
-        pairs = attention.spawn(bundles[: len(replicas)])
+        gateway = self._gateways.spawn(deadline)
+        spawned = experts.spawn(bundles[len(replicas) :], deadline)
+        pairs = attention.spawn(bundles[: len(replicas)], deadline)
         self._progress.phase = _READING
         loading = attention.begin(pairs)
         opening = gateway.handle.begin("load")
@@ -233,7 +233,7 @@ class Controller:
         self._repairs = Repairs(self._deployment, experts, attention, self._gateways, self._changing)
         doors = self._gateways.open(gateway, own, deadline)
         self._supervisor.start()
-        experts.restore_spares(left(deadline))
+        experts.restore_spares(left(deadline), deadline)
         self._autoscaler = Autoscaler(
             self._config.experts.autoscale, self._events, experts, self._operating.locked, self._scale_by_load
         )

@@ -24,6 +24,14 @@ ROOM_S = 10.0
 """A repair waits so long for room, and tries again later: others may be waiting for theirs."""
 
 
+class ModelAbsent(RuntimeError):
+    """There is room on a node, but the model is not ready there. A repair lets others work while it is made so."""
+
+    def __init__(self, node_id: str) -> None:
+        super().__init__(f"the model is not ready on node {node_id} yet")
+        self.node_id = node_id
+
+
 class Deployment:
     """One per cluster. Bundles that it reserved are given back at the latest by ``release_all``.
 
@@ -65,13 +73,20 @@ class Deployment:
         return bundles
 
     def renew(self, bundle: Bundle | None, request: BundleRequest, timeout_s: float) -> Bundle:
-        """Room for the successor of a dead actor: its bundle, renamed, or a new one if its node is gone."""
+        """Room for the successor of a dead actor: its bundle, renamed, or a new one if its node is gone.
+
+        Raises ModelAbsent, having given the room back, where ``settings`` would have to wait for the model.
+        """
         alive = {node.node_id for node in self.fleet.nodes() if node.alive} - self.cordoned
         if bundle is not None and bundle.node_id in alive and self._bundles.pop(bundle.name, None) is not None:
             self._bundles[request.name] = replace(bundle, name=request.name)
             return self._bundles[request.name]
         self.release(bundle)
-        return self.reserve([request], min(timeout_s, ROOM_S))[0]
+        new = self.reserve([request], min(timeout_s, ROOM_S))[0]
+        if new.node_id not in self._settings.paths:
+            self.release(new)
+            raise ModelAbsent(new.node_id)
+        return new
 
     def release(self, bundle: Bundle | None) -> None:
         """Give a bundle back. Idempotent."""
@@ -83,11 +98,16 @@ class Deployment:
         for bundle in list(self._bundles.values()):
             self.release(bundle)
 
-    def settings(self, nodes: Sequence[str]) -> SettingsFactory:
-        """Settings for actors on these nodes; the model is made ready on those that do not have it yet."""
+    def settings(self, nodes: Sequence[str], deadline: float) -> SettingsFactory:
+        """Settings for actors on these nodes; the model is made ready on those that do not have it yet.
+
+        That may take as long as a download. Raises what ``resolve_model`` does on any of them, and TimeoutError after
+        ``deadline`` (absolute, monotonic).
+        """
         new = sorted(set(nodes) - self._settings.paths.keys())
         if new:
-            self._settings.paths.update(self.fleet.on_nodes(new, resolve_model, self.config.model))
+            ready = self.fleet.on_nodes(new, resolve_model, self.config.model, timeout_s=left(deadline))
+            self._settings.paths.update(ready)
         return self._settings
 
 

@@ -66,13 +66,13 @@ class ExpertFleet:
 
     # -- start ----------------------------------------------------------------------------------------------------
 
-    def spawn(self, bundles: Sequence[Bundle]) -> list[Member]:
+    def spawn(self, bundles: Sequence[Bundle], deadline: float) -> list[Member]:
         """One shard per bundle, named as the bundle. They hold nothing yet. If that fails, nothing of it is left, the
         bundles neither."""
         spawned: list[Member] = []
         try:
             beside = [shard.bundle for shard in self.shards if shard.bundle] + list(bundles)
-            settings = self._deployment.settings([bundle.node_id for bundle in bundles])
+            settings = self._deployment.settings([bundle.node_id for bundle in bundles], deadline)
             for bundle in bundles:
                 own = settings.expert(bundle, beside)
                 spawned.append(self._deployment.roster.spawn(Role.ROLE_EXPERT, ExpertShard, bundle.name, bundle, own))
@@ -92,7 +92,7 @@ class ExpertFleet:
 
     def start(self, bundles: Sequence[Bundle], deadline: float) -> list[Member]:
         """Shards that listen and hold nothing. All or none; any thread."""
-        return self.listening(self.spawn(bundles), deadline)
+        return self.listening(self.spawn(bundles, deadline), deadline)
 
     def listening(self, spawned: list[Member], deadline: float) -> list[Member]:
         """Wait until they are up, and note their addresses; all or none."""
@@ -201,12 +201,12 @@ class ExpertFleet:
         """Warm processes without experts."""
         return list(self._spares.values())
 
-    def restore_spares(self, timeout_s: float) -> None:
-        """Start spares until there are as many as configured. Any thread."""
+    def restore_spares(self, room_s: float, deadline: float) -> None:
+        """Start spares until there are as many as configured, waiting ``room_s`` seconds for room. Any thread."""
         missing = self._config.spares - len(self._spares)
         if missing > 0:
-            bundles = self._deployment.reserve(expert_requests(self._deployment, missing), timeout_s)
-            self._spares.update(_by_name(self.start(bundles, time.monotonic() + PROCESS_START_S)))
+            bundles = self._deployment.reserve(expert_requests(self._deployment, missing), room_s)
+            self._spares.update(_by_name(self.start(bundles, deadline)))
 
     def forget_spares(self, lost: Sequence[Member]) -> None:
         """These have died; spares may be among them."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +66,14 @@ class Fleet(ABC):
         """
 
     @abstractmethod
-    def on_nodes(self, node_ids: Sequence[str], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
-        """Run ``function(*args)`` once on each of the nodes, at the same time; results by node id."""
+    def on_nodes(
+        self, node_ids: Sequence[str], function: Callable[..., Any], *args: Any, timeout_s: float
+    ) -> dict[str, Any]:
+        """Run ``function(*args)`` once on each of the nodes, at the same time; results by node id.
+
+        Raises the first node's error as soon as there is one, and TimeoutError, naming the nodes that it waits for,
+        after ``timeout_s`` seconds.
+        """
 
     @abstractmethod
     def spawn(self, role: type, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
@@ -88,3 +94,15 @@ class Fleet(ABC):
     @abstractmethod
     def release(self, bundle: Bundle) -> None:
         """Give a bundle back. Idempotent."""
+
+
+def first_failure_or_all(calls: Mapping[str, Future[Any]], timeout_s: float) -> dict[str, Any]:
+    """The results by node id; see :meth:`Fleet.on_nodes` for what is raised. Calls that go on then are the caller's."""
+    done, waiting = wait(calls.values(), timeout_s, FIRST_EXCEPTION)
+    for call in done:
+        if (error := call.exception()) is not None:
+            raise error
+    if waiting:
+        late = ", ".join(node_id for node_id, call in calls.items() if call in waiting)
+        raise TimeoutError(f"not done within {timeout_s:.0f} s on {late}")
+    return {node_id: call.result() for node_id, call in calls.items()}

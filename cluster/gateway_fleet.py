@@ -26,10 +26,10 @@ class GatewayFleet:
         self._controller: ActorHandle | None = None
         self._doors: Doors | None = None
 
-    def spawn(self) -> Member:
+    def spawn(self, deadline: float) -> Member:
         """A gateway that has still to ``load`` and to ``open``."""
         home = self._deployment.fleet.home()
-        settings = self._deployment.settings([home]).gateway(home)
+        settings = self._deployment.settings([home], deadline).gateway(home)
         if self._doors is not None:
             settings = _reopening(settings, self._doors)
         roster = self._deployment.roster
@@ -52,7 +52,7 @@ class GatewayFleet:
         if not any(member.role == Role.ROLE_GATEWAY for member in lost) or roster.of(Role.ROLE_GATEWAY):
             return
         assert self._controller is not None
-        gateway = self.spawn()
+        gateway = self.spawn(deadline)
         try:
             gateway.handle.call("load", timeout_s=left(deadline))
             self.open(gateway, self._controller, deadline)

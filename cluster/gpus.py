@@ -9,6 +9,9 @@ from cluster.config import ConfigError, ServerConfig
 from cluster.fleet import Fleet
 from placement.spec import BundleRequest, Node
 
+LOOK_S = 120.0
+"""A node that has not told in this time what it lacks is given up: a process that loads torch and CUDA has to start."""
+
 
 class GpuCheck:
     """Asks each node once. Without ``device: cuda`` and ``transport: nccl`` it asks nobody anything."""
@@ -34,7 +37,7 @@ class GpuCheck:
 
     def _refuse(self, nodes: Sequence[Node], *more: str) -> None:
         assert self._missing is not None
-        found = self._fleet.on_nodes([node.node_id for node in nodes], self._missing)
+        found = self._fleet.on_nodes([node.node_id for node in nodes], self._missing, timeout_s=LOOK_S)
         told = [
             f"node {node.address}: {'; '.join([*more, *found[node.node_id]])}"
             for node in nodes

@@ -6,89 +6,28 @@ repository is asked for, not before. Repositories' code is neither fetched nor r
 
 from __future__ import annotations
 
-import errno
-import glob
-import re
-import shutil
 import sys
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from cluster.config import ConfigError
-from cluster.hub_files import (
-    CONFIG,
-    INDEX,
-    Listing,
-    RepoFile,
-    companions,
-    missing_weights,
-    pickles,
-    read_index,
-    weight_names,
+from actors.model.weight_names import INDEX, pickles, weight_names
+from cluster.hub_cache import HubCache
+from cluster.hub_download import download
+from cluster.hub_errors import (
+    HubError,
+    HubOffline,
+    HubUnreachable,
+    NoDiskSpace,
+    NotACheckpoint,
+    explained,
+    none_here,
+    without_secrets,
 )
+from cluster.hub_files import CONFIG, TOKENIZER, Listing, RepoFile, companions, missing_weights, read_index
+from cluster.hub_id import HubId
 
 _ASK_TIMEOUT_S = 15.0
-_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
-_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/+-]*))?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_LONGEST_ID = 96
-
-
-class HubError(ConfigError):
-    """A repository cannot be used. The message names it, what is wrong, and what can be done."""
-
-
-class NoSuchRepository(HubError):
-    """There is none of that name, or none that this token may know of."""
-
-
-class NoSuchRevision(HubError):
-    """The repository has no such branch, tag or commit."""
-
-
-class AccessRefused(HubError):
-    """The repository is gated or private, and the token, if there is one, does not open it."""
-
-
-class HubUnreachable(HubError):
-    """Neither does the hub answer nor does the cache have all that is needed."""
-
-
-class NotACheckpoint(HubError):
-    """The repository has no config.json or no safetensors."""
-
-
-class NoDiskSpace(HubError):
-    """The cache's disk has less room than the files need."""
-
-
-@dataclass(frozen=True, slots=True)
-class HubId:
-    """``org/name@revision``; the revision is a branch, a tag, or a commit (40 hex digits: then it is *pinned*)."""
-
-    repo: str
-    revision: str = "main"
-
-    @classmethod
-    def parse(cls, text: str) -> HubId | None:
-        """None for what cannot be one."""
-        match = _ID.fullmatch(text)
-        if match is None or ".." in text or "--" in match["repo"] or len(match["repo"]) > _LONGEST_ID:
-            return None
-        return cls(match["repo"], match["revision"] or "main")
-
-    @property
-    def pinned(self) -> bool:
-        """Whether it always means the same files."""
-        return _COMMIT.fullmatch(self.revision) is not None
-
-    def __str__(self) -> str:
-        return f"{self.repo}@{self.revision}"
 
 
 class Hub:
@@ -98,72 +37,81 @@ class Hub:
         from huggingface_hub import constants
 
         self._endpoint = endpoint
-        self._cache = Path(cache or constants.HF_HUB_CACHE)
-        self._address = endpoint or constants.ENDPOINT
+        self._cache = HubCache(Path(cache or constants.HF_HUB_CACHE))
+        self._address = without_secrets(endpoint or constants.ENDPOINT)
 
-    def pin(self, wanted: HubId) -> HubId:
-        """The same at the commit that the revision means now; when the hub does not answer, what it meant last."""
+    def pin(self, wanted: HubId, progress: bool = False) -> HubId:
+        """The same at the commit that the revision means now; when the hub does not answer, what it meant last.
+
+        ``progress``: say on stderr when that is so. Raises HubError.
+        """
         if wanted.pinned:
             return wanted
         try:
-            self._refuse_unusable(wanted, self.listing(wanted))
-        except HubUnreachable as error:
-            return replace(wanted, revision=self._cached_config(wanted, error).parent.name)
-        # By the revision's name: so the cache learns what it means, for when the hub does not answer.
-        return replace(wanted, revision=self._file(wanted, CONFIG).parent.name)
-
-    def fetch(self, wanted: HubId, progress: bool = False) -> Path:
-        """The folder of the checkpoint in the cache, after downloading what is not there yet.
-
-        When the hub does not answer, a snapshot that is there with all its weights is taken. ``progress``: say on
-        stderr what is done. Raises HubError.
-        """
-        wanted = self.pin(wanted)
-        try:
             listing = self.listing(wanted)
         except HubUnreachable as error:
-            folder = self._cached_config(wanted, error).parent
-            if missing := missing_weights(folder):
-                raise HubUnreachable(f"{error}; the cache {self._cache} has it without {missing[0]}") from error
+            known = self._cache.known(wanted)
+            if known is None:
+                raise self._nowhere(wanted, error) from error
             if progress:
-                print(f"{error}; taking {wanted} from the cache", file=sys.stderr)
-            return folder
+                _say_taken(known, error)
+            return known
         self._refuse_unusable(wanted, listing)
-        names = self._needed(wanted, listing)
-        folder = self._storage(wanted) / "snapshots" / listing.commit
-        missing = [name for name in names if not (folder / name).exists()]
-        if not missing:
+        pinned = replace(wanted, revision=listing.commit)
+        if self._cache.known(wanted) == pinned:
+            return pinned
+        # By the revision's name: so the cache learns what it means, for when the hub does not answer.
+        return replace(wanted, revision=self._download(wanted, listing, [CONFIG]).name)
+
+    def fetch(self, wanted: HubId, progress: bool = False, check: Callable[[Path], None] | None = None) -> Path:
+        """The folder of the checkpoint in the cache, after downloading what is not there yet, or not whole.
+
+        A commit does not change: if the cache has all of it, and knows the files' sizes, nobody is asked; if it does
+        not know them, and the hub does not tell, what is there is taken. ``progress``: say on stderr what is done.
+        ``check`` gets the folder when all but the weights is in it, and may raise, before weights are fetched.
+        Raises HubError.
+        """
+        wanted = self.pin(wanted, progress)
+        absent = self._absent(wanted)
+        if absent == []:
+            return self._cache.snapshot(wanted)
+        try:
+            listing = self.listing(wanted)
+        except HubError as error:
+            folder = self._unasked(wanted, absent, error)
+            if progress:
+                _say_taken(wanted, error)
             return folder
-        self._check_room(wanted, listing, missing)
-        if progress:
-            what = f"{len(missing)} of {len(names)} files, {listing.size(missing) / 2**30:.2f} GiB"
-            print(f"fetching {wanted}: {what}, from {self._address} into {self._cache}", file=sys.stderr)
-        return self._download(wanted, missing, progress)
+        self._refuse_unservable(wanted, listing)
+        folder = self._have(wanted, listing, sorted(companions(listing.names)))
+        needed = self._needed(wanted, listing)
+        if check is not None:
+            check(folder)
+        return self._have(wanted, listing, needed, progress)
 
     def fetch_description(self, wanted: HubId) -> tuple[HubId, Listing | None, Path]:
         """What can be known without the weights: the pinned id, what the repository holds (None when the hub does not
-        answer), and a folder with its config.json and, if it has one, its index. Raises HubError."""
+        tell), and a folder with its config.json and, if it has one, its index. Raises HubError."""
         wanted = self.pin(wanted)
         try:
             listing = self.listing(wanted)
-        except HubUnreachable as error:
-            return wanted, None, self._cached_config(wanted, error).parent
-        if INDEX in listing.names:
-            self._file(wanted, INDEX)
-        return wanted, listing, self._file(wanted, CONFIG).parent
+        except HubError as error:
+            return wanted, None, self._described(wanted, error)
+        self._refuse_unusable(wanted, listing)
+        return wanted, listing, self._have(wanted, listing, sorted({CONFIG, INDEX} & listing.names))
 
     def listing(self, wanted: HubId) -> Listing:
         """Ask the hub what the repository holds. Raises HubError."""
         from huggingface_hub import HfApi
 
-        with self._explained(wanted):
+        with explained(wanted, self._address, self._cache.root):
             info = HfApi(endpoint=self._endpoint).model_info(
                 wanted.repo, revision=wanted.revision, files_metadata=True, timeout=_ASK_TIMEOUT_S
             )
         files = {}
         for entry in info.siblings or []:
             blob = entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
-            files[entry.rfilename] = RepoFile(entry.size or 0, blob or "")
+            files[entry.rfilename] = RepoFile(entry.size, blob or "")
         return Listing(str(info.sha), files)
 
     def _refuse_unusable(self, wanted: HubId, listing: Listing) -> None:
@@ -180,133 +128,92 @@ class Hub:
             )
         raise NotACheckpoint(f"model: {wanted} has no *.safetensors")
 
+    def _refuse_unservable(self, wanted: HubId, listing: Listing) -> None:
+        """Also what can be looked at, but not served."""
+        self._refuse_unusable(wanted, listing)
+        if absent := [name for name in TOKENIZER if name not in listing.names]:
+            raise NotACheckpoint(f"model: {wanted} has no {' and no '.join(absent)}, without which it cannot be served")
+
     def _needed(self, wanted: HubId, listing: Listing) -> list[str]:
-        """Names of the files to have, sorted; fetches the index, if there is one, to know."""
+        """Names of the files to have, sorted. The index, if the repository has one, has to be in the cache."""
         names = listing.names
-        index = read_index(self._file(wanted, INDEX)) if INDEX in names else None
+        index = read_index(self._cache.snapshot(wanted) / INDEX) if INDEX in names else None
         weights = weight_names(names, index)
         if absent := sorted(weights - names):
-            raise NotACheckpoint(f"model: {wanted} has no file {absent[0]!r}, though its {INDEX} names it")
+            told = f"its {INDEX} names it" if index else "others of the same series are there"
+            raise NotACheckpoint(f"model: {wanted} has no file {absent[0]!r}, though {told}")
         return sorted(weights | companions(names))
 
-    def _check_room(self, wanted: HubId, listing: Listing, missing: list[str]) -> None:
-        blobs = self._storage(wanted) / "blobs"
-        needed = listing.size([name for name in missing if not (blobs / listing.files[name].blob).is_file()])
-        there = next(folder for folder in (self._cache, *self._cache.absolute().parents) if folder.is_dir())
-        if (free := shutil.disk_usage(there).free) < needed:
+    def _have(self, wanted: HubId, listing: Listing, names: list[str], progress: bool = False) -> Path:
+        """The folder of the snapshot, after fetching those of ``names`` that it has not, or not whole."""
+        folder = self._cache.snapshot(wanted)
+        lacking = listing.lacking(folder, names)
+        if not lacking:
+            return folder
+        self._cache.drop_damaged(wanted, listing, lacking)
+        self._check_room(wanted, listing, lacking)
+        if progress:
+            what = f"{len(lacking)} of {len(names)} files, {listing.size(lacking) / 2**30:.2f} GiB"
+            print(f"fetching {wanted}: {what}, from {self._address} into {self._cache.root}", file=sys.stderr)
+        self._download(wanted, listing, lacking, progress)
+        if lacking := listing.lacking(folder, lacking):
+            size = listing.files[lacking[0]].size
+            raise HubUnreachable(
+                f"model: {wanted} cannot be fetched from {self._address}: {lacking[0]} did not come whole, expected "
+                f"{size} bytes"
+            )
+        return folder
+
+    def _download(self, wanted: HubId, listing: Listing, names: list[str], progress: bool = False) -> Path:
+        self._cache.drop_parts(wanted, listing, names)
+        try:
+            return download(wanted, names, self._cache.root, self._endpoint, progress)
+        finally:
+            self._cache.drop_parts(wanted, listing, names)
+
+    def _check_room(self, wanted: HubId, listing: Listing, lacking: list[str]) -> None:
+        needed, free = self._cache.bytes_needed(wanted, listing, lacking), self._cache.bytes_free()
+        if free < needed:
             raise NoDiskSpace(
-                f"model: {wanted} needs {needed / 2**30:.2f} GiB more in {self._cache}, where {free / 2**30:.2f} "
+                f"model: {wanted} needs {needed / 2**30:.2f} GiB more in {self._cache.root}, where {free / 2**30:.2f} "
                 "GiB are free; HF_HOME or HF_HUB_CACHE name another folder"
             )
 
-    def _download(self, wanted: HubId, names: list[str], progress: bool) -> Path:
-        """In a thread of its own: a signal that ends the wait for it ends it too, within the next piece of a file."""
-        from huggingface_hub import snapshot_download
+    def _absent(self, wanted: HubId) -> list[str] | None:
+        """What the cache lacks of a commit or has not whole, by what was listed at its fetch; None: that is not known.
 
-        abandoned = threading.Event()
-        with self._explained(wanted), ThreadPoolExecutor(1, thread_name_prefix="hub") as pool:
-            running = pool.submit(
-                snapshot_download,
-                wanted.repo,
-                revision=wanted.revision,
-                cache_dir=self._cache,
-                endpoint=self._endpoint,
-                allow_patterns=[glob.escape(name) for name in names],
-                tqdm_class=_bars(progress, abandoned),
-            )
-            try:
-                return Path(running.result())
-            finally:
-                abandoned.set()
+        Raises NotACheckpoint.
+        """
+        listing, folder = self._cache.listing(wanted), self._cache.snapshot(wanted)
+        if listing is None:
+            return None
+        self._refuse_unservable(wanted, listing)
+        described = listing.lacking(folder, sorted({CONFIG, INDEX} & listing.names))
+        return described or listing.lacking(folder, self._needed(wanted, listing))
 
-    def _file(self, wanted: HubId, name: str) -> Path:
-        """One small file, from the cache if it is there."""
-        from huggingface_hub import hf_hub_download
+    def _unasked(self, wanted: HubId, absent: list[str] | None, why: HubError) -> Path:
+        """The folder of a commit's snapshot of which nothing is absent; else raises HubError. When sizes are not known,
+        it needs at least the tokenizer and all weights."""
+        folder = self._described(wanted, why)
+        if absent is None:
+            absent = [name for name in TOKENIZER if not (folder / name).is_file()] or missing_weights(folder)
+        if absent:
+            raise type(why)(f"{why}; the cache {self._cache.root} has it without {absent[0]}, or not whole") from why
+        return folder
 
-        with self._explained(wanted):
-            return Path(
-                hf_hub_download(
-                    wanted.repo,
-                    name,
-                    revision=wanted.revision,
-                    cache_dir=self._cache,
-                    endpoint=self._endpoint,
-                    tqdm_class=_bars(False, threading.Event()),
-                )
-            )
+    def _described(self, wanted: HubId, why: HubError) -> Path:
+        """The folder of a commit's snapshot that has at least its config.json; else raises HubError."""
+        if (self._cache.snapshot(wanted) / CONFIG).is_file():
+            return self._cache.snapshot(wanted)
+        raise self._nowhere(wanted, why) if isinstance(why, HubUnreachable) else why
 
-    def _cached_config(self, wanted: HubId, why: HubUnreachable) -> Path:
-        """The config.json of the snapshot in the cache. HubUnreachable if it is not there."""
-        from huggingface_hub import try_to_load_from_cache
-
-        config = try_to_load_from_cache(wanted.repo, CONFIG, cache_dir=self._cache, revision=wanted.revision)
-        if not isinstance(config, str):
-            raise HubUnreachable(f"{why}; {wanted} is not in the cache {self._cache} either") from why
-        return Path(config)
-
-    def _storage(self, wanted: HubId) -> Path:
-        return self._cache / f"models--{wanted.repo.replace('/', '--')}"
-
-    @contextmanager
-    def _explained(self, wanted: HubId) -> Iterator[None]:
-        """huggingface_hub's errors as ours."""
-        from huggingface_hub import errors
-
-        try:
-            yield
-        # Order matters: GatedRepoError is a RepositoryNotFoundError, and all of them are HTTPErrors and OSErrors.
-        except errors.GatedRepoError as error:
-            raise AccessRefused(
-                f"model: {wanted} is gated: ask for access at {self._address}/{wanted.repo}, and set HF_TOKEN to the "
-                "token of an account that has it"
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise NoSuchRepository(
-                f"model: there is no repository {wanted.repo} at {self._address}, or it is private: then HF_TOKEN has "
-                "to be set to a token that may read it"
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise NoSuchRevision(f"model: {wanted.repo} has no revision {wanted.revision!r}") from error
-        except errors.HTTPError as error:  # of the HTTP client that this release of huggingface_hub uses
-            raise self._http_error(wanted, error) from error
-        except errors.LocalEntryNotFoundError as error:
-            raise self._http_error(wanted, error.__cause__ or error) from error
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise NoDiskSpace(f"model: {wanted}: the disk of {self._cache} is full") from error
-            if isinstance(error, ConnectionError):
-                raise self._http_error(wanted, error) from error
-            raise HubError(f"model: {wanted} cannot be fetched into {self._cache}: {error}") from error
-        except ValueError as error:  # an id that it refuses, or an answer that is not JSON
-            raise HubError(f"model: {wanted} at {self._address}: {error}") from error
-
-    def _http_error(self, wanted: HubId, error: BaseException) -> HubError:
-        """For what has no type of its own: refused by status, else the hub is not there."""
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):
-            return AccessRefused(
-                f"model: {self._address} refuses {wanted} ({status}): set HF_TOKEN to a token that may read it"
-            )
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return HubUnreachable(f"model: {wanted} cannot be fetched from {self._address}: {reason}")
+    def _nowhere(self, wanted: HubId, why: HubUnreachable) -> HubUnreachable:
+        return HubUnreachable(f"{why}; {wanted} is not in the cache {self._cache.root} either{none_here(wanted)}")
 
 
-class _AbandonedError(RuntimeError):
-    """Nobody waits for this download any more."""
-
-
-def _bars(shown: bool, abandoned: threading.Event) -> type[Any]:
-    """huggingface_hub's progress bars, on a terminal and if ``shown``; they end a download that was abandoned."""
-    from huggingface_hub.utils import tqdm
-
-    class Bars(tqdm):
-        def __init__(self, *args: Any, **keys: Any) -> None:
-            super().__init__(*args, **{"disable": None, **keys} if shown else {**keys, "disable": True})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            """Also called, if nothing is shown, for each piece that came."""
-            if abandoned.is_set():
-                raise _AbandonedError
-            return super().update(n)
-
-    return Bars
+def _say_taken(known: HubId, why: HubError) -> None:
+    """On stderr: that the cache is used, and why the hub is not."""
+    if isinstance(why, HubOffline):
+        print(f"note: taking {known} from the cache (offline mode)", file=sys.stderr)
+    else:
+        print(f"note: {why}; taking {known} from the cache", file=sys.stderr)

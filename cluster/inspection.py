@@ -11,25 +11,23 @@ from typing import Any
 
 from actors.model.errors import CheckpointError, UnsupportedModelError
 from actors.model.families import load_spec, spec_from_config
-from actors.model.inventory import QUANTIZATIONS, Inventory, expert_shapes, held_bytes, quantised_bytes
+from actors.model.header_check import KnownHeaders, find_faults
+from actors.model.inventory import Inventory, expert_shapes, held_bytes, quantised_bytes
+from actors.model.quant.layout import is_quantized, scale_bytes
 from actors.model.safetensors_header import TensorEntry
 from actors.model.spec import MoEDecoderSpec
-from actors.model.tensor_list import ExpectedTensor, expected_tensors, expert_tensors
+from actors.model.tensor_list import expected_tensors, expert_tensors
 from actors.model.weight_files import locate_weights
+from actors.model.weight_names import INDEX, weight_names
+from actors.quant_kind import QUANT_KINDS
 from cluster.config import ConfigError
-from cluster.hub import Hub, HubId
-from cluster.hub_files import CONFIG, INDEX, Listing, missing_weights, read_index, weight_names
+from cluster.hub import Hub
+from cluster.hub_files import CONFIG, Listing, missing_weights, read_index
+from cluster.hub_id import HubId
 from cluster.model_source import DEFAULT_MODEL, model_source, resolve_model
 
 _TOLD = 8
-"""Of missing tensors so many are named, of shapes that differ so many are told."""
-
-_PLAIN = ("F32", "F16", "BF16")
-_PACKED = ("qweight", "weight_packed")
-"""What GPTQ and AWQ, and compressed-tensors, call a packed matrix instead of ``weight``."""
-
-_SCALES = {"fp8": "weight_scale_inv", "compressed-tensors": "weight_scale", "gptq": "scales", "awq": "scales"}
-"""What has to lie beside a quantised matrix, by method."""
+"""Of missing tensors so many are named, of other faults so many are told."""
 
 Entries = Mapping[str, TensorEntry | None]
 """Tensors by name; None where only the index was seen."""
@@ -38,8 +36,8 @@ Entries = Mapping[str, TensorEntry | None]
 @dataclass(frozen=True)
 class Sizes:
     """All in bytes, but the inventory. ``expert``: a routed expert in memory, by ``experts.quantization``; "none" alone
-    (and an estimate) if it is stored quantised. ``expert_on_disk`` and ``disk``, the latter of all files of weights:
-    None if they were not seen."""
+    if it is stored quantised, and then an estimate unless headers were seen. ``expert_on_disk`` and ``disk``, the
+    latter of all files of weights: None if they were not seen."""
 
     inventory: Inventory
     attention_shard: int
@@ -86,7 +84,7 @@ def inspect_model(model: str) -> Inspection:
         return Inspection(source.model, config, None, None, 0, (str(error),))
     entries, disk, problems = _tensors(source)
     if entries is not None:
-        problems += _differences(spec, entries)
+        problems += tensor_problems(spec, entries)
     mtp = skipped_tensors(spec, entries or ())
     return Inspection(source.model, config, spec, _sizes(spec, entries or {}, disk), mtp, tuple(problems))
 
@@ -156,36 +154,20 @@ def _indexed(path: Path, listing: Listing) -> tuple[Entries | None, int | None, 
     return entries, listing.size(weights & listing.names), problems
 
 
-def _differences(spec: MoEDecoderSpec, entries: Entries) -> list[str]:
-    """Tensors that are not there, or that have another shape."""
-    fused = (spec.names.fused_experts(layer)[0] for layer in spec.moe_layers)
-    blocks = tuple(name.removesuffix("gate_up_proj") for name in fused if name in entries)
-    missing, shapes = [], []
-    for tensor in expected_tensors(spec):
-        if tensor.part == "expert" and tensor.name.startswith(blocks):
-            continue
-        if (name := _missing(spec, entries, tensor)) is not None:
-            missing.append(name)
-        entry = entries.get(tensor.name)
-        if entry is not None and entry.dtype in _PLAIN and entry.shape != tensor.shape:
-            shapes.append(f"tensor {tensor.name!r} has shape {list(entry.shape)}, expected {list(tensor.shape)}")
-    if missing:
-        more = f" and {len(missing) - _TOLD} more" if len(missing) > _TOLD else ""
-        shapes.insert(0, f"{len(missing)} tensor(s) missing: {', '.join(missing[:_TOLD])}{more}")
-    return shapes[: _TOLD + 1]
+def tensor_problems(spec: MoEDecoderSpec, entries: Entries) -> list[str]:
+    """What loading would stumble over, as far as headers tell: tensors that are missing, and what is wrong with others.
+    At most so many lines as a terminal shows."""
+    faults = list(find_faults(spec, KnownHeaders(entries)))
+    missing = [fault.name for fault in faults if fault.text is None]
+    told = [fault.text for fault in faults if fault.text is not None]
+    problems = [f"{len(missing)} tensor(s) missing: {_some(missing)}"] if missing else []
+    problems += told[:_TOLD]
+    return problems if len(told) <= _TOLD else [*problems, f"{len(told) - _TOLD} more like these"]
 
 
-def _missing(spec: MoEDecoderSpec, entries: Entries, tensor: ExpectedTensor) -> str | None:
-    """What is not there of a tensor: itself, or the scale that belongs to it where it is quantised."""
-    plain = next((name for name in (tensor.name, *tensor.aliases) if name in entries), None)
-    packed = any(f"{_stem(tensor.name)}.{form}" in entries for form in _PACKED)
-    if plain is None and not (packed and spec.quantization):
-        return tensor.name
-    entry = entries[plain] if plain else None
-    if spec.quantization is None or (plain and (entry is None or entry.dtype in _PLAIN)):
-        return None
-    scale = f"{_stem(tensor.name)}.{_SCALES[spec.quantization.method]}"
-    return None if scale in entries else scale
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    return f"{', '.join(names[:_TOLD])}{more}"
 
 
 def _stem(name: str) -> str:
@@ -195,9 +177,9 @@ def _stem(name: str) -> str:
 
 def _sizes(spec: MoEDecoderSpec, entries: Entries, disk: int | None) -> Sizes:
     inventory, shapes, itemsize = Inventory.of(spec), expert_shapes(spec), spec.dtype.itemsize
-    expert = {"none": held_bytes(shapes, spec.quantization, itemsize)}
+    expert = {"none": _expert_as_stored(spec, entries, shapes)}
     if spec.quantization is None:
-        expert |= {kind: quantised_bytes(shapes, kind) for kind in QUANTIZATIONS}
+        expert |= {kind: quantised_bytes(shapes, kind) for kind in QUANT_KINDS}
     return Sizes(
         inventory,
         inventory.attention_shard * itemsize,
@@ -206,6 +188,17 @@ def _sizes(spec: MoEDecoderSpec, entries: Entries, disk: int | None) -> Sizes:
         spec.kv_floats_per_token * itemsize,
         disk,
     )
+
+
+def _expert_as_stored(spec: MoEDecoderSpec, entries: Entries, shapes: list[tuple[int, int]]) -> int:
+    """Bytes of an expert in memory, by the first one's headers if they were seen."""
+    scheme, headers = spec.quantization, KnownHeaders(entries)
+    names = [tensor.name for layer in spec.moe_layers[:1] for tensor in expert_tensors(spec, layer, 0)]
+    if scheme is None or not any(entries.values()) or not names:
+        return held_bytes(shapes, scheme, spec.dtype.itemsize)
+    if not is_quantized(headers, scheme, names[0]):
+        return held_bytes(shapes, None, spec.dtype.itemsize)
+    return held_bytes(shapes, scheme, spec.dtype.itemsize, scale_bytes(headers, scheme, names[0]))
 
 
 def _expert_on_disk(spec: MoEDecoderSpec, entries: Entries) -> int | None:

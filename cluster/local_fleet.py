@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from actors.transport.local import LocalNetwork
-from cluster.fleet import ActorHandle, ActorUnreachable, Bundle, Fleet
+from cluster.fleet import ActorHandle, ActorUnreachable, Bundle, Fleet, first_failure_or_all
 from placement.bundles import NoRoom
 from placement.spec import BundleRequest, Node
 
@@ -67,9 +67,11 @@ class LocalFleet(Fleet):
             raise NoRoom(f"bundle {requests[0].name}: the only node is drained")
         return [Bundle(request.name, LOCAL_NODE) for request in requests]
 
-    def on_nodes(self, node_ids: Sequence[str], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
-        """Run it here."""
-        return {node_id: function(*args) for node_id in node_ids}
+    def on_nodes(
+        self, node_ids: Sequence[str], function: Callable[..., Any], *args: Any, timeout_s: float
+    ) -> dict[str, Any]:
+        """Run it here. What is not done in time goes on in its thread, for which ``close`` waits."""
+        return first_failure_or_all({node_id: self.pool.submit(function, *args) for node_id in node_ids}, timeout_s)
 
     def spawn(self, role: type, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
         """Make the object here."""

@@ -17,7 +17,7 @@ from actors.transport.base import EndpointLike, Wire
 from actors.transport.endpoint import Endpoint
 from cluster.config import ServerConfig, TelemetryConfig
 from cluster.controller import Controller
-from cluster.fleet import ActorHandle, ActorUnreachable, Bundle, Fleet
+from cluster.fleet import ActorHandle, ActorUnreachable, Bundle, Fleet, first_failure_or_all
 from cluster.telemetry.process import ProcessTelemetry
 from placement.bundles import create_group, node_of, ray_nodes, remove_group, wait_for_group
 from placement.spec import BundleRequest, Node
@@ -178,9 +178,11 @@ class RayFleet(Fleet):
             for request, group in zip(requests, groups, strict=True)
         ]
 
-    def on_nodes(self, node_ids: Sequence[str], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    def on_nodes(
+        self, node_ids: Sequence[str], function: Callable[..., Any], *args: Any, timeout_s: float
+    ) -> dict[str, Any]:
         """As Ray tasks that ask for no CPU. Their processes end with them: whoever has looked for GPUs goes on seeing
-        those, and would be of no use as an actor's process."""
+        those, and would be of no use as an actor's process. Those that nobody waits for any more are killed."""
         task = ray.remote(max_calls=1)(function)
         calls = {
             node_id: task.options(
@@ -191,9 +193,11 @@ class RayFleet(Fleet):
             for node_id in node_ids
         }
         try:
-            return {node_id: ray.get(call) for node_id, call in calls.items()}
-        except RayTaskError as error:
-            raise error.cause from None
+            return first_failure_or_all({node_id: call.future() for node_id, call in calls.items()}, timeout_s)
+        except BaseException as error:
+            for call in calls.values():
+                ray.cancel(call, force=True)  # nothing, for those that are done
+            raise (error.cause if isinstance(error, RayTaskError) else error) from None
 
     def spawn(self, role: type, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
         """The bundle's CPUs are reserved by the group; the actors inside ask for none of their own. Of its GPU they ask

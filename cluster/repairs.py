@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from cluster.attention_fleet import AttentionFleet
-from cluster.deployment import ROOM_S, Deployment
+from cluster.deployment import ROOM_S, Deployment, ModelAbsent
 from cluster.expert_fleet import ExpertFleet
 from cluster.gateway_fleet import GatewayFleet
 from cluster.roster import Member, Stopping
@@ -57,28 +57,38 @@ class Repairs:
                 experts.reconnect(self._deadline())
 
     def repair(self, lost: list[Member]) -> None:
-        """Replace what died, each kind whether or not the others work out; then raise what did not."""
-        failures: list[Exception] = []
+        """Replace what died, each kind whether or not the others work out; then raise what did not.
 
-        def attempt(part: Callable[..., object], *arguments: object) -> None:
-            try:
-                part(*arguments)
-            except Stopping:
-                raise
-            except Exception as error:  # raised below: what else died is to be replaced all the same
-                log.warning("a repair failed", exc_info=True)
-                failures.append(error)
-
+        Where a successor's node has not got the model, others may change the cluster while it is fetched.
+        """
         deadline = self._deadline()
-        with self._changing:
-            attempt(self._experts.forget_spares, lost)
-            attempt(self._attention.forget, lost, self._experts, deadline)
-            attempt(self._experts.replace, lost, deadline)
-            attempt(self._attention.replace, self._experts, deadline)
-            attempt(self._gateways.replace, lost, deadline)
-        attempt(self._experts.restore_spares, ROOM_S)
+        failures = self._replace(lost, deadline)
+        while absent := sorted({failure.node_id for failure in failures if isinstance(failure, ModelAbsent)}):
+            self._deployment.settings(absent, deadline)
+            failures = self._replace(lost, deadline)
+        self._attempt(failures, self._experts.restore_spares, ROOM_S, self._deadline())
         if failures:
             raise failures[0]
+
+    def _replace(self, lost: list[Member], deadline: float) -> list[Exception]:
+        """What did not work out."""
+        failures: list[Exception] = []
+        with self._changing:
+            self._attempt(failures, self._experts.forget_spares, lost)
+            self._attempt(failures, self._attention.forget, lost, self._experts, deadline)
+            self._attempt(failures, self._experts.replace, lost, deadline)
+            self._attempt(failures, self._attention.replace, self._experts, deadline)
+            self._attempt(failures, self._gateways.replace, lost, deadline)
+        return failures
+
+    def _attempt(self, failures: list[Exception], part: Callable[..., object], *arguments: object) -> None:
+        try:
+            part(*arguments)
+        except Stopping:
+            raise
+        except Exception as error:  # it is among the failures: what else died is to be replaced all the same
+            log.warning("a repair failed", exc_info=True)
+            failures.append(error)
 
     def _deadline(self) -> float:
         return time.monotonic() + self._deployment.config.start_timeout_s

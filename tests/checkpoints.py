@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from tests.deepseek_reference import write_reference
+from tests.quiet import quiet
+from tests.random_weights import scatter
 
 BASE = {
     "vocab_size": 256,
@@ -26,7 +26,7 @@ BASE = {
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
-    "factor": 40.0,
+    "factor": 8.0,
     "original_max_position_embeddings": 64,
     "beta_fast": 32,
     "beta_slow": 1,
@@ -151,7 +151,7 @@ def write_deepseek(path: Path, seed: int = 0, **overrides: Any) -> Any:
     transformers has no such type: the reference is its DeepseekOcr2 text model (Llama's attention, V2's experts) with a
     head on top and the gate of the original code, whose logits and softmax are in the model's dtype.
     """
-    return _write_deepseek(path, seed, {**DEEPSEEK, "rope_parameters": DEFAULT_ROPE, **overrides})
+    return write_reference(path, seed, {**DEEPSEEK, "rope_parameters": DEFAULT_ROPE, **overrides})
 
 
 def write_deepseek_v2(path: Path, seed: int = 0, **overrides: Any) -> Any:
@@ -236,112 +236,18 @@ WRITERS: Mapping[str, Callable[..., Any]] = {
 """By model family; ``deepseek_v2`` comes in two shapes."""
 
 
-class DeepseekReference(torch.nn.Module):
-    """DeepSeekMoE's decoder out of transformers' parts: called, and answering, as its causal models are."""
-
-    def __init__(self, config: Any) -> None:
-        from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
-
-        super().__init__()
-        self.config = config
-        self.model = DeepseekOcr2TextModel(config)
-        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for layer in self.model.layers:
-            if hasattr(layer.mlp, "gate"):
-                layer.mlp.gate.forward = _original_gate.__get__(layer.mlp.gate)
-
-    def forward(self, **inputs: Any) -> Any:
-        """input_ids, past_key_values and use_cache in; logits and past_key_values out."""
-        out = self.model(**inputs)
-        return SimpleNamespace(logits=self.lm_head(out.last_hidden_state), past_key_values=out.past_key_values)
-
-
-def _original_gate(gate: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """MoEGate of the hub's modeling_deepseek.py: all in the model's dtype."""
-    logits = torch.nn.functional.linear(hidden_states.view(-1, gate.hidden_dim), gate.weight)
-    weights, experts = torch.topk(logits.softmax(dim=-1), k=gate.top_k, dim=-1, sorted=False)
-    if gate.top_k > 1 and getattr(gate, "normalise", False):
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return logits, weights, experts
-
-
-def _write_deepseek(path: Path, seed: int, settings: dict[str, Any]) -> DeepseekReference:
-    from safetensors.torch import save_file
-    from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2TextConfig
-
-    dtype = settings.pop("dtype", torch.float32)
-    normalise = settings.pop("norm_topk_prob", False)
-    frequency = settings.pop("moe_layer_freq", 1)
-    first = settings.pop("first_k_dense_replace")
-    layers = range(settings["num_hidden_layers"])
-    sparse = [layer >= first and layer % frequency == 0 for layer in layers]
-    with _quiet():
-        config = DeepseekOcr2TextConfig(
-            **{**settings, "rope_parameters": dict(settings["rope_parameters"])},
-            mlp_layer_types=["sparse" if kind else "dense" for kind in sparse],
-            topk_method="greedy",
-            routed_scaling_factor=1.0,
-            attn_implementation="eager",
-            experts_implementation="grouped_mm",
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = DeepseekReference(config)
-    for layer in model.model.layers:
-        if hasattr(layer.mlp, "gate"):
-            layer.mlp.gate.normalise = normalise
-    _scatter(model, seed)
-    frequencies = model.model.rotary_emb.inv_freq
-    model.to(dtype).eval()
-    model.model.rotary_emb.inv_freq = frequencies  # which the cast has rounded; transformers never does when it loads
-    tensors = {}
-    for name, value in model.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
-            for expert, both in enumerate(value):
-                gate, up = both.chunk(2)
-                block = name.replace("gate_up_proj", str(expert))
-                tensors |= {f"{block}.gate_proj.weight": gate, f"{block}.up_proj.weight": up}
-        elif name.endswith("experts.down_proj"):
-            for expert, down in enumerate(value):
-                tensors[name.replace("down_proj", f"{expert}.down_proj.weight")] = down
-        else:
-            tensors[name] = value
-    path.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path / "model.safetensors")
-    rope = settings.pop("rope_parameters")
-    on_hub = {
-        **settings,
-        "model_type": "deepseek",
-        "architectures": ["DeepseekForCausalLM"],
-        "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM"},
-        "attention_bias": False,
-        "first_k_dense_replace": first,
-        "moe_layer_freq": frequency,
-        "hidden_act": "silu",
-        "norm_topk_prob": normalise,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": None,
-        "rope_theta": rope["rope_theta"],
-        "scoring_func": "softmax",
-        "tie_word_embeddings": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-    (path / "config.json").write_text(json.dumps(on_hub, indent=2))
-    return model
-
-
 def _write(path: Path, seed: int, model_class: Any, config_class: Any, settings: dict[str, Any]) -> Any:
     dtype = settings.pop("dtype", torch.float32)
     shard = settings.pop("max_shard_size", "5GB")
     rope = dict(settings.pop("rope_parameters"))
-    with _quiet():
+    with quiet():
         config = config_class(
             **settings, rope_parameters=rope, attn_implementation="eager", experts_implementation="grouped_mm"
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = model_class(config)
-        _scatter(model, seed)
+        scatter(model, seed)
         bias = {name: value for name, value in model.named_buffers() if name.endswith("e_score_correction_bias")}
         kept = {name: value.clone() for name, value in bias.items()}
         model.to(dtype).save_pretrained(path, max_shard_size=shard)
@@ -354,29 +260,6 @@ def _write(path: Path, seed: int, model_class: Any, config_class: Any, settings:
     return model.eval()
 
 
-def _scatter(model: Any, seed: int) -> None:
-    """Give every weight a scale at which it matters: experts differ clearly, routing is not near-tied."""
-    generator = torch.Generator().manual_seed(seed + 1)
-
-    def draw(shape: torch.Size, std: float) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) * std
-
-    with torch.no_grad():
-        for name, value in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith("e_score_correction_bias"):
-                value.copy_(draw(value.shape, 0.02))
-            elif name.endswith(("mlp.gate.weight", "shared_expert_gate.weight")):
-                value.copy_(draw(value.shape, 0.5))
-            elif name.endswith(("norm.weight", "layernorm.weight")):
-                value.copy_(1 + draw(value.shape, 0.1))
-            elif name.endswith("bias"):
-                value.copy_(draw(value.shape, 0.1))
-            elif name.endswith("embed_tokens.weight"):
-                value.copy_(draw(value.shape, 1.0))
-            elif value.dim() >= 2:
-                value.copy_(draw(value.shape, value.shape[-1] ** -0.5))
-
-
 def _restore_bias(path: Path, bias: dict[str, torch.Tensor]) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -384,18 +267,3 @@ def _restore_bias(path: Path, bias: dict[str, torch.Tensor]) -> None:
         tensors = load_file(file)
         tensors.update({name: value for name, value in bias.items() if name in tensors})
         save_file(tensors, file, metadata={"format": "pt"})
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Keep transformers' progress bars and advice out of the tests' output."""
-    from transformers.utils import logging as hf_logging
-
-    level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity(logging.ERROR)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        hf_logging.enable_progress_bar()

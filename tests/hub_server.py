@@ -22,7 +22,9 @@ class HubServer:
     ``private``: repositories that answer nobody without ``token``; ``gated``: whose files do not. ``broken``: names of
     files of which half of what is asked for comes, ``cut``: once. ``half_way`` is called, with the name, when half of a
     file was sent. ``sizes``: what is said of a file instead of the truth. ``garbled``: the answers are no JSON.
-    ``status``, if not 0: what everybody gets instead of an answer. ``asked`` has every request, as "METHOD path".
+    ``untold``: no sizes are listed. ``status``, if not 0: what everybody gets instead of an answer. ``asked`` has every
+    request, as "METHOD path". ``xet``: names of files that are stored with Xet; that storage is here
+    too, below ``/xet/``: it says ``half_way(path)``, and then has nothing.
     """
 
     url: str = ""
@@ -34,6 +36,8 @@ class HubServer:
     broken: set[str] = field(default_factory=set)
     half_way: Callable[[str], None] = lambda _: None
     garbled: bool = False
+    untold: bool = False
+    xet: set[str] = field(default_factory=set)
     status: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
     token: str = "hf_right"
@@ -83,6 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refused(self.hub.status)
             if parts[:2] == ["api", "models"]:
                 self._api("/".join(parts[2:4]), parts[4] if len(parts) > 4 else "revision", "/".join(parts[5:]))
+            elif parts[0] == "xet":
+                self.hub.half_way(path)
+                raise _Refused(404)
             elif parts[2:3] == ["resolve"]:
                 self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
             else:
@@ -105,15 +112,26 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, repo: str, what: str, revision: str) -> None:
         commit, files = self._files(repo, revision)
+        if what == "xet-read-token":
+            return self._json(
+                {},
+                **{
+                    "X-Xet-Cas-Url": f"{self.hub.url}/xet",
+                    "X-Xet-Access-Token": "token",
+                    "X-Xet-Token-Expiration": str(2**33),
+                },
+            )
         sizes = {name: self.hub.sizes.get(name, len(data)) for name, data in files.items()}
         if what == "tree":
             entries = [
                 {"type": "file", "path": name, "size": sizes[name], "oid": _etag(data)} for name, data in files.items()
             ]
             return self._json(entries)
-        siblings = [
-            {"rfilename": name, "size": sizes[name], "blobId": _etag(data)} for name, data in sorted(files.items())
+        siblings: list[dict[str, Any]] = [
+            {"rfilename": name, "blobId": _etag(data)} for name, data in sorted(files.items())
         ]
+        if not self.hub.untold:
+            siblings = [{**entry, "size": sizes[entry["rfilename"]]} for entry in siblings]
         return self._json({"id": repo, "sha": commit, "siblings": siblings})
 
     def _file(self, repo: str, revision: str, name: str) -> None:
@@ -128,6 +146,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if begin else 200)
         self.send_header("ETag", f'"{_etag(data)}"')
         self.send_header("X-Repo-Commit", commit)
+        if name in self.hub.xet:
+            self.send_header("X-Xet-Hash", hashlib.sha256(data).hexdigest())
+            self.send_header("X-Xet-Refresh-Route", f"{self.hub.url}/api/models/{repo}/xet-read-token/{commit}")
         if begin:
             self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(data) - begin))
@@ -137,6 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, name: str, data: bytes) -> None:
         self.wfile.write(data[: len(data) // 2])
+        self.wfile.flush()
         self.hub.half_way(name)
         if name in self.hub.cut:
             self.hub.cut.discard(name)
@@ -144,8 +166,10 @@ class _Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(ConnectionError):  # whoever asked has gone
                 self.wfile.write(data[len(data) // 2 :])
 
-    def _json(self, value: Any) -> None:
+    def _json(self, value: Any, **headers: str) -> None:
         self.send_response(200)
+        for name, text in headers.items():
+            self.send_header(name, text)
         self.send_header("Content-Type", "application/json")
         self._end(b"<html>" if self.hub.garbled else json.dumps(value).encode())
 
@@ -153,7 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # whoever asked has gone
+                self.wfile.write(body)
 
 
 def _etag(data: bytes) -> str:

@@ -94,8 +94,11 @@ def compressed(stored: str, **weights: Any) -> Callable[[Tensor], Packed]:
 
     def pack(weight: Tensor) -> Packed:
         grouped = weight.unflatten(1, (-1, args.group_size or weight.shape[1]))
-        scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
-        state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero.to(torch.int8)}
+        low, high = grouped.amin(-1), grouped.amax(-1)
+        if args.strategy == "tensor":
+            low, high = low.amin()[None], high.amax()[None]
+        scale, zero = calculate_qparams(low, high, args)
+        state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero.to(args.pytorch_dtype())}
         parts = compressor.compress(state, scheme)
         return parts, compressor.decompress(parts, scheme)["weight"]
 
@@ -205,6 +208,7 @@ def _gptq_format(bits: int, symmetric: bool = False, ordered: bool = False, vers
 
 
 TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+FP8_TOKEN = TOKEN | {"type": "float"}
 _AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
 
 FORMATS: Mapping[str, Format] = {
@@ -213,6 +217,8 @@ FORMATS: Mapping[str, Format] = {
     "int8 group": _compressed_format("int-quantized", num_bits=8, strategy="group", group_size=GROUP),
     "int8 asymmetric": _compressed_format("int-quantized", num_bits=8, strategy="channel", symmetric=False),
     "W8A8": _compressed_format("int-quantized", TOKEN, num_bits=8, strategy="channel"),
+    "fp8 channel": _compressed_format("float-quantized", FP8_TOKEN, num_bits=8, type="float", strategy="channel"),
+    "fp8 tensor": _compressed_format("float-quantized", FP8_TOKEN, num_bits=8, type="float", strategy="tensor"),
     "pack int4 group": _compressed_format("pack-quantized", num_bits=4, strategy="group", group_size=GROUP),
     "pack int4 channel": _compressed_format("pack-quantized", num_bits=4, strategy="channel"),
     "pack int4 asymmetric": _compressed_format(

@@ -9,7 +9,19 @@ from typing import Any
 
 from .errors import UnsupportedModelError
 
+MAXIMUM = 2**31 - 1
+"""Of any integer."""
+LARGEST = {
+    "num_hidden_layers": 10_000,
+    "n_routed_experts": 100_000,
+    "num_experts": 100_000,
+    "num_local_experts": 100_000,
+    "max_position_embeddings": 2**24,
+}
+"""Of what is counted out in memory: more is a slip of the pen that would exhaust it."""
+
 _REQUIRED: Any = object()
+_SHOWN = 120
 
 
 class Fields:
@@ -42,7 +54,7 @@ class Fields:
         """The one of ``keys``, all names of the same thing, that has a value; the first if none has."""
         stated = [key for key in keys if self.get(key) is not None] or [keys[0]]
         for other in stated[1:]:
-            same = f"{self.get(stated[0])!r}, as {stated[0]} says"
+            same = f"{shown(self.get(stated[0]))}, as {stated[0]} says"
             self.require(self.get(other) == self.get(stated[0]), other, same)
         return stated[0]
 
@@ -50,7 +62,7 @@ class Fields:
         """Raise for a key of ``neutral`` that nobody asked for and that holds another value than the one there."""
         for key, value in neutral.items():
             if key not in self._asked and self._values.get(key) not in (None, value):
-                raise self.error(key, f"{value!r} (this model_type has no such thing)")
+                raise self.error(key, f"{shown(value)} (this model_type has no such thing)")
 
     def sub(self, key: str) -> Fields:
         """The object at ``key``, which must not hold further objects; empty if absent."""
@@ -62,10 +74,12 @@ class Fields:
         return Fields(value, f"{self._where}{key}.")
 
     def integer(self, key: str, default: int = _REQUIRED, minimum: int = 1) -> int:
-        """An integer >= minimum."""
+        """An integer from ``minimum`` to the largest that ``key`` may be (see LARGEST)."""
         value = self._value(key, default, f"an integer >= {minimum}")
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.error(key, f"an integer >= {minimum}")
+        if value > LARGEST.get(key, MAXIMUM):
+            raise self.error(key, f"an integer <= {LARGEST.get(key, MAXIMUM)}")
         return value
 
     def optional_integer(self, key: str, minimum: int = 0) -> int | None:
@@ -87,7 +101,9 @@ class Fields:
         return None if value is None else float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """true or false."""
+        """true or false; ``null`` is false, as in transformers, whatever the default."""
+        if key in self._values and self.get(key) is None:
+            return False
         value = self._value(key, default, "true or false")
         if not isinstance(value, bool):
             raise self.error(key, "true or false")
@@ -135,9 +151,9 @@ class Fields:
     def error(self, key: str, allowed: str) -> UnsupportedModelError:
         """The error for the value at ``key``."""
         if key in self._values:
-            state = repr(self._values[key])
+            state = shown(self._values[key])
         elif key in self._defaults:
-            state = f"missing, which means {self._defaults[key]!r}"
+            state = f"missing, which means {shown(self._defaults[key])}"
         else:
             state = "missing"
         return UnsupportedModelError(f"{self._where}{key} is {state}: allowed is {allowed}")
@@ -149,6 +165,20 @@ class Fields:
         if default is _REQUIRED:
             raise self.error(key, allowed)
         return default
+
+
+def shown(value: Any) -> str:
+    """A value of a configuration in a message: null, true and false as they stand there, long ones cut."""
+    words = {True: "true", False: "false", None: "null"}
+    text = words[value] if value is None or isinstance(value, bool) else _digits(value) or repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _digits(value: Any) -> str:
+    """Of an integer too long to be written out (Python refuses to), else empty."""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"an integer of {value.bit_length()} bits"
+    return ""
 
 
 def _one_of(allowed: Sequence[str]) -> str:

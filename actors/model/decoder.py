@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .attention import PagedAttention
 from .batch import StepBatch
 from .gqa import GroupedQueryAttention
 from .kv_cache import KVCache
@@ -34,11 +35,7 @@ class MoE(Protocol):
         """The weighted sum of the experts' outputs [T, D], in the rows' dtype; once for each handle."""
 
 
-Attention = GroupedQueryAttention | LatentAttention
-ATTENTION: Mapping[AttentionKind, type[GroupedQueryAttention] | type[LatentAttention]] = {
-    "gqa": GroupedQueryAttention,
-    "mla": LatentAttention,
-}
+ATTENTION: Mapping[AttentionKind, type[PagedAttention]] = {"gqa": GroupedQueryAttention, "mla": LatentAttention}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +58,7 @@ class AttentionModel:
     def __init__(
         self,
         spec: MoEDecoderSpec,
-        attention: Attention,
+        attention: PagedAttention,
         layers: list[LayerWeights],
         embed: Tensor,
         final_norm: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor
 from .errors import MissingExpert
 from .heap import HeapTrimmer
 from .mlp import SwiGLU
-from .parallel import load_each
+from .parallel import READERS, load_each
 from .quant.qtensor import QuantKind
 from .reader import TensorReader
 from .spec import MoEDecoderSpec
@@ -24,6 +24,10 @@ class ExpertBank:
         self, held: Mapping[tuple[int, int], SwiGLU], d_model: int, dtype: torch.dtype, row_block: int = 0
     ) -> None:
         self._held = dict(held)
+        self.experts = frozenset(self._held)
+        """The (layer, expert) pairs held."""
+        self.nbytes = sum(expert.nbytes for expert in self._held.values())
+        """Of all weights held."""
         self._d_model = d_model
         self._dtype = dtype
         self._row_block = row_block
@@ -39,8 +43,9 @@ class ExpertBank:
         progress: Callable[[int], None] | None = None,
         device: torch.device | str = "cpu",
         quantization: QuantKind | None = None,
+        readers: int = READERS,
     ) -> ExpertBank:
-        """Read the given (layer, expert) pairs and nothing else, several at a time.
+        """Read the given (layer, expert) pairs and nothing else, ``readers`` at a time.
 
         Matrices that are stored quantised stay so; ``quantization`` quantises plain ones as they are read. ``progress``
         gets bytes as they are read, from one thread at a time. Raises CheckpointError for what the checkpoint lacks,
@@ -58,10 +63,11 @@ class ExpertBank:
 
         def load_one(pair: tuple[int, int]) -> SwiGLU:
             expert = _load_expert(spec, checkpoint, read, *pair)
-            heap.loaded(expert.nbytes)
+            if read.leaves_holes:
+                heap.loaded(expert.nbytes)
             return expert
 
-        loaded = load_each(load_one, wanted)
+        loaded = load_each(load_one, wanted, readers, read.leaves_holes)
         return cls(dict(zip(wanted, loaded, strict=True)), spec.d_model, dtype, row_block)
 
     def with_(self, other: ExpertBank) -> ExpertBank:
@@ -73,16 +79,6 @@ class ExpertBank:
         kept = set(experts)
         held = {key: weights for key, weights in self._held.items() if key in kept}
         return ExpertBank(held, self._d_model, self._dtype, self._row_block)
-
-    @property
-    def experts(self) -> frozenset[tuple[int, int]]:
-        """The (layer, expert) pairs held."""
-        return frozenset(self._held)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights held."""
-        return sum(expert.nbytes for expert in self._held.values())
 
     @torch.inference_mode()
     def forward(self, layer: int, rows: Tensor, pair_row: Tensor, pair_expert: Tensor) -> Tensor:

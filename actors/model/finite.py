@@ -15,8 +15,10 @@ _FORMATS: dict[torch.dtype, tuple[Any, Any, int]] = {
     torch.bfloat16: (np.int16, np.uint16, 0x7F80),
     torch.float8_e4m3fn: (np.int8, np.uint8, 0x7F),
     torch.float8_e5m2: (np.int8, np.uint8, 0x7C),
+    torch.float8_e8m0fnu: (np.uint8, np.uint8, 0xFF),
 }
-"""Signed and unsigned integers of a format's width, and the bits of its first value that is not finite."""
+"""Signed and unsigned integers of a format's width, and the bits of its first value that is not finite; e8m0, which is
+an exponent alone, has no sign."""
 
 
 def all_finite(values: Tensor) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from .attention import PagedAttention, Planes, Queries, Sight, block_attention, softmax_scores
+from .attention import PagedAttention, Planes, Queries, softmax_scores
+from .block_attention import Sight, block_attention
 from .linear import linear
 from .norm import rms_norm
 from .parallel import load_each
@@ -41,28 +43,27 @@ class GroupedQueryAttention(PagedAttention):
         self._rope = rope
 
     @classmethod
-    def load(
-        cls, spec: MoEDecoderSpec, read: TensorReader, rope: RopeTable, row_block: int = 0
-    ) -> GroupedQueryAttention:
-        """Read the attention weights of all layers."""
+    def load(cls, spec: MoEDecoderSpec, read: TensorReader, rope: RopeTable, row_block: int = 0) -> Self:
+        """Read the attention weights of all layers. Raises CheckpointError."""
         layers = load_each(lambda layer: _load_layer(spec, read, layer), range(spec.n_layers))
         return cls(spec, layers, rope, row_block)
 
     def _project(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Queries, Planes]:
         weights, attn = self._layers[layer], self._attn
         qkv = linear(x, weights.qkv, weights.qkv_bias, self._row_block)
-        widths = attn.heads * attn.head_dim, attn.kv_heads * attn.head_dim, attn.kv_heads * attn.head_dim
-        query, key, value = qkv.split(widths, dim=1)
+        heads = qkv.view(x.shape[0], -1, attn.head_dim)
+        query, key, value = heads.split((attn.heads, attn.kv_heads, attn.kv_heads), dim=1)
         if weights.q_norm is not None and weights.k_norm is not None:
             query, key = self._normed(query, weights.q_norm), self._normed(key, weights.k_norm)
         if attn.clip is not None:
             query, key, value = (part.clamp(-attn.clip, attn.clip) for part in (query, key, value))
-        query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in (query, key, value))
         return Queries(self._rope.apply(query, positions)), (self._rope.apply(key, positions), value)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [T, n] with each run of as many numbers as ``weight`` has normed: a head, or all of them."""
-        return rms_norm(x.unflatten(-1, (-1, weight.shape[0])), weight, self._eps).flatten(1)
+        """x [T, h, d] with each run of as many numbers as ``weight`` has normed: a head, or all of them."""
+        if weight.shape[0] == x.shape[2]:
+            return rms_norm(x, weight, self._eps)
+        return rms_norm(x.flatten(1), weight, self._eps).view(x.shape)
 
     def _attend_rows(self, layer: int, query: Tensor, past: Planes, mask: Tensor | None) -> Tensor:
         key, value = past
@@ -73,7 +74,7 @@ class GroupedQueryAttention(PagedAttention):
 
     def _attend_block(self, layer: int, query: Tensor, past: Planes, sight: Sight) -> Tensor:
         key, value = past
-        return block_attention(query, key, value, sight, self._attn.scale)
+        return block_attention(query, key, value, sight.tiles(query.shape[1], query.device), self._attn.scale)
 
     def _output(self, layer: int, heads: Tensor) -> Tensor:
         return linear(heads, self._layers[layer].out, self._layers[layer].out_bias, self._row_block)

@@ -42,9 +42,13 @@ class IndexQueries:
     weights: Tensor
     top_k: int
 
-    def of(self, which: Tensor | slice | list[int]) -> IndexQueries:
+    def of(self, which: Tensor | slice) -> IndexQueries:
         """Those of some rows; copies of them, unless ``which`` is a slice."""
         return IndexQueries(self.query[which], self.weights[which], self.top_k)
+
+    def one(self, row: int) -> IndexQueries:
+        """Those of one row, copied: products of one row depend on the operands' alignment (see linear)."""
+        return IndexQueries(self.query[row : row + 1].clone(), self.weights[row : row + 1].clone(), self.top_k)
 
     def choose(self, keys: Tensor, mask: Tensor | None) -> Tensor:
         """The ``top_k`` of each row's own keys, ascending. keys: [T, t, di], t > top_k, mask: bool [T, t] or None.

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import get_args
 
-from .quant.qtensor import QuantKind
-from .quant.quantize import GROUP
+from actors.quant_kind import QuantKind
+
+from .quant.layout import kept_bytes
+from .quant.quantize import quantized_bytes
 from .quant.scheme import QuantScheme
 from .spec import MoEDecoderSpec
-from .tensor_list import expert_tensors, resident_tensors
-
-_QUANTISED_SCALE_BYTES = 2  # bf16, see quantize
-_QUANTISED_ZERO_BYTES = {"int8": 0, "int4": 1, "fp8": 0}
+from .tensor_list import expert_tensors, fused_tensors, resident_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,30 +83,22 @@ class Inventory:
 
 
 def expert_shapes(spec: MoEDecoderSpec) -> list[tuple[int, int]]:
-    """[N, K] of the three matrices of a routed expert; empty for a model without."""
-    tensors = (tensor for layer in spec.moe_layers[:1] for tensor in expert_tensors(spec, layer, 0))
-    return [(tensor.shape[0], tensor.shape[1]) for tensor in tensors]
+    """[N, K] of a routed expert's matrices as they are kept: gate over up, down; empty for a model without."""
+    fused = (tensor for layer in spec.moe_layers[:1] for tensor in fused_tensors(spec, layer))
+    return [(tensor.shape[1], tensor.shape[2]) for tensor in fused]
 
 
 def quantised_bytes(shapes: Iterable[tuple[int, int]], kind: QuantKind) -> int:
-    """Bytes of matrices that were quantised at load, with scales and zero points; as ``quantize`` makes them."""
-    per_group = _QUANTISED_SCALE_BYTES + _QUANTISED_ZERO_BYTES[kind]
-    bits = 4 if kind == "int4" else 8
-    return sum(rows * width * bits // 8 + rows * -(-width // GROUP[kind]) * per_group for rows, width in shapes)
+    """Bytes of matrices that were quantised at load, with scales and zero points."""
+    return sum(quantized_bytes(shape, kind) for shape in shapes)
 
 
-def held_bytes(shapes: Iterable[tuple[int, int]], scheme: QuantScheme | None, itemsize: int) -> int:
+def held_bytes(
+    shapes: Iterable[tuple[int, int]], scheme: QuantScheme | None, itemsize: int, scale_bytes: int | None = None
+) -> int:
     """Bytes of matrices as a shard keeps them that quantises nothing: as they are stored, cast if they are not
-    quantised. ``itemsize``: of the dtype it computes in. Exact without a scheme. With one, scales are taken to be 16
-    bits wide (fp8's 32), which config.json does not tell, and an order of columns (GPTQ) is left out."""
+    quantised. ``itemsize``: of the dtype it computes in. ``scale_bytes``: of a scale in memory, which config.json does
+    not tell; None: what is usual, see :func:`kept_bytes`."""
     if scheme is None:
         return sum(rows * width * itemsize for rows, width in shapes)
-    group = scheme.block[1] if scheme.method == "fp8" else scheme.group_size
-    per_group = (4 if scheme.method == "fp8" else 2) + (0 if scheme.symmetric else 1)
-    return sum(
-        rows * width * scheme.bits // 8 + rows * -(-width // (group or width)) * per_group for rows, width in shapes
-    )
-
-
-QUANTIZATIONS: tuple[QuantKind, ...] = get_args(QuantKind)
-"""What experts can be quantised to at load."""
+    return sum(kept_bytes(scheme, shape, scale_bytes) for shape in shapes)

@@ -33,9 +33,8 @@ class KVCache:
         self.n_blocks = n_blocks
         self.block_size = block_size
         slots = n_blocks * block_size
-        self._planes = [
-            _zeros((spec.n_layers, slots, *shape), dtype, torch.device(device)) for shape in spec.attn.kv_planes
-        ]
+        planes = [_zeros((spec.n_layers, slots, *shape), dtype, torch.device(device)) for shape in spec.attn.kv_planes]
+        self._layers = list(zip(*(plane.unbind(0) for plane in planes), strict=True))
 
     @classmethod
     def bytes_per_token(cls, spec: MoEDecoderSpec, dtype: torch.dtype) -> int:
@@ -45,18 +44,21 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole storage."""
-        return sum(plane.nbytes for plane in self._planes)
+        return sum(plane.nbytes for planes in self._layers for plane in planes)
 
     def write(self, layer: int, slots: Tensor, *planes: Tensor) -> None:
         """Keep the planes of T tokens, all of them and in order: each [T, ...], slots int64 [T]."""
-        for kept, plane in zip(self._planes, planes, strict=True):
-            kept[layer].index_copy_(0, slots, plane)
+        for kept, plane in zip(self._layers[layer], planes, strict=True):
+            kept.index_copy_(0, slots, plane)
 
     def read(self, layer: int, slots: Tensor, planes: Iterable[int] | None = None) -> tuple[Tensor, ...]:
         """Copies of the planes with these numbers (None: of all), [*slots.shape, ...], for int64 slots of any shape."""
+        kept = self._layers[layer]
+        wanted = kept if planes is None else [kept[i] for i in planes]
+        if slots.dim() == 1:  # the usual case in the deterministic mode, once for each segment and layer
+            return tuple([plane.index_select(0, slots) for plane in wanted])
         flat = slots.flatten()
-        wanted = range(len(self._planes)) if planes is None else planes
-        return tuple(self._planes[i][layer].index_select(0, flat).unflatten(0, slots.shape) for i in wanted)
+        return tuple([plane.index_select(0, flat).unflatten(0, slots.shape) for plane in wanted])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

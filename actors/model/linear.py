@@ -22,9 +22,9 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None, row_block: int
     ``row_block > 0`` is the deterministic mode: every product is computed on exactly that many rows, copied
     to aligned memory and zero padded. GEMM libraries choose their kernel, and with it the order of additions,
     by the number of rows; with one row alone (GEMV) MKL looks at the operands' alignment as well. For 8 rows
-    MKL (fp32) and oneDNN (bf16) were found independent of position, mates, alignment and thread count; 1, 2
-    and 4 rows are not safe. Nor are 2 to 8 columns where K is no multiple of 4 (fp32): such a weight is padded to
-    _FEW + 1 rows first.
+    MKL (fp32), oneDNN (bf16) and torch's fp16 products were found independent of position, mates, alignment and thread
+    count; 1, 2 and 4 rows are not safe. Nor are 2 to 8 columns where K is no multiple of 4 (fp32): such a weight is
+    padded to _FEW + 1 rows first.
     """
     if isinstance(weight, Tensor):
         return _dense(x, weight, bias, row_block)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from .attention import PagedAttention, Planes, Queries, Sight, block_attention, softmax_scores
+from .attention import PagedAttention, Planes, Queries, softmax_scores
+from .block_attention import Sight, block_attention
 from .indexer import Indexer
 from .linear import linear
 from .norm import rms_norm
@@ -21,6 +23,9 @@ LATENT_EPS = 1e-6
 
 MAX_EXPANDED = 1 << 25
 """Numbers of expanded keys and values held at once (bf16: 64 MiB); with more, some heads are done after others."""
+
+MAX_KEPT = 1 << 27
+"""Bytes of a chunk's masks that are kept for all groups of heads; with more they are built anew for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,8 @@ class LatentAttention(PagedAttention):
         self._rope = rope
 
     @classmethod
-    def load(cls, spec: MoEDecoderSpec, read: TensorReader, rope: RopeTable, row_block: int = 0) -> LatentAttention:
-        """Read the attention weights of all layers."""
+    def load(cls, spec: MoEDecoderSpec, read: TensorReader, rope: RopeTable, row_block: int = 0) -> Self:
+        """Read the attention weights of all layers. Raises CheckpointError."""
         layers = load_each(lambda layer: _load_layer(spec, read, layer, rope, row_block), range(spec.n_layers))
         return cls(spec, layers, rope, row_block)
 
@@ -99,13 +104,16 @@ class LatentAttention(PagedAttention):
         tokens = latent.shape[0]
         out = query.new_empty(query.shape[0], attn.heads, attn.v_dim)
         step = max(1, MAX_EXPANDED // (tokens * (attn.head_dim + attn.v_dim)))
+        # The masks are the same for all heads, and an indexer's are dear to build.
+        kept = list(sight.tiles(step, query.device)) if step < attn.heads and sight.n * tokens <= MAX_KEPT else None
         for start in range(0, attn.heads, step):
             heads = slice(start, min(start + step, attn.heads))
             key_nope = torch.matmul(latent, weights.key_up[heads].transpose(1, 2)).transpose(0, 1)
             shared = key_rope.unsqueeze(1).expand(-1, heads.stop - start, -1)
             value = torch.matmul(latent, weights.value_up[heads]).transpose(0, 1)
             key = torch.cat((key_nope, shared), dim=-1)
-            out[:, heads] = block_attention(query[:, heads], key, value, sight, attn.scale)
+            tiles = sight.tiles(step, query.device) if kept is None else kept
+            out[:, heads] = block_attention(query[:, heads], key, value, tiles, attn.scale)
         return out
 
     def _output(self, layer: int, heads: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +23,11 @@ class SwiGLU:
 
     gate_up: Matrix | tuple[Matrix, ...]
     down: Matrix
+    nbytes: int = field(init=False)
+    """Of all matrices. Found once: a model has tens of thousands of these, and whoever sums them up shall be quick."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nbytes", sum(matrix.nbytes for matrix in self._matrices()))
 
     @classmethod
     def load(cls, read: TensorReader, names: tuple[str, str, str], d_model: int, inter: int) -> SwiGLU:
@@ -48,11 +53,6 @@ class SwiGLU:
             read.matrix_entry(gate_up, count, index, (2 * inter, d_model)),
             read.matrix_entry(down, count, index, (d_model, inter)),
         )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all matrices."""
-        return sum(matrix.nbytes for matrix in self._matrices())
 
     def __call__(self, x: Tensor, row_block: int = 0) -> Tensor:
         """x: [R, D] in the weights' dtype (quantised: any); returns [R, D]. ``row_block`` as for :func:`linear`."""

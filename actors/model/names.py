@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class NameMap:
-    """Names on disk. The defaults are those of DeepSeek and GLM-4-MoE.
+    """Names on disk. The defaults are those of DeepSeek, GLM-4-MoE, Qwen3-MoE and OLMoE.
 
     ``expert_parts`` are the suffixes of an expert's (gate, up, down) matrices.
     """

@@ -15,16 +15,19 @@ READERS = 4
 """Reads under way in one process: enough to keep a disk or a network file system busy, and cheap to hold."""
 
 
-def load_each(load: Callable[[Key], Loaded], keys: Iterable[Key]) -> list[Loaded]:
-    """``[load(key) for key in keys]``, several at a time. The first error ends it; loads not begun are left out.
+def load_each(
+    load: Callable[[Key], Loaded], keys: Iterable[Key], readers: int = READERS, leaves_holes: bool = True
+) -> list[Loaded]:
+    """``[load(key) for key in keys]``, ``readers`` at a time. The first error ends it; loads not begun are left out.
 
-    Memory that the loads have freed is given back to the system.
+    Where the loads ``leaves_holes``, having freed some of what they made, that memory is given back to the system.
     """
-    with ThreadPoolExecutor(READERS, thread_name_prefix="load") as pool:
+    with ThreadPoolExecutor(readers, thread_name_prefix="load") as pool:
         try:
             loaded = list(pool.map(load, keys))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    trim()
+    if leaves_holes:
+        trim()
     return loaded

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .errors import CheckpointError
 from .heap import blank
 from .linear import Matrix
 from .quant.qtensor import QTensor, QuantKind, can_stack, stack
@@ -49,6 +50,11 @@ class TensorReader:
         self._reporting = threading.Lock()
         self._reported = checkpoint.bytes_read
 
+    @property
+    def leaves_holes(self) -> bool:
+        """Whether reading makes what is dropped again: quantised and plain forms, or copies on the way to a GPU."""
+        return self._scheme is not None or self._quantize is not None or self._device.type != "cpu"
+
     def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor ``name``, which must have ``shape``."""
         return self.stacked([(name, shape)])
@@ -72,7 +78,7 @@ class TensorReader:
         stored = self._stored_quantized(name, shape)
         if stored is None and self._quantize is None:
             return self(name, shape)
-        kept = stored or self._quantized(self._checkpoint.read(name, shape))
+        kept = stored or self._quantized(self._checkpoint.read(name, shape), name)
         self._report()
         return kept
 
@@ -92,7 +98,7 @@ class TensorReader:
         if self._quantize is None:
             kept: Matrix = self._checkpoint.read_entry(name, count, index, shape, self.dtype).to(self._device)
         else:
-            kept = self._quantized(self._checkpoint.read_entry(name, count, index, shape))
+            kept = self._quantized(self._checkpoint.read_entry(name, count, index, shape), name)
         self._report()
         return kept
 
@@ -113,12 +119,18 @@ class TensorReader:
         if self._scheme is None:
             return None
         stored = read_quantized(self._checkpoint, self._scheme, name, (shape[0], shape[1]))
-        return None if stored is None else stored.to(self._device)
+        return None if stored is None else self._fitting(stored, name).to(self._device)
 
-    def _quantized(self, plain: Tensor) -> QTensor:
+    def _quantized(self, plain: Tensor, name: str) -> QTensor:
         """From the precision on disk: a cast before it would add an error."""
         assert self._quantize is not None
-        return quantize(plain, self._quantize).to(self._device)
+        return self._fitting(quantize(plain, self._quantize), name).to(self._device)
+
+    def _fitting(self, matrix: QTensor, name: str) -> QTensor:
+        """``matrix``, whose parts are finite; multiplied, they may be more than fp16 holds."""
+        if self._checkpoint.check_finite and not matrix.fits(self.dtype):
+            raise CheckpointError(f"tensor {name!r}, dequantised, overflows {self.dtype}: expected finite numbers")
+        return matrix
 
     def _report(self) -> None:
         if self._progress is None:

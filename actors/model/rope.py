@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .spec import RopeSpec
 
+Rotation = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 PIECE = 8192
 """Positions whose angles are computed at once: 163,840 positions would take several copies of the table."""
 
@@ -55,11 +57,16 @@ class RopeTable:
         """As :meth:`apply`, in halves whatever the spec says of pairs."""
         return self._turn(x, positions, rotate_half)
 
-    def _turn(self, x: Tensor, positions: Tensor, rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        cos, sin = self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
-        turned = x[..., : self._dim]
-        rotated = rotate(turned.to(torch.float32), cos, sin).to(x.dtype) if self._wide else rotate(turned, cos, sin)
-        return rotated if x.shape[-1] == self._dim else torch.cat((rotated, x[..., self._dim :]), dim=-1)
+    def _turn(self, x: Tensor, positions: Tensor, rotate: Rotation) -> Tensor:
+        cos = self._cos.index_select(0, positions).unsqueeze(1)
+        sin = self._sin.index_select(0, positions).unsqueeze(1)
+        if x.shape[-1] > self._dim:
+            turned, rest = x[..., : self._dim], x[..., self._dim :]
+            return torch.cat((self._turned(turned, cos, sin, rotate), rest), dim=-1)
+        return self._turned(x, cos, sin, rotate)
+
+    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor, rotate: Rotation) -> Tensor:
+        return rotate(x.to(torch.float32), cos, sin).to(x.dtype) if self._wide else rotate(x, cos, sin)
 
 
 def _polar(angles: Tensor, scaling: float, complex_numbers: bool) -> tuple[Tensor, Tensor]:

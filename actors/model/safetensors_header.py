@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import reprlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import CheckpointError
 
@@ -26,7 +28,29 @@ ITEM_BITS = {
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8,
 }  # fmt: skip
 
+MAX_DIMENSIONS = 16
+MAX_DIMENSION = 2**63 - 1
+"""Torch has no larger one. With both limits a shape's product is quickly found, whatever a header says."""
+
 LFS_POINTER = b"version https://git-lfs"
+
+
+class Stamp(NamedTuple):
+    """What tells whether a file, or a folder's listing, is still the one that it was."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, file: Path | int) -> Stamp | None:
+        """Of a path or a descriptor; None where there is nothing, or nothing that may be looked at."""
+        try:
+            found = os.stat(file)
+        except OSError:
+            return None
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +63,26 @@ class TensorEntry:
     end: int
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The tensors of a file by name, and which file it was that said so."""
+
+    entries: dict[str, TensorEntry]
+    stamp: Stamp | None
+
+
+def read_header(path: Path) -> Header:
     """The tensors in ``path``. CheckpointError if the file is absent, unreadable, truncated or inconsistent."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file, though the checkpoint needs it")
-    header, start, size = _parse(path)
+    header, start, size, stamp = _parse(path)
     entries = {name: _entry(path, name, fields, start) for name, fields in header.items() if name != "__metadata__"}
     expected = max((entry.end for entry in entries.values()), default=start)
     if size != expected:
         kind = "truncated" if size < expected else "longer than its header says"
         raise CheckpointError(f"{path}: is {kind}: {size} bytes, expected {expected}")
     _check_gapless(path, entries, start)
-    return entries
+    return Header(entries, stamp)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -62,10 +94,11 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header, where it ends, and the file's size, both in bytes from the file's start."""
+def _parse(path: Path) -> tuple[dict[str, Any], int, int, Stamp | None]:
+    """The header, where it ends, and the file's size, both in bytes from the file's start; and the file's stamp."""
     try:
         with path.open("rb") as file:
+            stamp = Stamp.of(file.fileno())
             size = file.seek(0, 2)
             file.seek(0)
             start = file.read(8)
@@ -83,7 +116,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], int, int]:
         raise CheckpointError(f"{path}: header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: header is {type(header).__name__}, expected a JSON object")
-    return header, 8 + length, size
+    return header, 8 + length, size, stamp
 
 
 def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
@@ -92,11 +125,16 @@ def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
     shape, offsets, dtype = _counts(fields.get("shape")), _counts(fields.get("data_offsets")), str(fields.get("dtype"))
     bits = ITEM_BITS.get(dtype)
     if bits is None or shape is None or offsets is None or len(offsets) != 2:
-        raise CheckpointError(f"{path}: header entry of tensor {name!r} is malformed: {value!r}")
+        raise CheckpointError(f"{path}: header entry of tensor {name!r} is malformed: {reprlib.repr(value)}")
+    if len(shape) > MAX_DIMENSIONS or max(shape, default=0) > MAX_DIMENSION:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has shape {reprlib.repr(shape)}, expected at most {MAX_DIMENSIONS} dimensions "
+            f"of at most {MAX_DIMENSION}"
+        )
     begin, end = offsets
     expected = math.prod(shape) * bits
     if (end - begin) * 8 != expected:
-        raise CheckpointError(f"{path}: tensor {name!r} spans {begin}..{end}, expected {expected / 8:g} bytes")
+        raise CheckpointError(f"{path}: tensor {name!r} spans {begin}..{end}, expected {expected / 8:.16g} bytes")
     return TensorEntry(dtype, tuple(shape), start + begin, start + end)
 
 

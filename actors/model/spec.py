@@ -49,7 +49,6 @@ class AttnSpec:
     heads: int
     kv_heads: int
     head_dim: int
-    rotary_dim: int
     scale: float
     qk_norm: QkNorm = "none"
     clip: float | None = None
@@ -62,11 +61,6 @@ class AttnSpec:
     qk_rope_dim: int = 0
     v_dim: int = 0
     indexer: IndexerSpec | None = None
-
-    @property
-    def bias(self) -> bool:
-        """Whether any projection has a bias."""
-        return self.qkv_bias or self.o_bias
 
     @property
     def kv_planes(self) -> tuple[tuple[int, ...], ...]:
@@ -148,8 +142,9 @@ class MoESpec:
 class MoEDecoderSpec:
     """A whole model. ``dtype`` is the one its checkpoint was saved in; a server may compute in another.
 
-    ``max_positions`` counts tokens, ``layer_kinds`` has one entry per layer. ``quantization`` says how its weights lie
-    on disk, None: as they are. ``n_mtp`` multi-token-prediction layers lie behind the others and are not read.
+    ``max_positions`` counts tokens (with YaRN those of the extended context), ``layer_kinds`` has one entry per layer.
+    ``quantization`` says how its weights lie on disk, None: as they are. ``n_mtp`` multi-token-prediction layers lie
+    behind the others and are not read.
     """
 
     model_type: str

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 from .finite import all_finite
-from .safetensors_header import TensorEntry
+from .safetensors_header import Header, Stamp
 
 PIECE = 1024 * 1024
 """Bytes read at a time: what is still in a core's cache when it is cast and checked."""
@@ -20,7 +20,8 @@ PIECE = 1024 * 1024
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "BOOL": torch.bool,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu, "BOOL": torch.bool,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
@@ -30,12 +31,14 @@ class TensorFile:
     """A file and what its header says. Opened at the first read; may be read by several threads at once.
 
     Bytes go from the file to where they stay: nothing is mapped, so what a process holds is what it asked for,
-    and a file that is cut off under it is an error, not a SIGBUS. All errors are CheckpointError.
+    and a file that is cut off under it is an error, not a SIGBUS. A file that is not the one any more whose header was
+    read is refused when it is opened. All errors are CheckpointError.
     """
 
-    def __init__(self, path: Path, entries: dict[str, TensorEntry]) -> None:
+    def __init__(self, path: Path, header: Header) -> None:
         self.path = path
-        self._entries = entries
+        self._entries = header.entries
+        self._stamp = header.stamp
         self._lock = threading.Lock()
         self._fd: int | None = None
 
@@ -63,6 +66,10 @@ class TensorFile:
                 raise CheckpointError(
                     f"{self.path}: tensor {name!r} holds NaN or infinity, expected finite {out.dtype}"
                 )
+
+    def unchanged(self) -> bool:
+        """Whether the file is still the one whose header was read."""
+        return Stamp.of(self.path) == self._stamp
 
     def close(self) -> None:
         """Let go of the file. May be called again, but not while it is read."""
@@ -93,7 +100,7 @@ class TensorFile:
         rest = memoryview(piece.view(torch.uint8).numpy().data)
         while rest:
             try:
-                got = os.preadv(self._opened(), [rest], begin)
+                got = os.preadv(self._opened(name), [rest], begin)
             except OSError as error:
                 raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
             if got == 0:
@@ -103,10 +110,17 @@ class TensorFile:
                 )
             rest, begin = rest[got:], begin + got
 
-    def _opened(self) -> int:
+    def _opened(self, name: str) -> int:
         with self._lock:
             if self._fd is None:
-                self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                if Stamp.of(fd) != self._stamp:
+                    os.close(fd)
+                    raise CheckpointError(
+                        f"{self.path}: was replaced or written to after its header was read, and before tensor "
+                        f"{name!r} was: expected the file to stay as it is"
+                    )
+                self._fd = fd
             return self._fd
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +36,29 @@ def expected_tensors(spec: MoEDecoderSpec) -> Iterator[ExpectedTensor]:
     for layer in spec.moe_layers:
         for expert in range(spec.moe.n_experts):
             yield from expert_tensors(spec, layer, expert)
+
+
+def stored_tensors(spec: MoEDecoderSpec, has: Callable[[str], bool]) -> Iterator[ExpectedTensor]:
+    """:func:`expected_tensors` of a checkpoint that has the tensors that ``has`` says: the experts of a layer may be
+    fused. As the loader does, an expert is sought there only if it has no gate of its own."""
+    yield from resident_tensors(spec)
+    for layer in spec.moe_layers:
+        fused = list(fused_tensors(spec, layer))
+        apart = [e for e in range(spec.moe.n_experts) if has(spec.names.expert(layer, e)[0]) or not has(fused[0].name)]
+        if len(apart) < spec.moe.n_experts:
+            yield from fused
+        for expert in apart:
+            yield from expert_tensors(spec, layer, expert)
+
+
+def fused_tensors(spec: MoEDecoderSpec, layer: int) -> Iterator[ExpectedTensor]:
+    """A layer's routed experts under one another: (gate over up, down)."""
+    count, inter, d_model = spec.moe.n_experts, spec.moe.inter, spec.d_model
+    shapes = ((count, 2 * inter, d_model), (count, d_model, inter))
+    return (
+        ExpectedTensor(name, shape, "expert")
+        for name, shape in zip(spec.names.fused_experts(layer), shapes, strict=True)
+    )
 
 
 def resident_tensors(spec: MoEDecoderSpec) -> Iterator[ExpectedTensor]:

@@ -2,74 +2,70 @@
 
 from __future__ import annotations
 
-import json
-import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .safetensors_header import TensorEntry, read_header, unique_keys
+from .safetensors_header import Header, Stamp, TensorEntry, read_header
+from .weight_names import INDEX, SINGLE, parse_index, pickles, siblings, weight_names
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-PICKLES = ("*.bin", "*.pt", "*.pth", "pytorch_model.bin.index.json")
-OF_SEVERAL = re.compile(r"(.+)-(\d{5,6})-of-(\d{5,6})\.safetensors")
-
-Files = dict[Path, dict[str, TensorEntry]]
+Files = dict[Path, Header]
 
 
-def locate_weights(folder: Path) -> Files:
-    """The tensors of each file of the checkpoint in ``folder``, every file's header checked; no name is there twice.
+def locate_weights(folder: Path) -> dict[Path, dict[str, TensorEntry]]:
+    """The tensors of each file of the checkpoint in ``folder``; see :func:`read_headers`."""
+    return {path: header.entries for path, header in read_headers(folder).items()}
 
-    These are the files that ``model.safetensors.index.json`` names; without one, or beside a ``model.safetensors``
-    that it does not name, that one file (as transformers has it); with neither, every .safetensors file but adapters.
-    CheckpointError names the file and what was expected.
+
+def listing_stamps(folder: Path) -> dict[Path, Stamp | None]:
+    """Of what says which files of ``folder`` are read, beside those files themselves."""
+    return {path: Stamp.of(path) for path in (folder, folder / INDEX)}
+
+
+def read_headers(folder: Path) -> Files:
+    """The header of each file of the checkpoint in ``folder``, checked; no tensor's name is there twice.
+
+    Which files these are: see :func:`weight_names`. CheckpointError names the file and what was expected.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    weight_map = _read_index(folder / INDEX) if (folder / INDEX).is_file() else None
-    if (folder / SINGLE).is_file() and (weight_map is None or SINGLE not in weight_map.values()):
-        return {folder / SINGLE: read_header(folder / SINGLE)}
-    if weight_map is not None:
-        return _indexed(folder, weight_map)
-    return _unindexed(folder)
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    index = _read_index(folder / INDEX) if INDEX in names else None
+    files = weight_names(names, index)
+    if not files:
+        raise CheckpointError(_nothing(folder, names))
+    if index is not None and files == set(index["weight_map"].values()):
+        return _indexed(folder, index["weight_map"])
+    return _unindexed(folder, files, names)
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file name."""
+def _read_index(index: Path) -> dict[str, Any]:
     try:
-        weight_map: dict[Any, Any] = json.loads(index.read_bytes(), object_pairs_hook=unique_keys)["weight_map"]
-        files = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: is not a JSON object with a weight_map of name to file: {error!r}") from error
-    for file in sorted(set(files.values())):
-        if not file or Path(file).name != file:
-            raise CheckpointError(f"{index}: names the file {file!r}, expected a plain file name in the same folder")
-    return files
+        return parse_index(index.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index}: {error}") from error
 
 
 def _indexed(folder: Path, weight_map: dict[str, str]) -> Files:
     held = {file: read_header(folder / file) for file in sorted(set(weight_map.values()))}
-    wanted: Files = {folder / file: {} for file in held}
+    wanted: Files = {folder / file: Header({}, header.stamp) for file, header in held.items()}
     for name, file in weight_map.items():
-        if name not in held[file]:
+        if name not in held[file].entries:
             raise CheckpointError(f"{folder / file}: has no tensor {name!r}, though {INDEX} says so")
-        wanted[folder / file][name] = held[file][name]
+        wanted[folder / file].entries[name] = held[file].entries[name]
     return wanted
 
 
-def _unindexed(folder: Path) -> Files:
-    found = sorted(folder.glob("*.safetensors"))
-    paths = [path for path in found if not path.name.startswith((".", "adapter_"))]
-    if not paths:
-        raise CheckpointError(_nothing(folder, adapters=bool(found)))
-    for path in paths:
-        _check_siblings(path)
+def _unindexed(folder: Path, files: Collection[str], names: Collection[str]) -> Files:
+    for file in sorted(set(files).difference(names)):
+        known = min(siblings(file).intersection(names))
+        raise CheckpointError(f"{folder / file}: no such file, though {known} is there")
     held: Files = {}
     owner: dict[str, Path] = {}
-    for path in paths:
+    for path in (folder / file for file in sorted(files)):
         held[path] = read_header(path)
-        for name in held[path]:
+        for name in held[path].entries:
             if name in owner:
                 raise CheckpointError(
                     f"{path}: tensor {name!r} is in {owner[name].name} as well, expected it once: there is no {INDEX} "
@@ -79,19 +75,8 @@ def _unindexed(folder: Path) -> Files:
     return held
 
 
-def _check_siblings(path: Path) -> None:
-    """That the others of ``x-00001-of-00003.safetensors`` are there: without an index nothing else would tell."""
-    if match := OF_SEVERAL.fullmatch(path.name):
-        stem, number, count = match.groups()
-        for other in range(1, int(count) + 1):
-            sibling = path.with_name(f"{stem}-{other:0{len(number)}}-of-{count}.safetensors")
-            if not sibling.is_file():
-                raise CheckpointError(f"{sibling}: no such file, though {path.name} is there")
-
-
-def _nothing(folder: Path, adapters: bool) -> str:
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if pickles:
-        return f"{folder}: has only pickled weights ({pickles[0]}), expected safetensors: convert them"
+def _nothing(folder: Path, names: Collection[str]) -> str:
+    if found := pickles(names):
+        return f"{folder}: has only pickled weights ({found[0]}), expected safetensors: convert them"
     nothing = f"{folder}: has neither {SINGLE} nor {INDEX} nor any other .safetensors file"
-    return f"{nothing} but an adapter's" if adapters else nothing
+    return f"{nothing} but an adapter's" if any(name.endswith(".safetensors") for name in names) else nothing

@@ -17,6 +17,9 @@ from cluster.config import ByteSize, ConfigError
 from cluster.inspection import Inspection, Sizes, inspect_model
 
 _PIPED_WIDTH = 140
+_LEAST_BARE = 2**20
+"""Bytes: a number without a unit that is below was meant in another one."""
+
 _RAW_KEYS = (
     "model_type",
     "architectures",
@@ -51,10 +54,13 @@ def run_inspect(model: str, memory: str | None, as_json: bool) -> int:
 
 def _byte_size(text: str) -> int:
     try:
-        return TypeAdapter(ByteSize).validate_python(text)
+        size = TypeAdapter(ByteSize).validate_python(text)
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ConfigError(f"--memory: {message} (given {text!r})") from None
+    if size < _LEAST_BARE and not any(map(str.isalpha, text)):
+        raise ConfigError(f"--memory: {text.strip()} bytes; write a unit, as in 80GiB")
+    return size
 
 
 def as_dict(found: Inspection, memory: int | None) -> dict[str, Any]:
@@ -114,7 +120,7 @@ def facts(found: Inspection) -> list[tuple[str, str]]:
     inventory, moe = sizes.inventory, spec.moe
     n_moe = len(spec.moe_layers)
     shared = f", a shared expert of width {moe.shared_inter}" if moe.shared_inter else ""
-    disk = "" if sizes.disk is None else f"; {_gib(sizes.disk)} on disk"
+    disk = "" if sizes.disk is None else f"; {_bytes(sizes.disk)} on disk"
     context = sizes.kv_per_token * spec.max_positions
     return [
         ("family", f"{spec.model_type} ({spec.attn.kind.upper()}{_features(found)})"),
@@ -123,8 +129,8 @@ def facts(found: Inspection) -> list[tuple[str, str]]:
         ("parameters", f"{_count(inventory.total)}, {_count(inventory.active)} active per token{disk}"),
         ("stored as", _stored_as(found)),
         ("context", f"{spec.max_positions:,} tokens; {_rope(found)}"),
-        ("KV cache", f"{sizes.kv_per_token / 1024:,.1f} KiB a token, {_gib(context)} for one context of full length"),
-        ("attention shard", f"{_gib(sizes.attention_shard)}, and its KV cache: all but gates and routed experts"),
+        ("KV cache", f"{sizes.kv_per_token / 1024:,.1f} KiB a token, {_bytes(context)} for one context of full length"),
+        ("attention shard", f"{_bytes(sizes.attention_shard)}, and its KV cache: all but gates and routed experts"),
     ]
 
 
@@ -167,10 +173,11 @@ def _experts(sizes: Sizes) -> Table:
     table = _table("Routed experts", "experts.quantization", "one", f"all {sizes.inventory.experts:,}")
     if sizes.expert_on_disk is not None:
         on_disk = sizes.expert_on_disk
-        table.add_row("(on disk)", f"{on_disk / 2**20:,.2f} MiB", _gib(on_disk * sizes.inventory.experts))
+        table.add_row("(on disk)", _bytes(on_disk), _bytes(on_disk * sizes.inventory.experts))
     for kind, size in sizes.expert.items():
-        name = kind if len(sizes.expert) > 1 else "none: as stored (about)"
-        table.add_row(name, f"{size / 2**20:,.2f} MiB", _gib(size * sizes.inventory.experts))
+        name = kind if len(sizes.expert) > 1 else "none: as stored"
+        name += " (about)" if len(sizes.expert) == 1 and sizes.expert_on_disk is None else ""
+        table.add_row(name, _bytes(size), _bytes(size * sizes.inventory.experts))
     return table
 
 
@@ -186,7 +193,7 @@ def _shards(found: Inspection, sizes: Sizes) -> Table:
     table = _table("Expert shards: weights of each", "shards", "experts of each", *sizes.expert)
     for shards in shard_counts(found):
         held = sizes.inventory.experts_per_shard(shards)
-        table.add_row(str(shards), f"{held:,}", *(_gib(held * size) for size in sizes.expert.values()))
+        table.add_row(str(shards), f"{held:,}", *(_bytes(held * size) for size in sizes.expert.values()))
     return table
 
 
@@ -196,11 +203,11 @@ def shards_for(sizes: Sizes, memory: int) -> dict[str, int | None]:
 
 
 def _memory(sizes: Sizes, memory: int) -> Table:
-    table = _table(f"Shards of {_gib(memory)}", "", "")
+    table = _table(f"Shards of {_bytes(memory)}", "", "")
     for kind, shards in shards_for(sizes, memory).items():
         table.add_row(f"expert shards, {kind}", "not even one expert fits" if shards is None else str(shards))
     left = memory - sizes.attention_shard
-    fits = f"{_gib(left)} left for {left // sizes.kv_per_token:,} tokens of KV cache" if left > 0 else "does not fit"
+    fits = f"{_bytes(left)} left for {left // sizes.kv_per_token:,} tokens of KV cache" if left > 0 else "does not fit"
     table.add_row("attention shard", fits)
     return table
 
@@ -213,8 +220,12 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB"
+def _bytes(size: int) -> str:
+    """In the largest unit of which it is one at least."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if size >= unit:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size / 2**10:,.2f} KiB"
 
 
 def _count(parameters: int) -> str:

@@ -11,6 +11,7 @@ import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -143,29 +144,44 @@ def check_door(config: ServerConfig) -> None:
 
 def weight_bytes(config: ServerConfig) -> int:
     """Have the checkpoint on this machine and open it and its tokenizer, so that what is wrong with them is said before
-    anything starts.
+    anything starts; of the weights, what their files' headers tell. A repository's are fetched only when the rest is
+    sound.
 
     Returns the bytes that attention and expert shards will read. Raises ConfigError, CheckpointError,
     UnsupportedModelError, TokenizerError.
     """
+    from actors.model.errors import CheckpointError
     from actors.model.families import load_spec
     from actors.model.weight_files import locate_weights
-    from cluster.gateway.server import served_model
-    from cluster.inspection import bytes_by_part, skipped_tensors
+    from cluster.inspection import bytes_by_part, skipped_tensors, tensor_problems
     from cluster.model_source import resolve_model
-    from cluster.settings import SettingsFactory, check_quantization, check_shards
 
-    path = resolve_model(config.model, progress=True)
+    path = resolve_model(config.model, progress=True, check=partial(check_description, config))
+    check_description(config, path)
     spec = load_spec(path)
-    check_shards(config, spec)
-    check_quantization(config, spec)
-    served_model(SettingsFactory(config, {"": path}).gateway(""))
     files = locate_weights(path).values()
-    if skipped := skipped_tensors(spec, (name for held in files for name in held)):
+    entries = {name: entry for held in files for name, entry in held.items()}
+    if problems := tensor_problems(spec, entries):
+        raise CheckpointError(f"{path}: {'; '.join(problems)}")
+    if skipped := skipped_tensors(spec, entries):
         print(f"note: {skipped} tensors of layers for multi-token prediction are skipped", file=sys.stderr)
     by_part = bytes_by_part(spec, files)
     resident = sum(size for part, size in by_part.items() if part not in ("expert", "gate"))
     return by_part["expert"] * config.experts.min_replicas + resident * config.attention.replicas
+
+
+def check_description(config: ServerConfig, folder: Path) -> None:
+    """Open everything but the weights: what ``folder`` says of the model, whether it can be served as configured, and
+    its tokenizer. Raises ConfigError, CheckpointError, UnsupportedModelError, TokenizerError.
+    """
+    from actors.model.families import load_spec
+    from cluster.gateway.server import served_model
+    from cluster.settings import SettingsFactory, check_quantization, check_shards
+
+    spec = load_spec(folder)
+    check_shards(config, spec)
+    check_quantization(config, spec)
+    served_model(SettingsFactory(config, {"": folder}).gateway(""))
 
 
 def expected_errors() -> tuple[type[Exception], ...]:

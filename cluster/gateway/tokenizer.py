@@ -55,6 +55,7 @@ class Tokenizer:
         Raises:
             TokenizerError: a file is missing or broken; it is named.
         """
+        text = _read_text(folder / "tokenizer.json")  # first: of a folder with neither it is what is missing
         config = _read_object(folder / "tokenizer_config.json")
         legacy_map = folder / "special_tokens_map.json"
         if legacy_map.exists():
@@ -62,7 +63,6 @@ class Tokenizer:
         template = folder / "chat_template.jinja"
         if template.exists():
             config["chat_template"] = _read_text(template)
-        text = _read_text(folder / "tokenizer.json")
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower

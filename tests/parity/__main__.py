@@ -87,11 +87,11 @@ where its two best lie closer than 1e-5 of the logits' scale. In fp32 at most {F
 may differ that is not a near-tie.
 
 In bf16 the two round at different places (ours attends over a paged cache, MLA in its absorbed form). Where that turns
-a gate's choice, another expert is computed and that position's logits are far apart, as transformers' in bf16 then are
-from its own in fp32. So these are checked: `error`, the root mean square distance of a position's logits from those of
-the same weights in fp32, the median over all positions, as a multiple of the same for transformers' bf16 logits (at
-most {BF16_LIMIT:g}; 1 is "as good"); and `right`, the share of positions whose best token is that of fp32 (at most
-{RIGHT_SLACK:.0%} of all positions fewer than transformers').
+a choice of a gate or of V3.2's indexer, other experts or tokens are computed and the logits are far apart, as
+transformers' in bf16 then are from its own in fp32. So these are checked: `error`, the root mean square distance of a
+position's logits from those of the same weights in fp32, as a multiple of transformers', both taken where they are
+smallest (the lowest decile: no choice is turned there; at most {BF16_LIMIT:g}, 1 is "as good"); and `right`, the share
+of positions whose best token is that of fp32 (at most {RIGHT_SLACK:.0%} of all positions fewer than transformers').
 """
 
 

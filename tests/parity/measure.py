@@ -22,7 +22,7 @@ CHUNK = 7
 NEAR_TIE = 1e-5
 FP32_LIMIT = 1e-5
 """Of a logit's difference, relative to the largest logit."""
-BF16_LIMIT = 1.5
+BF16_LIMIT = 1.3
 """Of the error in bf16, relative to transformers' own."""
 RIGHT_SLACK = 0.04
 """Of all positions: by how many fewer our best token in bf16 may be that of fp32 than transformers' is."""
@@ -35,7 +35,7 @@ class Agreement:
     """``delta``: largest difference of a logit, relative to the largest logit. ``same`` of ``steps`` greedy tokens are
     the same; ``ties`` of the others are near-ties: transformers' own two best lie closer than NEAR_TIE of the scale.
     Each step continues transformers' tokens. Of bf16 alone: ``error``, the root mean square distance of a position's
-    logits from those of the same weights in fp32, the median over the positions, as a multiple of transformers' own;
+    logits from those of the same weights in fp32, the lowest decile, as a multiple of transformers' own;
     ``right``, the share of positions whose best token is that of fp32, ours and transformers'."""
 
     delta: float
@@ -169,10 +169,11 @@ def _compare(streams: Sequence[Stream], got: Sequence[Tensor]) -> Agreement:
 
 
 def _error(pairs: Sequence[tuple[Stream, Tensor]]) -> float:
-    """Of the medians over all positions: one turned choice of a gate, ours or theirs, would outweigh all the others."""
+    """Of the lowest deciles: of positions at which rounding has turned no choice of a gate or an indexer, neither ours
+    nor transformers'; one that is turned outweighs all rounding, and changes what comes after it."""
     ours = [(logits.float() - stream.exact).pow(2).mean(dim=-1) for stream, logits in pairs]
     theirs = [(stream.logits.float() - stream.exact).pow(2).mean(dim=-1) for stream, _ in pairs]
-    return float((torch.cat(ours).median() / torch.cat(theirs).median()).sqrt())
+    return float((torch.cat(ours).quantile(0.1) / torch.cat(theirs).quantile(0.1)).sqrt())
 
 
 def _right(pairs: Sequence[tuple[Stream, Tensor]]) -> tuple[float, float]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from actors.model.experts import ExpertBank
 from actors.model.local_moe import LocalMoE
-from actors.model.quant.qtensor import QuantKind
 from actors.model.weights import Checkpoint
+from actors.quant_kind import QuantKind
 from tests.checkpoints import write_deepseek_v3, write_qwen3_moe
 from tests.paged_runner import PagedRunner, random_ids
 from tests.prompts import PROMPTS

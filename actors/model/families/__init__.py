@@ -32,16 +32,16 @@ FAMILIES: dict[str, Family] = {
 """By ``model_type``."""
 
 
-def spec_from_config(config: dict[str, Any]) -> MoEDecoderSpec:
+def spec_from_config(config: dict[str, Any], where: str = "") -> MoEDecoderSpec:
     """The model that a parsed config.json describes; code that the repository names in ``auto_map`` is never run.
 
     Takes hub style (``rope_theta`` and ``rope_scaling``) and transformers 5 style (``rope_parameters``). The
     ``model_type`` chooses the family; keys that re-saved configurations lose have transformers' defaults.
-    Raises UnsupportedModelError naming the key, its value, and what is allowed: for what is not built, and for keys
-    that contradict the family or one another.
+    Raises UnsupportedModelError naming the key (after ``where``), its value, and what is allowed: for what is not
+    built, and for keys that contradict the family or one another.
     """
-    family = FAMILIES[Fields(config).one_of("model_type", tuple(FAMILIES))]
-    fields = Fields(config, defaults=family.defaults)
+    family = FAMILIES[Fields(config, where).one_of("model_type", tuple(FAMILIES))]
+    fields = Fields(config, where, family.defaults)
     spec = family.build(fields)
     fields.refuse_unasked(NEUTRAL)
     return spec
@@ -59,18 +59,19 @@ def load_spec(path: str | Path) -> MoEDecoderSpec:
         raise CheckpointError(f"{folder}: is a file, expected a folder with config.json and *.safetensors")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: has no config.json")
-    spec = spec_from_config(_read_json(folder / "config.json"))
+    config = folder / "config.json"
+    spec = spec_from_config(_read_json(config), f"{config}: ")
     generation = folder / "generation_config.json"
     if not generation.is_file():
         return spec
-    more = Fields(_read_json(generation), "generation_config.json: ").token_ids("eos_token_id")
+    more = Fields(_read_json(generation), f"{generation}: ").token_ids("eos_token_id")
     return replace(spec, eos_token_ids=tuple(dict.fromkeys(spec.eos_token_ids + more)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds {type(value).__name__}, expected a JSON object")

@@ -13,6 +13,8 @@ from actors.model.names import NameMap
 from actors.model.quant.parse import parse_scheme
 from actors.model.spec import AttnSpec, GateSpec, LayerKind, MoEDecoderSpec, MoESpec, RopeSpec
 
+from .rope import context_length
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 NEUTRAL: Mapping[str, Any] = {
@@ -68,7 +70,7 @@ def decoder(
         n_layers=len(kinds),
         rms_eps=f.number("rms_norm_eps"),
         tie_embeddings=f.flag("tie_word_embeddings", default=False),
-        max_positions=f.integer("max_position_embeddings"),
+        max_positions=context_length(f, rope),
         attn=attn,
         rope=rope,
         moe=moe,
@@ -162,5 +164,8 @@ def _check_layer_types(f: Fields, attn: AttnSpec, n_layers: int) -> None:
 
 
 def _dtype(f: Fields) -> torch.dtype:
+    """What the model computes in, which a dtype of stored weights alone ("float8_e4m3fn") or "auto" does not tell."""
     key = "dtype" if f.get("dtype") is not None else "torch_dtype"
-    return DTYPES[f.one_of(key, tuple(DTYPES), default="float32")]
+    name = str(f.get(key) or "float32").removeprefix("torch.")
+    f.require(name in DTYPES, key, f"one of {', '.join(map(repr, DTYPES))}; a `dtype` beside torch_dtype wins over it")
+    return DTYPES[name]

@@ -90,14 +90,13 @@ def _mla(f: Fields, interleaved: bool, precision: Precision = "model") -> tuple[
     kv_heads = f.integer("num_key_value_heads", default=heads)
     f.require(kv_heads == heads, "num_key_value_heads", f"num_attention_heads = {heads}")
     nope, rope_dim = f.integer("qk_nope_head_dim"), f.integer("qk_rope_head_dim")
-    rope = rope_spec(f, rope_dim, interleaved, precision)
+    rope = rope_spec(f, rope_dim, interleaved, precision, key="qk_rope_head_dim")
     bias = f.flag("attention_bias", default=False)
     attn = AttnSpec(
         kind="mla",
         heads=heads,
         kv_heads=heads,
         head_dim=nope + rope_dim,
-        rotary_dim=rope_dim,
         scale=mla_scale(nope + rope_dim, rope),
         qkv_bias=bias,
         o_bias=bias,

@@ -24,7 +24,6 @@ def gqa(f: Fields, partial_rope: bool = False, even_heads: bool = False, **more:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        rotary_dim=rope.dim,
         scale=head_dim**-0.5,
         **more,
     )

@@ -23,6 +23,7 @@ def _qwen2_moe(f: Fields) -> MoEDecoderSpec:
 def _qwen3_moe(f: Fields) -> MoEDecoderSpec:
     kinds = sparse_step(f)
     window = f.optional_integer("sliding_window", minimum=1) if _windowed(f) else None
+    f.require(f.flag("use_qk_norm", default=True), "use_qk_norm", "true")
     bias = f.flag("attention_bias", default=False)
     windows = (window,) * len(kinds) if window else ()
     attn, rope = gqa(f, windows=windows, qk_norm="head", qkv_bias=bias, o_bias=bias)

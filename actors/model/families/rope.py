@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import cast
 
-from actors.model.config_fields import Fields
+from actors.model.config_fields import LARGEST, Fields
 from actors.model.rope import magnitude
 from actors.model.spec import Precision, RopeSpec, RopeType
 
@@ -13,14 +13,21 @@ ROPE_TYPES = ("default", "yarn")
 
 
 def rope_spec(
-    f: Fields, head_dim: int, interleaved: bool = False, precision: Precision = "model", partial: bool = False
+    f: Fields,
+    head_dim: int,
+    interleaved: bool = False,
+    precision: Precision = "model",
+    partial: bool = False,
+    key: str = "head_dim",
 ) -> RopeSpec:
-    """Rope over heads of ``head_dim``, or over the share of them that the configuration names if ``partial``.
+    """Rope over heads of ``head_dim`` (``key`` says so), or over the share of them that the configuration names if
+    ``partial``.
 
     As in transformers: rope_scaling wins over rope_parameters, a key inside over the same key beside.
     """
     inner = f.sub("rope_scaling" if f.get("rope_scaling") else "rope_parameters")
     theta = inner.number("rope_theta", default=f.number("rope_theta", default=1e4), above=1.0)
+    f.require(head_dim % 2 == 0 or partial, key, "an even number: rotary embedding takes pairs")
     share = inner.number("partial_rotary_factor", default=f.number("partial_rotary_factor", default=1.0))
     dim = int(head_dim * share)
     f.require(partial or share == 1.0, "partial_rotary_factor", f"1.0, got {share}")
@@ -43,9 +50,20 @@ def mla_scale(qk_dim: int, rope: RopeSpec) -> float:
     return scale * magnitude(rope.factor, rope.mscale_all_dim) ** 2
 
 
+def context_length(f: Fields, rope: RopeSpec) -> int:
+    """How many tokens have positions. Model cards switch YaRN on and leave ``max_position_embeddings`` as it was."""
+    stated = f.integer("max_position_embeddings")
+    if rope.type != "yarn":
+        return stated
+    stretched = round(rope.factor * rope.original_max_positions)
+    most = LARGEST["max_position_embeddings"]
+    f.require(stretched <= most, "rope_scaling", f"a factor that makes at most {most} positions, got {stretched}")
+    return max(stated, stretched)
+
+
 def _yarn(f: Fields, inner: Fields, base: RopeSpec) -> RopeSpec:
     positions = f.integer("max_position_embeddings")
-    original = inner.integer("original_max_position_embeddings", default=positions)
+    original = _original(f, inner, positions)
     factor = inner.number("factor", default=positions / original)
     return replace(
         base,
@@ -58,3 +76,12 @@ def _yarn(f: Fields, inner: Fields, base: RopeSpec) -> RopeSpec:
         attention_factor=inner.optional_number("attention_factor"),
         truncate=inner.flag("truncate", default=True),
     )
+
+
+def _original(f: Fields, inner: Fields, positions: int) -> int:
+    """The context before YaRN. For this one key what stands beside wins over what stands inside, as in transformers."""
+    key = "original_max_position_embeddings"
+    holder = f if f.get(key) is not None else inner
+    count = holder.number(key, default=positions)
+    holder.require(count.is_integer(), key, "a whole number > 0")
+    return int(count)

@@ -2,95 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from actors.model.errors import CheckpointError
+from actors.model.heap import blank
 from actors.model.weights import Checkpoint
 
+from .layout import Part, Parts, groups_of
 from .packing import add_to_each, pack_nibbles, unpack_awq_words, unpack_words
-from .qtensor import SCALES, QTensor
+from .qtensor import QTensor
 from .scheme import QuantScheme
 
-WORDS = (torch.int32,)
-SIZES = (torch.int64, torch.int32)
+TILE_BYTES = 1024 * 1024
+"""Of numbers, a byte each, that are unpacked at a time: whole matrices, unpacked, transposed and in another order,
+would lie about several times."""
+
+Unpack = Callable[[slice], Tensor]
+"""Some rows of a matrix, from a multiple of 8 on, to their numbers: uint8 [n, K], counted from 0 to 2**bits - 1."""
 
 
-def read_pack_quantized(checkpoint: Checkpoint, scheme: QuantScheme, base: str, shape: tuple[int, int]) -> QTensor:
-    """``weight_packed`` int32 [N, K * bits / 32], along K, each number + 2**(bits - 1); ``weight_scale`` [N, groups];
-    ``weight_shape`` [2]; ``weight_zero_point``, if asymmetric, packed along N: int32 [N * bits / 32, groups], or by
-    older versions int8 [N, groups]; ``weight_g_idx`` int [K], if ordered by activation, or -1."""
-    rows, width = shape
-    group, groups = _groups(scheme, base, width)
-    stated = tuple(checkpoint.read_raw(f"{base}.weight_shape", (2,), SIZES).tolist())
+def read_pack_quantized(checkpoint: Checkpoint, scheme: QuantScheme, parts: Parts, shape: tuple[int, int]) -> QTensor:
+    """compressed-tensors' pack-quantized: each number + 2**(bits - 1), zero points too."""
+    width = shape[1]
+    group, _ = groups_of(scheme, width)
+    stated = tuple(read_part(checkpoint, parts["weight_shape"]).tolist())
     if stated != shape:
-        raise CheckpointError(f"tensor '{base}.weight_shape' says {list(stated)}, expected {list(shape)}")
-    words = checkpoint.read_raw(f"{base}.weight_packed", (rows, _words(width, scheme.bits)), WORDS)
-    values = unpack_words(words, scheme.bits, width)
-    scale = checkpoint.read_raw(f"{base}.weight_scale", (rows, groups), SCALES)
-    zero = None if scheme.symmetric else _zero_of_pack(checkpoint, scheme, base, rows, groups)
-    order = None
-    if checkpoint.has(f"{base}.weight_g_idx"):
-        order = checkpoint.read_raw(f"{base}.weight_g_idx", (width,), SIZES)
-        order = None if (order == -1).all() else _column_order(order, f"{base}.weight_g_idx", group)
-    return _qtensor(scheme, values, scale, group, zero, order)
+        raise CheckpointError(f"tensor '{parts['weight_shape'].name}' says {list(stated)}, expected {list(shape)}")
+    words = read_part(checkpoint, parts["weight_packed"])
+    scale = read_part(checkpoint, parts["weight_scale"])
+    zero = None if scheme.symmetric else _zero_of_pack(checkpoint, scheme, parts, shape[0])
+    order = read_order(checkpoint, parts, "weight_g_idx", group)
+
+    def unpack(part: slice) -> Tensor:
+        return unpack_words(words[part], scheme.bits, width)
+
+    return _qtensor(scheme, _repacked(scheme.bits, shape, unpack, order), scale, group, zero, order)
 
 
-def read_gptq(checkpoint: Checkpoint, scheme: QuantScheme, base: str, shape: tuple[int, int]) -> QTensor:
-    """``qweight`` int32 [K * bits / 32, N], along K; ``qzeros`` int32 [groups, N * bits / 32]; ``scales`` [groups, N];
-    ``g_idx`` int32 [K], the group of each column."""
+def read_gptq(checkpoint: Checkpoint, scheme: QuantScheme, parts: Parts, shape: tuple[int, int]) -> QTensor:
+    """GPTQ: all but the order of columns lies transposed."""
     rows, width = shape
-    group, groups = _groups(scheme, base, width)
-    words = checkpoint.read_raw(f"{base}.qweight", (_words(width, scheme.bits), rows), WORDS)
-    zeros = checkpoint.read_raw(f"{base}.qzeros", (groups, _words(rows, scheme.bits)), WORDS)
-    scale = checkpoint.read_raw(f"{base}.scales", (groups, rows), SCALES).T.contiguous()
-    values = unpack_words(words.T, scheme.bits, width)
+    group, _ = groups_of(scheme, width)
+    words = read_part(checkpoint, parts["qweight"])
+    zeros = read_part(checkpoint, parts["qzeros"])
+    scale = read_part(checkpoint, parts["scales"]).T.contiguous()
     zero = unpack_words(add_to_each(zeros, scheme.bits, scheme.zero_offset), scheme.bits, rows).T.contiguous()
-    order = None
-    if checkpoint.has(f"{base}.g_idx"):
-        order = _column_order(checkpoint.read_raw(f"{base}.g_idx", (width,), SIZES), f"{base}.g_idx", group)
-    return _qtensor(scheme, values, scale, group, zero, order)
+    order = read_order(checkpoint, parts, "g_idx", group)
+
+    def unpack(part: slice) -> Tensor:
+        return unpack_words(words[:, part].T, scheme.bits, width)
+
+    return _qtensor(scheme, _repacked(scheme.bits, shape, unpack, order), scale, group, zero, order)
 
 
-def read_awq(checkpoint: Checkpoint, scheme: QuantScheme, base: str, shape: tuple[int, int]) -> QTensor:
-    """``qweight`` int32 [K, N / 8], along N in AWQ's order; ``qzeros`` int32 [groups, N / 8] alike; ``scales``
-    [groups, N]."""
-    rows, width = shape
-    group, groups = _groups(scheme, base, width)
-    if rows % 8:
-        raise CheckpointError(f"tensor '{base}.qweight' is to have {rows} rows, expected a multiple of 8 (AWQ packs 8)")
-    words = checkpoint.read_raw(f"{base}.qweight", (width, rows // 8), WORDS)
-    zeros = checkpoint.read_raw(f"{base}.qzeros", (groups, rows // 8), WORDS)
-    scale = checkpoint.read_raw(f"{base}.scales", (groups, rows), SCALES).T.contiguous()
-    return _qtensor(
-        scheme, unpack_awq_words(words).T.contiguous(), scale, group, unpack_awq_words(zeros).T.contiguous(), None
-    )
+def read_awq(checkpoint: Checkpoint, scheme: QuantScheme, parts: Parts, shape: tuple[int, int]) -> QTensor:
+    """AWQ (GEMM): transposed, eight rows of the matrix in a word, in an order of their own."""
+    group, _ = groups_of(scheme, shape[1])
+    words = read_part(checkpoint, parts["qweight"])
+    zeros = read_part(checkpoint, parts["qzeros"])
+    scale = read_part(checkpoint, parts["scales"]).T.contiguous()
+    zero = unpack_awq_words(zeros).T.contiguous()
+
+    def unpack(part: slice) -> Tensor:
+        return unpack_awq_words(words[:, part.start // 8 : -(-part.stop // 8)]).T.contiguous()
+
+    return _qtensor(scheme, _repacked(4, shape, unpack, None), scale, group, zero, None)
 
 
-def _groups(scheme: QuantScheme, base: str, width: int) -> tuple[int, int]:
-    """(columns in a group, groups) of a row."""
-    if scheme.bits == 4 and width % 2:
-        raise CheckpointError(f"matrix {base!r} is to have {width} columns, expected an even number (4 bits each)")
-    group = scheme.group_size or width
-    return group, -(-width // group)
+def read_order(checkpoint: Checkpoint, parts: Parts, end: str, group: int) -> Tensor | None:
+    """The columns, those of group 0 first; None if they lie so already. compressed-tensors writes -1 where it ordered
+    none."""
+    if end not in parts:
+        return None
+    order = read_part(checkpoint, parts[end])
+    unused = end == "weight_g_idx" and bool((order == -1).all())
+    return None if unused else _column_order(order, parts[end].name, group)
 
 
-def _words(count: int, bits: int) -> int:
-    return -(-count * bits // 32)
+def read_part(checkpoint: Checkpoint, part: Part) -> Tensor:
+    """A part of a matrix as it is stored. CheckpointError unless it is what it has to be."""
+    return checkpoint.read_raw(part.name, part.shape, part.dtypes)
 
 
-def _zero_of_pack(checkpoint: Checkpoint, scheme: QuantScheme, base: str, rows: int, groups: int) -> Tensor:
+def _zero_of_pack(checkpoint: Checkpoint, scheme: QuantScheme, parts: Parts, rows: int) -> Tensor:
     """uint8 [N, groups], counted as the packed numbers are: 2**(bits - 1) more than the true zero point."""
-    name = f"{base}.weight_zero_point"
-    if checkpoint.has(name) and checkpoint.dtype(name) == torch.int8:
-        signed = checkpoint.read_raw(name, (rows, groups), (torch.int8,)).int()
-        half = 1 << (scheme.bits - 1)
+    part = parts["weight_zero_point"]
+    stored = read_part(checkpoint, part)
+    if stored.dtype == torch.int8:
+        signed, half = stored.int(), 1 << (scheme.bits - 1)
         if signed.numel() and not -half <= int(signed.min()) <= int(signed.max()) < half:
             found = f"{int(signed.min())}..{int(signed.max())}"
-            raise CheckpointError(f"tensor {name!r} holds zero points {found}, expected {-half}..{half - 1}")
+            raise CheckpointError(f"tensor {part.name!r} holds zero points {found}, expected {-half}..{half - 1}")
         return (signed + half).to(torch.uint8)
-    words = checkpoint.read_raw(name, (_words(rows, scheme.bits), groups), WORDS)
-    return unpack_words(words.T, scheme.bits, rows).T.contiguous()
+    return unpack_words(stored.T, scheme.bits, rows).T.contiguous()
 
 
 def _column_order(groups_of: Tensor, name: str, group: int) -> Tensor | None:
@@ -107,16 +114,31 @@ def _column_order(groups_of: Tensor, name: str, group: int) -> Tensor | None:
     return None if torch.equal(groups_of.long(), in_order) else columns
 
 
+def _repacked(bits: int, shape: tuple[int, int], unpack: Unpack, columns: Tensor | None) -> Tensor:
+    """A QTensor's data: for 4 bits uint8 [N, K / 2], else int8 [N, K], its columns in the order ``columns``."""
+    rows, width = shape
+    data = blank((rows, width // 2), torch.uint8) if bits == 4 else blank(shape, torch.int8)
+    height = max(8, TILE_BYTES // max(1, width) // 8 * 8)
+    for start in range(0, rows, height):
+        part = slice(start, min(rows, start + height))
+        values = unpack(part)
+        if columns is not None:
+            values = values[:, columns]
+        data[part] = pack_nibbles(values) if bits == 4 else _signed(values)
+    return data
+
+
+def _signed(values: Tensor) -> Tensor:
+    """uint8 -> int8, 128 less."""
+    return (values ^ 128).view(torch.int8)
+
+
 def _qtensor(
-    scheme: QuantScheme, values: Tensor, scale: Tensor, group: int, zero: Tensor | None, columns: Tensor | None
+    scheme: QuantScheme, data: Tensor, scale: Tensor, group: int, zero: Tensor | None, columns: Tensor | None
 ) -> QTensor:
-    """values: uint8 [N, K], zero: uint8 [N, groups] or None, both counted from 0 to 2**bits - 1."""
-    middle = 1 << (scheme.bits - 1)
-    if zero is not None and bool((zero == middle).all()):
+    """zero: uint8 [N, groups] or None, counted from 0 to 2**bits - 1."""
+    if zero is not None and bool((zero == 1 << (scheme.bits - 1)).all()):
         zero = None
-    if columns is not None:
-        values = values[:, columns]
     if scheme.bits == 4:
-        return QTensor("int4", pack_nibbles(values), scale, group, zero, columns)
-    signed = (values ^ middle).view(torch.int8)
-    return QTensor("int8", signed, scale, group, None if zero is None else (zero ^ middle).view(torch.int8), columns)
+        return QTensor("int4", data, scale, group, zero, columns)
+    return QTensor("int8", data, scale, group, None if zero is None else _signed(zero), columns)

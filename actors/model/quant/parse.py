@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import cast
 
@@ -16,11 +17,11 @@ KEY = "quantization_config"
 def parse_scheme(f: Fields) -> QuantScheme | None:
     """The scheme at ``quantization_config``, None if there is none.
 
-    Weights in fp8 (DeepSeek's 128 x 128 blocks), compressed-tensors (int8 and packed int4 or int8), GPTQ and AWQ are
-    read. Of activations int8 with a scale per row (compressed-tensors) is computed as such; fp8 activations, which
-    ``activation_scheme: dynamic`` asks for, are not: those models are computed with their weights dequantised, which is
-    closer to the model before quantisation. Raises UnsupportedModelError, naming key, value and what is allowed, for
-    everything else.
+    Weights in fp8 (DeepSeek's 128 x 128 blocks), compressed-tensors (int8, fp8, and packed int4 or int8), GPTQ and
+    AWQ are read. Of activations int8 with a scale per row (compressed-tensors) is computed as such; dynamic fp8
+    activations, which DeepSeek's and compressed-tensors' fp8 formats ask for, are not: those models are computed
+    with their weights dequantised, which is closer to the model before quantisation. Raises UnsupportedModelError,
+    naming key, value and what is allowed, for everything else.
     """
     f.require(f.get("compression_config") is None, "compression_config", f"none ({KEY} is read)")
     value = f.get(KEY)
@@ -43,26 +44,40 @@ def _fp8(f: Fields) -> QuantScheme:
 
 def _gptq(f: Fields) -> QuantScheme:
     bits = _bits(f, (4, 8))
-    stored = f.one_of("checkpoint_format", ("gptq", "gptq_v2"), default="gptq")
+    stored = f.one_of(f.synonym("format", "checkpoint_format"), ("gptq", "gptq_v2"), default="gptq")
     f.one_of("pack_dtype", ("int32",), default="int32")
     f.require(not f.get("is_marlin_format"), "is_marlin_format", "false")
-    own = f.get("dynamic") or {}
-    differs = not isinstance(own, dict) or any(not key.startswith("-") for key in own)
-    f.require(not differs, "dynamic", "none, or patterns that begin with '-' (one setting for all matrices)")
     return QuantScheme(
         "gptq",
         bits,
         _group_size(f),
         symmetric=f.flag("sym", default=True),
+        ordered=f.flag("desc_act", default=False),
         zero_offset=1 if stored == "gptq" else 0,
+        dynamic=_dynamic(f),
     )
 
 
 def _awq(f: Fields) -> QuantScheme:
-    f.one_of("version" if f.get("version") is not None else "format", ("gemm", "GEMM"), default="gemm")
+    """``zero_point`` is not looked at: qzeros are read whatever it says. GPTQModel writes false by default, and qzeros
+    all the same."""
+    for key in ("version", "format", "checkpoint_format"):
+        f.one_of(key, ("gemm", "GEMM"), default="gemm")
     f.one_of("backend", ("autoawq", "auto"), default="autoawq")
-    f.require(f.flag("zero_point", default=True), "zero_point", "true")
-    return QuantScheme("awq", _bits(f, (4,)), _group_size(f), symmetric=False)
+    return QuantScheme("awq", _bits(f, (4,)), _group_size(f), symmetric=False, dynamic=_dynamic(f))
+
+
+def _dynamic(f: Fields) -> tuple[str, ...]:
+    """GPTQModel's rules for single matrices, which are regular expressions. Whether one touches a matrix that is there,
+    the readers see."""
+    rules = f.get("dynamic") or {}
+    f.require(isinstance(rules, dict), "dynamic", "an object of regular expressions")
+    for rule in rules:
+        try:
+            re.compile(rule.removeprefix("+:").removeprefix("-:"))
+        except re.error:
+            raise f.error("dynamic", f"an object of regular expressions, which {rule!r} is not") from None
+    return tuple(rules)
 
 
 def _bits(f: Fields, allowed: tuple[int, ...]) -> Bits:

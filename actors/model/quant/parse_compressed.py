@@ -8,12 +8,17 @@ from actors.model.config_fields import Fields
 
 from .scheme import Bits, QuantScheme
 
-FORMATS = ("int-quantized", "pack-quantized")
+FORMATS = ("int-quantized", "float-quantized", "pack-quantized")
+FLOAT = "float-quantized"
+INT = "int-quantized"
+GROUPED = (True, "group", "dynamic")
+"""Of ``actorder``: columns of a group need not lie side by side. Not any more written since 2026."""
 WHERE = "quantization_config.config_groups."
 
 
 def parse_compressed_tensors(f: Fields) -> QuantScheme:
-    """``f``: the quantization_config. ``targets`` and ``ignore`` are not read: the tensors tell what is quantised."""
+    """``f``: the quantization_config. ``targets`` and ``ignore`` are not read: the tensors tell what is quantised. fp8
+    activations are left out of the computation, see :func:`parse_scheme`."""
     stored = f.one_of("format", FORMATS)
     for key in ("sparsity_config", "moe_sparsity_config", "transform_config"):
         f.require(_is_empty(f.get(key)), key, "none")
@@ -24,12 +29,20 @@ def parse_compressed_tensors(f: Fields) -> QuantScheme:
     group.require(group.get("output_activations") is None, "output_activations", "none")
     group.one_of("format", (stored,), default=stored)
     bits, size = _weights(weights, stored)
+    symmetric = weights.flag("symmetric", default=True)
+    weights.require(symmetric or stored != FLOAT, "symmetric", f"true with format {stored}")
+    int8_activations = _activations(group, where, stored)
+    ordered = weights.get("actorder") in GROUPED
+    weights.require(not (ordered and int8_activations), "actorder", "none or 'weight' with int8 activations")
     return QuantScheme(
         "compressed-tensors",
         bits,
         size,
-        symmetric=weights.flag("symmetric", default=True),
-        int8_activations=_int8_activations(group, where, stored),
+        symmetric=symmetric,
+        floating=stored == FLOAT,
+        one_scale=weights.get("strategy") == "tensor",
+        ordered=ordered,
+        int8_activations=int8_activations,
     )
 
 
@@ -61,26 +74,28 @@ def _part(group: Fields, where: str, key: str) -> Fields | None:
 
 def _weights(w: Fields, stored: str) -> tuple[Bits, int]:
     """(bits, columns in a group, 0 for a whole row)."""
-    w.one_of("type", ("int",), default="int")
+    w.one_of("type", ("float",) if stored == FLOAT else ("int",), default="int")
     w.require(not w.get("dynamic"), "dynamic", "false")
     bits = w.integer("num_bits", default=8)
-    allowed = (8,) if stored == "int-quantized" else (4, 8)
+    allowed = (4, 8) if stored == "pack-quantized" else (8,)
     w.require(bits in allowed, "num_bits", f"{' or '.join(map(str, allowed))} with format {stored}")
-    strategy = w.one_of("strategy", ("channel", "group"))
+    strategy = w.one_of("strategy", ("channel", "tensor") if stored == FLOAT else ("channel", "group"))
     return cast(Bits, bits), w.integer("group_size") if strategy == "group" else 0
 
 
-def _int8_activations(group: Fields, where: str, stored: str) -> bool:
+def _activations(group: Fields, where: str, stored: str) -> bool:
+    """Whether rows are quantised to int8 as they come; fp8 ones, with a scale for each row or for all, stay as they
+    are."""
     a = _part(group, where, "input_activations")
     if a is None:
         return False
-    group.require(stored == "int-quantized", "input_activations", f"none with format {stored}")
-    a.one_of("type", ("int",), default="int")
+    group.require(stored in (INT, FLOAT), "input_activations", f"none with format {stored}")
+    a.one_of("type", ("int",) if stored == INT else ("float",), default="int")
     a.require(a.get("num_bits") == 8, "num_bits", "8")
     a.require(a.get("dynamic") is True, "dynamic", "true (scales are computed, not read)")
-    a.one_of("strategy", ("token",))
+    a.one_of("strategy", ("token",) if stored == INT else ("token", "tensor"))
     a.require(a.flag("symmetric", default=True), "symmetric", "true")
-    return True
+    return stored == INT
 
 
 def _is_empty(value: Any) -> bool:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .packing import unpack_nibbles
+from actors.model.finite import all_finite
+from actors.model.heap import blank
+from actors.quant_kind import QuantKind
 
-QuantKind = Literal["int8", "int4", "fp8"]
+from .packing import unpack_nibbles
 
 DATA = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
 MIDDLE = {"int8": 0, "int4": 8}
 """The zero point where none is kept."""
+LARGEST = {"int8": 255, "int4": 15, "fp8": 448}
+"""No number is further from its zero point."""
 
 TILE_BYTES = 4 * 1024 * 1024
 """Of fp32 numbers that are dequantised at a time."""
@@ -107,6 +110,13 @@ class QTensor:
             else:
                 rows[:, self.columns] = tile.to(out.dtype)
 
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether all of the matrix is finite in ``dtype``. On the CPU; the scales tell, nearly always."""
+        largest = float(self.scale.abs().max()) if self.scale.numel() else 0.0
+        if LARGEST[self.kind] * largest <= torch.finfo(dtype).max:
+            return True
+        return all(all_finite(tile.flatten()) for _, tile in self.tiles(dtype))
+
     def tiles(self, dtype: torch.dtype, tile_bytes: int = TILE_BYTES) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows [n, K] in ``dtype``) from the top to the bottom, columns in their *stored* order.
 
@@ -155,8 +165,21 @@ def stack(parts: Sequence[QTensor]) -> QTensor:
     zero = None
     if any(part.zero is not None for part in parts):
         zero = torch.cat([_zero(part) for part in parts])
-    data = torch.cat([part.data.view(torch.uint8) for part in parts]).view(first.data.dtype)
-    return replace(first, data=data, scale=torch.cat([part.scale.to(scale_dtype) for part in parts]), zero=zero)
+    return replace(
+        first,
+        data=_under_one_another([part.data for part in parts]),
+        scale=torch.cat([part.scale.to(scale_dtype) for part in parts]),
+        zero=zero,
+    )
+
+
+def _under_one_another(parts: Sequence[Tensor]) -> Tensor:
+    """``torch.cat`` of matrices [n, w] of one byte an element, fp8 too, which stay when ``parts`` are dropped."""
+    first = parts[0]
+    shape = (sum(len(part) for part in parts), first.shape[1])
+    on_cpu = first.device.type == "cpu"
+    out = blank(shape, torch.uint8) if on_cpu else torch.empty(shape, dtype=torch.uint8, device=first.device)
+    return torch.cat([part.view(torch.uint8) for part in parts], out=out).view(first.dtype)
 
 
 def _layout(q: QTensor) -> tuple[object, ...]:

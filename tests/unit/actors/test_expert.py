@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import copytree
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from safetensors.torch import load_file, save_file
 
 from actors import batch_spans
 from actors.expert import ExpertShard
 from actors.log_fields import fields_of
 from actors.messages import Kind, array_bytes, expect_parts, failure_text, tensor_from
+from actors.model.experts import ExpertBank
+from actors.model.parallel import READERS
+from actors.model.safetensors_header import Header, read_header
 from actors.settings import ModelSettings
 from actors.transport.base import Frame, FrameTag, Wire
 from actors.transport.local import LocalNetwork
@@ -105,6 +112,72 @@ def test_a_keep_that_was_overtaken_by_a_later_load_is_ignored(shard: tuple[Exper
     assert actor.stats().experts == 4
     actor.keep(3, HELD)
     assert actor.stats().experts == 3
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Files whose headers are parsed from now on."""
+    files: list[Path] = []
+
+    def noted(path: Path) -> Header:
+        files.append(path)
+        return read_header(path)
+
+    monkeypatch.setattr("actors.model.weight_files.read_header", noted)
+    return files
+
+
+def test_headers_are_parsed_once_as_long_as_the_files_stay(
+    checkpoint: Path, tmp_path: Path, opened: list[Path]
+) -> None:
+    """While it serves, parsing would keep the interpreter from those who are served."""
+    copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    actor = ExpertShard("expert-0", ModelSettings(tmp_path, "float32", 0, 1, 10.0), LocalNetwork().endpoint)
+    actor.load(1, HELD)
+    once = len(opened)
+    assert once > 0
+    assert (actor.load(2, [*HELD, (2, 5)]), actor.load(3, [(1, 7)]), len(opened)) == (1, 1, once)
+    for file in opened:
+        save_file(load_file(file), file)
+        os.utime(file, ns=(0, 1))
+    assert (actor.load(4, [(2, 6)]), len(opened)) == (1, 2 * once)
+    actor.stop()
+
+
+def test_with_nothing_to_read_no_file_is_opened(shard: tuple[ExpertShard, Wire], opened: list[Path]) -> None:
+    actor, _ = shard
+    actor._checkpoint = None
+    assert actor.load(2, HELD[:2]) == 0
+    assert (actor.stats().epoch, actor.stats().experts, opened) == (2, 3, [])
+
+
+def test_who_serves_reads_with_one_thread(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers: list[int] = []
+
+    def noted(*args: Any, **kwargs: Any) -> ExpertBank:
+        readers.append(kwargs["readers"])
+        return load(*args, **kwargs)
+
+    load = ExpertBank.load
+    monkeypatch.setattr(ExpertBank, "load", noted)
+    actor = ExpertShard("expert-0", ModelSettings(checkpoint, "float32", 0, 1, 10.0), LocalNetwork().endpoint)
+    actor.load(1, HELD)
+    actor.load(2, [(2, 5)])
+    assert readers == [READERS, 1]
+    actor.stop()
+
+
+def test_the_heap_is_trimmed_when_something_went(
+    shard: tuple[ExpertShard, Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor, _ = shard
+    trims: list[int] = []
+    monkeypatch.setattr("actors.model.heap._malloc_trim", trims.append)
+    actor.load(2, [*HELD, (2, 5)])
+    actor.keep(2, [*HELD, (2, 5)])
+    assert trims == []
+    actor.keep(2, HELD)
+    assert trims == [0]
 
 
 def test_batches_are_counted_and_those_with_a_trace_make_a_span(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from actors.loop import LoopThread
 from actors.transport.base import FrameTag, Wire
@@ -56,3 +58,17 @@ def test_bytes_of_wires_that_have_ended_still_count(network: LocalNetwork, loop:
     third, _ = connect(network, loop, "expert-2")
     send(third, 7)
     assert loop.bytes_sent() == {"local": sent["local"] + third.stats.bytes_sent}
+
+
+def test_threads_that_begin_after_it_was_made_take_its_number_of_torch_threads_over() -> None:
+    """Those that read weights before it is started would take as many as the machine has cores, each of them."""
+    before, seen = torch.get_num_threads(), list[int]()
+    try:
+        made = LoopThread("expert-0", lambda wire, frame: None, lambda wire, error: None, threads=before + 1)
+        reader = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        reader.start()
+        reader.join()
+        made.stop()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [before + 1]

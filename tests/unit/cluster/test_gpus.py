@@ -38,7 +38,9 @@ class Machines(LocalFleet):
         """See Fleet."""
         return [Node(n, f"10.0.0.{n}", 4.0, {"kind": n}, True, self.gpus[n], self.gpus[n]) for n in self.lacking]
 
-    def on_nodes(self, node_ids: Sequence[str], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    def on_nodes(
+        self, node_ids: Sequence[str], function: Callable[..., Any], *args: Any, timeout_s: float
+    ) -> dict[str, Any]:
         """See Fleet."""
         self.asked += node_ids
         return {node_id: self.lacking[node_id] for node_id in node_ids}

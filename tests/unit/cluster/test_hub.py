@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import subprocess
+import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from huggingface_hub import constants
 
-from cluster import hub as hub_module
+from actors.model.weight_names import weight_names
+from cluster import hub_cache
 from cluster.config import ConfigError
-from cluster.hub import (
+from cluster.hub import Hub
+from cluster.hub_errors import (
     AccessRefused,
-    Hub,
     HubError,
-    HubId,
     HubUnreachable,
     NoDiskSpace,
     NoSuchRepository,
     NoSuchRevision,
     NotACheckpoint,
+    without_secrets,
 )
-from cluster.hub_files import weight_names
+from cluster.hub_id import HubId
 from tests.hub_server import HubServer, hub_server
 
 INDEX = "model.safetensors.index.json"
@@ -89,6 +95,11 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def repository(hub: Hub) -> Path:
+    """Where the cache keeps REPO."""
+    return hub._cache.root / "models--org--tiny"
+
+
 @pytest.mark.parametrize(
     ("text", "repo", "revision"),
     [
@@ -140,8 +151,9 @@ def test_a_second_time_nothing_is_fetched(server: HubServer, hub: Hub) -> None:
     assert pinned.pinned
     server.asked.clear()
     assert hub.fetch(pinned) == first
-    assert [path.split()[0] for path in server.asked] == ["GET"]
-    assert server.fetched() == []
+    assert server.asked == [], "a commit does not change"
+    assert hub.fetch(REPO) == first
+    assert server.asked == ["GET /api/models/org/tiny/revision/main"]
 
 
 def test_a_pinned_revision_stays_when_the_branch_moves(server: HubServer, hub: Hub) -> None:
@@ -173,6 +185,8 @@ def test_weights_by_the_loaders_rule() -> None:
     assert weight_names({A, B, "x.safetensors"}, {"weight_map": {"a": A, "b": B}}) == {A, B}
     assert weight_names({A, B, "adapter_model.safetensors", "sub/x.safetensors"}, None) == {A, B}
     assert weight_names({"pytorch_model.bin"}, None) == frozenset()
+    assert weight_names({A}, None) == {A, B}, "what a number promises has to be there"
+    assert weight_names({A, B}, {"weight_map": {}}) == {A, B}
 
 
 def test_who_may_not(server: HubServer, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +223,7 @@ def test_who_may_not(server: HubServer, hub: Hub, monkeypatch: pytest.MonkeyPatc
         ({"config.json": b"{}", "adapter_model.safetensors": b""}, r"has no \*\.safetensors"),
         ({"config.json": b"{}", "sub/model.safetensors": b""}, r"has no \*\.safetensors"),
         ({"model.safetensors": b""}, r"has no config\.json"),
+        ({"config.json": b"{}", A: b""}, rf"has no file '{B}', though others of the same series are there"),
         ({"config.json": b"{}", INDEX: index(a=A, b=B), A: b""}, rf"has no file '{B}', though its {INDEX} names it"),
     ],
 )
@@ -222,11 +237,18 @@ def test_what_is_no_checkpoint_is_refused_before_weights_are_fetched(
 
 
 @pytest.mark.parametrize(
-    "bad", [b"{", b"[]", b'{"weight_map": {"a": "../x.safetensors"}}', b'{"weight_map": {"a": "a.bin"}}']
+    "bad",
+    [
+        b"{",
+        b"[]",
+        b'{"weight_map": {"a": "a.safetensors", "a": "b.safetensors"}}',
+        b'{"weight_map": {"a": "../x.safetensors"}}',
+        b'{"weight_map": {"a": "a.bin"}}',
+    ],
 )
 def test_a_bad_index(server: HubServer, hub: Hub, bad: bytes) -> None:
     server.publish("org/tiny", {**files(), INDEX: bad})
-    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json: (is not a JSON object|names the file)"):
         hub.fetch(REPO)
     assert A not in server.fetched()
 
@@ -236,7 +258,7 @@ def test_a_full_disk_is_seen_before(server: HubServer, hub: Hub, monkeypatch: py
     first = sum(len(files()[name]) for name in WANTED - {INDEX, "config.json"})
     room = {"free": first - 1}
     usage = type("Usage", (), {"free": property(lambda _: room["free"])})
-    monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda _: usage())
+    monkeypatch.setattr(hub_cache.shutil, "disk_usage", lambda _: usage())
     with pytest.raises(NoDiskSpace, match=r"needs 0\.00 GiB more in .*cache.* HF_HOME or HF_HUB_CACHE"):
         hub.fetch(REPO)
     assert A not in server.fetched()
@@ -248,10 +270,16 @@ def test_a_full_disk_is_seen_before(server: HubServer, hub: Hub, monkeypatch: py
     assert names(hub.fetch(REPO)) == WANTED
 
 
+def in_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
+    """Run ``code`` first in each process that downloads."""
+    (tmp_path / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
 def test_a_download_that_breaks_off_goes_on_where_it_was(
-    server: HubServer, hub: Hub, monkeypatch: pytest.MonkeyPatch
+    server: HubServer, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    in_downloads(monkeypatch, tmp_path, "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 1000")
     server.publish("org/tiny", files())
     server.cut.add(A)
     assert (hub.fetch(REPO) / A).read_bytes() == b"a" * 5000
@@ -259,9 +287,9 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(
 
 
 def test_a_download_that_was_given_up_fetches_only_what_is_missing(
-    server: HubServer, hub: Hub, monkeypatch: pytest.MonkeyPatch
+    server: HubServer, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("time.sleep", lambda _: None)
+    in_downloads(monkeypatch, tmp_path, "import time; time.sleep = lambda _: None")
     server.publish("org/tiny", files())
     server.broken.add(A)
     with pytest.raises(HubUnreachable, match=r"org/tiny@\w+ cannot be fetched from http"):
@@ -323,7 +351,7 @@ def test_a_cache_laid_out_by_others(tmp_path: Path) -> None:
         (root / part).mkdir(parents=True)
     (root / "refs" / "main").write_text(commit)
     for number, (name, data) in enumerate(
-        {"config.json": b"{}", "model.safetensors": b"w", "tokenizer.json": b""}.items()
+        dict.fromkeys(("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"), b"{}").items()
     ):
         (root / "blobs" / f"blob{number}").write_bytes(data)
         (root / "snapshots" / commit / name).symlink_to(f"../../blobs/blob{number}")
@@ -332,6 +360,102 @@ def test_a_cache_laid_out_by_others(tmp_path: Path) -> None:
     (root / "snapshots" / commit / "model.safetensors").unlink()
     with pytest.raises(HubUnreachable, match=r"without model\.safetensors"):
         hub.fetch(REPO)
+    (root / "snapshots" / commit / "model.safetensors").symlink_to("../../blobs/blob1")
+    (root / "snapshots" / commit / "tokenizer.json").unlink()
+    with pytest.raises(HubUnreachable, match=r"without tokenizer\.json"):
+        hub.fetch(REPO)
+
+
+def test_a_hub_that_refuses_does_not_matter_when_all_is_there(
+    server: HubServer, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    pinned = HubId("org/tiny", server.publish("org/tiny", files()))
+    folder = hub.fetch(pinned)
+    server.private.add("org/tiny")
+    assert hub.fetch(pinned) == folder
+    for listed in (repository(hub) / "trees").iterdir():
+        listed.unlink()
+    assert hub.fetch(pinned) == folder, "also when the sizes are not known"
+    assert hub.fetch_description(pinned) == (pinned, None, folder)
+    (folder / B).unlink()
+    with pytest.raises(NoSuchRepository, match=rf"HF_TOKEN.*; the cache .* has it without {B}"):
+        hub.fetch(pinned)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("name", [A, INDEX, "tokenizer.json"])
+def test_a_file_of_another_size_is_fetched_again(server: HubServer, hub: Hub, name: str, known: bool) -> None:
+    pinned = HubId("org/tiny", server.publish("org/tiny", files()))
+    folder = hub.fetch(pinned)
+    if not known:
+        for listed in (repository(hub) / "trees").iterdir():
+            listed.unlink()
+    (folder / name).write_bytes(b"")
+    server.asked.clear()
+    assert hub.fetch(pinned) == folder
+    assert (folder / name).read_bytes() == files()[name]
+    assert server.fetched() == [name]
+
+
+def test_a_damaged_blob_is_not_taken_for_a_new_commit(server: HubServer, hub: Hub) -> None:
+    folder = hub.fetch(HubId("org/tiny", server.publish("org/tiny", files())))
+    (folder / A).write_bytes(b"a")
+    folder = hub.fetch(HubId("org/tiny", server.publish("org/tiny", files(config__json=b"[]"))))
+    assert (folder / A).read_bytes() == files()[A]
+
+
+def test_without_a_hub_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    unplugged = Unplugged(tmp_path)
+    (unplugged.folder / "tokenizer.json").write_bytes(b"")
+    with pytest.raises(HubUnreachable, match=r"the cache .* has it without tokenizer\.json, or not whole"):
+        unplugged.hub.fetch(REPO)
+
+
+def test_what_does_not_come_as_it_was_listed(server: HubServer, hub: Hub) -> None:
+    server.publish("org/tiny", files())
+    server.sizes[A] = 5001
+    with pytest.raises(HubError, match=rf"{A} did not come whole, expected 5001 bytes"):
+        hub.fetch(REPO)
+
+
+def test_a_mirror_that_tells_no_sizes(server: HubServer, hub: Hub) -> None:
+    server.publish("org/tiny", files())
+    server.untold = True
+    assert names(hub.fetch(REPO)) == WANTED
+
+
+def test_secrets_in_urls_are_not_told(tmp_path: Path) -> None:
+    with hub_server() as server:
+        address = server.url.replace("http://", "http://someone:passw@rd@")
+        hub = Hub(address, tmp_path)
+        server.status = 500
+        with pytest.raises(HubUnreachable, match=r"http://127\.0\.0\.1:\d+: .*500") as told:
+            hub.fetch(REPO)
+        server.status = 403
+        with pytest.raises(AccessRefused, match=r"http://127") as refused:
+            hub.fetch(REPO)
+        server.status = 0
+        server.publish("org/tiny", files())
+        server.gated.add("org/tiny")
+        with pytest.raises(AccessRefused, match=r"ask for access at http://127") as gated:
+            hub.fetch(REPO)
+    for error in (told, refused, gated):
+        shown = "".join(traceback.format_exception(error.value))
+        assert "someone" not in shown
+        assert "passw" not in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("for url 'https://cdn.x/a/b?X-Signature=s&y=z'. More", "for url 'https://cdn.x/a/b'. More"),
+        ("(http://u:p@h:1/a?b, https://h/c#d) why?", "(http://h:1/a https://h/c why?"),
+        ("no URL: user@host, is it?", "no URL: user@host, is it?"),
+    ],
+)
+def test_texts_without_secrets(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
 
 
 def test_who_is_no_hub(hub: Hub, server: HubServer) -> None:
@@ -345,19 +469,20 @@ class StoppedError(BaseException):
     """What the handler of a signal raises."""
 
 
-def test_a_signal_ends_a_download(server: HubServer, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not go on in the background, and the file of which half was there is not kept for whole."""
+@pytest.mark.parametrize("xet", [False, True])
+def test_a_signal_ends_a_download(server: HubServer, hub: Hub, xet: bool) -> None:
+    """At once, though nothing comes from the server; and no part of a file is kept."""
     server.publish("org/tiny", files())
-    downloads: list[threading.Event] = []
-    bars = hub_module._bars
-    monkeypatch.setattr(hub_module, "_bars", lambda shown, event: downloads.append(event) or bars(shown, event))
+    server.xet.update({A, B} if xet else ())
+    over = threading.Event()
 
     def half_way(name: str) -> None:
-        if name == A:
+        if name == A or name.startswith("/xet/"):
             os.kill(os.getpid(), signal.SIGUSR1)
-            assert downloads[-1].wait(30)
+            assert over.wait(60)
 
     def on_signal(*_: Any) -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         raise StoppedError
 
     server.half_way = half_way
@@ -365,10 +490,55 @@ def test_a_signal_ends_a_download(server: HubServer, hub: Hub, monkeypatch: pyte
     try:
         with pytest.raises(StoppedError):
             hub.fetch(REPO)
+        assert not over.is_set()
     finally:
+        over.set()
         signal.signal(signal.SIGUSR1, previous)
-    assert not any(thread.name.startswith("hub_") for thread in threading.enumerate())
-    kept = [path.name for path in (hub._storage(REPO) / "snapshots").glob("*/*")]
+    kept = [path.name for path in (repository(hub) / "snapshots").glob("*/*")]
     assert "config.json" in kept
     assert A not in kept
-    assert not list((hub._storage(REPO) / "blobs").glob("*.incomplete"))
+    assert not list((repository(hub) / "blobs").glob("*.incomplete"))
+
+
+def test_a_download_ends_with_its_owner(server: HubServer, tmp_path: Path) -> None:
+    """However that ends."""
+    server.publish("org/tiny", files())
+    begun, over = threading.Event(), threading.Event()
+
+    def half_way(name: str) -> None:
+        if name == A:
+            begun.set()
+            assert over.wait(60)
+
+    server.half_way = half_way
+    code = "import sys, pathlib; from cluster.hub import Hub; from cluster.hub_id import HubId; "
+    code += "Hub(sys.argv[1], pathlib.Path(sys.argv[2])).fetch(HubId('org/tiny'))"
+    with subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path)]) as owner:
+        try:
+            assert begun.wait(60)
+            (child,) = Path(f"/proc/{owner.pid}/task/{owner.pid}/children").read_text().split()
+            watched = os.pidfd_open(int(child))
+            owner.kill()
+            assert select.select([watched], [], [], 30)[0], "it has ended"
+            os.close(watched)
+        finally:
+            owner.kill()
+            over.set()
+    parts = [path.name for path in (tmp_path / "models--org--tiny" / "blobs").glob("*.incomplete")]
+    assert parts, "nobody was there to tidy up"
+    server.half_way = lambda _: None
+    hub = Hub(server.url, tmp_path)
+    with FileLock(tmp_path / ".locks" / "models--org--tiny" / f"{parts[0].split('.')[0]}.lock"):
+        hub._cache.drop_parts(REPO, hub.listing(REPO), files())
+        assert [path.name for path in (repository(hub) / "blobs").glob("*.incomplete")] == [parts[0]], "in use"
+    hub.fetch(REPO)
+    assert not list((repository(hub) / "blobs").glob("*.incomplete"))
+
+
+def test_a_download_that_dies_says_so(
+    server: HubServer, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_downloads(monkeypatch, tmp_path, "import os; os._exit(3)")
+    server.publish("org/tiny", files())
+    with pytest.raises(HubError, match=r"the download of org/tiny@main ended with status 3"):
+        hub.fetch(REPO)

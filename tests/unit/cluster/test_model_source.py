@@ -10,7 +10,8 @@ from huggingface_hub import constants
 
 from cluster import model_source as module
 from cluster.config import ConfigError, load_config
-from cluster.hub import Hub, HubId
+from cluster.hub import Hub
+from cluster.hub_id import HubId
 from cluster.model_source import model_name, model_source, pinned_model, resolve_model
 from tests.hub_server import HubServer, hub_server
 from tests.processes import run
@@ -63,6 +64,28 @@ def test_what_nodes_are_told(server: HubServer, tmp_path: Path, monkeypatch: pyt
     assert pinned_model("m") == str(tmp_path / "m")
     server.publish("org/tiny", {**FILES, "config.json": b"[]"})
     assert resolve_model(f"org/tiny@{commit}").name == commit
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each node follows its own, and what it is replaced with has the same name for clients."""
+    (tmp_path / "releases" / "v7").mkdir(parents=True)
+    current = tmp_path / "current"
+    current.symlink_to(tmp_path / "releases" / "v7")
+    assert pinned_model(str(current)) == str(current)
+    assert model_name(str(current)) == "current"
+    monkeypatch.chdir(tmp_path)
+    assert pinned_model("current") == pinned_model("./current/") == str(current)
+    assert pinned_model("current/..") == str(tmp_path / "releases"), "as the file system has it"
+
+
+def test_only_the_cache_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    with hub_server() as server:
+        commit = server.publish("org/tiny", FILES)
+        monkeypatch.setattr(module, "Hub", lambda: Hub(server.url, tmp_path))
+        assert pinned_model("org/tiny") == f"org/tiny@{commit}"
+        assert capsys.readouterr().err == ""
+    assert pinned_model("org/tiny") == f"org/tiny@{commit}"
+    assert f"taking org/tiny@{commit} from the cache" in capsys.readouterr().err
 
 
 def test_what_clients_call_it(tmp_path: Path) -> None:

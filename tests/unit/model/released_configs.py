@@ -1,9 +1,14 @@
-"""The configurations of released models as their repositories have them, with what is known of each."""
+"""The configurations of released models, written down from their repositories, with what is known of each.
+
+All keys that change what is computed are there, and such that a reader must pass over; a few that only training or
+generation knows may be missing.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+_FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 _YARN_V3 = {
     "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
     "original_max_position_embeddings": 4096, "type": "yarn",
@@ -40,6 +45,9 @@ DEEPSEEK_V2 = {
     "topk_method": "group_limited_greedy",
 }  # fmt: skip
 DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_dropout": 0.0, "aux_loss_alpha": 0.001, "seq_aux": True,
+    "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}, "initializer_range": 0.02,
+    "pretraining_tp": 1, "quantization_config": _FP8, "use_cache": True,
     "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
     "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128,
     "n_shared_experts": 1, "n_routed_experts": 256, "ep_size": 1, "routed_scaling_factor": 2.5,
@@ -51,7 +59,8 @@ DEEPSEEK_V3 = {
     "tie_word_embeddings": False, "rope_scaling": _YARN_V3,
 }  # fmt: skip
 DEEPSEEK_V32 = {
-    **DEEPSEEK_V3, "model_type": "deepseek_v32", "index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048,
+    **DEEPSEEK_V3, "model_type": "deepseek_v32", "architectures": ["DeepseekV32ForCausalLM"], "index_head_dim": 128,
+    "index_n_heads": 64, "index_topk": 2048, "quantization_config": {**_FP8, "scale_fmt": "ue8m0"},
 }  # fmt: skip
 MIXTRAL_8X7B = {
     "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
@@ -71,6 +80,17 @@ QWEN3_30B_A3B = {
     "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
     "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False,
     "vocab_size": 151936,
+}  # fmt: skip
+QWEN3_CODER_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_dropout": 0.0, "decoder_sparse_step": 1,
+    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 5472, "max_position_embeddings": 262144, "max_window_layers": 28, "mlp_only_layers": [],
+    "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+    "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+    "output_router_logits": False, "qkv_bias": False, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 10000000, "router_aux_loss_coef": 0.0, "shared_expert_intermediate_size": 0, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "use_qk_norm": True,
+    "use_sliding_window": False, "vocab_size": 151936,
 }  # fmt: skip
 QWEN15_MOE_A27B = {
     "architectures": ["Qwen2MoeForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
@@ -111,6 +131,7 @@ RELEASED: dict[str, tuple[dict[str, Any], int]] = {
     "DeepSeek-V3.2-Exp": (DEEPSEEK_V32, 671_877_944_064),
     "Mixtral-8x7B-v0.1": (MIXTRAL_8X7B, 46_702_792_704),
     "Qwen3-30B-A3B": (QWEN3_30B_A3B, 30_532_122_624),
+    "Qwen3-Coder-30B-A3B": (QWEN3_CODER_30B_A3B, 30_532_122_624),
     "Qwen1.5-MoE-A2.7B": (QWEN15_MOE_A27B, 14_315_784_192),
     "OLMoE-1B-7B-0924": (OLMOE_1B_7B, 6_919_161_856),
     "GLM-4.5-Air": (GLM_45_AIR, 106_852_251_264),

@@ -10,14 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors.model.indexer import IndexQueries
 from tests.checkpoints import (
     DEFAULT_ROPE,
+    write_deepseek,
     write_deepseek_v2,
+    write_deepseek_v2_lite,
     write_deepseek_v3,
     write_deepseek_v32,
     write_glm4_moe,
     write_mixtral,
     write_olmoe,
+    write_qwen2_moe,
+    write_qwen3_moe,
 )
 from tests.paged_runner import PagedRunner, random_ids
 
@@ -34,7 +39,9 @@ LATENT = {"qk_nope_head_dim": 11, "qk_rope_head_dim": 6, "v_head_dim": 13, "kv_l
 WITHOUT_MOE_SIZE = {key: value for key, value in SIZES.items() if key != "moe_intermediate_size"}
 # Prompts are longer than the window and than what the indexer chooses.
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "deepseek": (write_deepseek, {**SIZES, "hidden_size": 60, "num_hidden_layers": 2}),
     "deepseek_v2": (write_deepseek_v2, {**SIZES, **LATENT, "hidden_size": 60}),
+    "deepseek_v2_lite": (write_deepseek_v2_lite, {**SIZES, **LATENT, "hidden_size": 60, "num_hidden_layers": 2}),
     "deepseek_v3": (write_deepseek_v3, {**SIZES, **LATENT}),
     "deepseek_v32": (write_deepseek_v32, {**SIZES, **LATENT, "index_n_heads": 7, "index_head_dim": 15}),
     "glm4_moe": (
@@ -43,6 +50,12 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "mixtral": (write_mixtral, {**WITHOUT_MOE_SIZE, "head_dim": 10, "sliding_window": 7}),
     "olmoe": (write_olmoe, {**WITHOUT_MOE_SIZE, "hidden_size": 60, "clip_qkv": 1.5}),
+    "qwen2_moe": (
+        write_qwen2_moe,
+        {**SIZES, "head_dim": 10, "shared_expert_intermediate_size": 45, "sliding_window": 7, "max_window_layers": 1}
+        | {"use_sliding_window": True},
+    ),
+    "qwen3_moe": (write_qwen3_moe, {**SIZES, "head_dim": 10, "num_hidden_layers": 2, "mlp_only_layers": []}),
 }
 
 
@@ -60,7 +73,7 @@ def alone(folder: Path, ids: list[int], dtype: torch.dtype = torch.float32) -> T
     return runner.step([(runner.add(ids), len(ids))])[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_mates_do_not_change_a_bit(folder: Path, dtype: torch.dtype) -> None:
     ids = random_ids(13, seed=0, vocab=203)
     want = alone(folder, ids, dtype)
@@ -104,6 +117,28 @@ def test_thread_count_does_not_change_a_bit(folder: Path) -> None:
     finally:
         torch.set_num_threads(1)
     assert torch.equal(got, want)
+
+
+def test_operands_of_single_rows_are_aligned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copied where they would not be: what a product of one row makes of an odd address is the machine's."""
+    seen: list[Tensor] = []
+    runner = PagedRunner(folder, row_block=ROW_BLOCK)
+    attention = runner.model.attention
+    attend, choose = attention._attend_rows, IndexQueries.choose
+
+    def attended(layer: int, query: Tensor, past: tuple[Tensor, ...], mask: None) -> Tensor:
+        seen.extend((query, *past))
+        return attend(layer, query, past, mask)
+
+    def chosen(queries: IndexQueries, keys: Tensor, mask: None) -> Tensor:
+        seen.extend((queries.query, queries.weights, keys))
+        return choose(queries, keys, mask)
+
+    monkeypatch.setattr(attention, "_attend_rows", attended)
+    monkeypatch.setattr(IndexQueries, "choose", chosen)
+    runner.greedy([random_ids(13, seed=0, vocab=203), random_ids(3, seed=1, vocab=203)], 12)
+    assert seen
+    assert all(operand.data_ptr() % 64 == 0 for operand in seen)
 
 
 def test_the_plain_mode_does_depend_on_mates(glm: tuple[Path, Any]) -> None:

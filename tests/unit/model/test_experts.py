@@ -170,6 +170,38 @@ def test_experts_are_read_at_the_same_time(glm: tuple[Path, Any], monkeypatch: p
     assert len(load(glm[0], [(1, e) for e in range(8)]).experts) == 8
 
 
+def test_one_reader_reads_one_expert_after_the_other(glm: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, real = set[int](), os.preadv
+
+    def note(*args: Any) -> int:
+        threads.add(threading.get_ident())
+        return real(*args)
+
+    monkeypatch.setattr(os, "preadv", note)
+    assert len(load(glm[0], [(1, e) for e in range(8)], readers=1).experts) == 8
+    assert len(threads) == 1
+
+
+@pytest.mark.parametrize(("quantization", "trimmed"), [(None, False), ("int8", True)])
+def test_the_heap_is_trimmed_where_something_was_dropped(
+    glm: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, quantization: Any, trimmed: bool
+) -> None:
+    trims: list[int] = []
+    monkeypatch.setattr("actors.model.heap.EVERY_BYTES", 1)
+    monkeypatch.setattr("actors.model.heap._malloc_trim", trims.append)
+    load(glm[0], [(1, 0), (1, 1)], quantization=quantization)
+    assert len(trims) == (2 + 1 if trimmed else 0)
+
+
+def test_sizes_are_added_up_once(glm: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = load(glm[0], [(1, 0), (1, 3), (2, 4)])
+    both = bank.with_(load(glm[0], [(1, 0), (2, 5)]))
+    monkeypatch.setattr(torch.Tensor, "nbytes", property(lambda self: pytest.fail("asked a tensor for its size")))
+    assert (bank.nbytes, both.nbytes) == (3 * EXPERT_BYTES, 4 * EXPERT_BYTES)
+    few = both.only([(1, 0), (2, 5), (2, 7)])
+    assert (few.nbytes, few.experts) == (2 * EXPERT_BYTES, {(1, 0), (2, 5)})
+
+
 def test_an_error_ends_the_load_and_its_threads(glm: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> int:
         raise OSError(5, "Input/output error")

@@ -12,29 +12,19 @@ import torch
 from actors.model.errors import CheckpointError, UnsupportedModelError
 from actors.model.families import FAMILIES, load_spec, spec_from_config
 from actors.model.kv_cache import KVCache
+from actors.model.quant.scheme import QuantScheme
+from actors.model.rope import inverse_frequencies
 from actors.model.spec import AttnSpec, GateSpec, IndexerSpec, MoEDecoderSpec, MoESpec
-from tests import checkpoints as tiny
 from tests.checkpoints import DEFAULT_ROPE, YARN
 from tests.unit.model.released_configs import RELEASED
-
-V1 = {**tiny.DEEPSEEK, "model_type": "deepseek"}
-V2 = {**tiny.DEEPSEEK_V2, "model_type": "deepseek_v2"}
-LITE = {**tiny.DEEPSEEK_V2_LITE, "model_type": "deepseek_v2"}
-V3 = {**tiny.DEEPSEEK_V3, "model_type": "deepseek_v3"}
-V32 = {**tiny.DEEPSEEK_V32, "model_type": "deepseek_v32"}
-MIX = {**tiny.MIXTRAL, "model_type": "mixtral"}
-QWEN3 = {**tiny.QWEN3_MOE, "model_type": "qwen3_moe"}
-QWEN2 = {**tiny.QWEN2_MOE, "model_type": "qwen2_moe"}
-OLMOE = {**tiny.OLMOE, "model_type": "olmoe"}
-GLM = {**tiny.GLM4_MOE, "model_type": "glm4_moe"}
-ALL = [V1, V2, LITE, V3, V32, MIX, QWEN3, QWEN2, OLMOE, GLM]
+from tests.unit.model.tiny_configs import ALL, GLM, LITE, MIX, QWEN2, QWEN3, V1, V2, V3, V32
 
 V3_GATE = GateSpec(
     "sigmoid", bias=True, n_group=8, topk_group=4, group_rank="top2_sum", masked=float("-inf"), normalise=True,
     epsilon=1e-20, scale=2.5,
 )  # fmt: skip
 V3_ATTN = AttnSpec(
-    "mla", heads=128, kv_heads=128, head_dim=192, rotary_dim=64,
+    "mla", heads=128, kv_heads=128, head_dim=192,
     scale=192**-0.5 * (0.1 * 3.6888794541139363 + 1) ** 2, q_lora_rank=1536, kv_lora_rank=512, qk_nope_dim=128,
     qk_rope_dim=64, v_dim=128,
 )  # fmt: skip
@@ -42,7 +32,7 @@ LITE_ATTN = replace(
     V3_ATTN, heads=16, kv_heads=16, q_lora_rank=None, scale=192**-0.5 * (0.0707 * 3.6888794541139363 + 1) ** 2
 )
 QWEN_GATE = GateSpec("softmax", logits="model", ranked=True, weights="model")
-GQA_128 = AttnSpec("gqa", heads=16, kv_heads=16, head_dim=128, rotary_dim=128, scale=128**-0.5)
+GQA_128 = AttnSpec("gqa", heads=16, kv_heads=16, head_dim=128, scale=128**-0.5)
 EXPECTED: dict[str, tuple[AttnSpec, MoESpec]] = {
     "deepseek-moe-16b": (
         GQA_128,
@@ -66,16 +56,22 @@ EXPECTED: dict[str, tuple[AttnSpec, MoESpec]] = {
         replace(GQA_128, heads=32, kv_heads=4, qk_norm="head"),
         MoESpec(128, 8, 768, replace(QWEN_GATE, normalise=True)),
     ),
+    "Qwen3-Coder-30B-A3B": (
+        replace(GQA_128, heads=32, kv_heads=4, qk_norm="head"),
+        MoESpec(128, 8, 768, replace(QWEN_GATE, normalise=True)),
+    ),
     "Qwen1.5-MoE-A2.7B": (
         replace(GQA_128, qkv_bias=True),
         MoESpec(60, 4, 1408, QWEN_GATE, shared_inter=5632, shared_gated=True),
     ),
     "OLMoE-1B-7B-0924": (replace(GQA_128, qk_norm="full"), MoESpec(64, 8, 1024, QWEN_GATE)),
     "GLM-4.5-Air": (
-        replace(GQA_128, heads=96, kv_heads=8, rotary_dim=64, qkv_bias=True),
+        replace(GQA_128, heads=96, kv_heads=8, qkv_bias=True),
         MoESpec(128, 8, 1408, replace(V3_GATE, n_group=1, topk_group=1, scale=1.0), shared_inter=1408),
     ),
 }
+
+QUANTISED = {name: QuantScheme("fp8", 8, group_size=128) for name in ("DeepSeek-V3", "DeepSeek-V3.2-Exp")}
 
 
 def parameters(spec: MoEDecoderSpec) -> int:
@@ -113,10 +109,11 @@ def test_released_models(name: str) -> None:
     assert spec.moe == moe
     assert parameters(spec) == count
     assert spec.dtype == torch.bfloat16
-    assert spec.quantization is None
+    assert spec.quantization == QUANTISED.get(name)
     assert spec.max_positions == config["max_position_embeddings"]
     assert spec.eos_token_ids == tuple(spec_ids(config["eos_token_id"]))
-    assert (spec.rope.theta, spec.rope.dim) == (config["rope_theta"], attn.rotary_dim)
+    rotated = attn.qk_rope_dim or int(attn.head_dim * config.get("partial_rotary_factor", 1))
+    assert (spec.rope.theta, spec.rope.dim) == (config["rope_theta"], rotated)
     assert spec.rope.type == ("yarn" if config.get("rope_scaling") else "default")
     assert spec.rope.interleaved == (attn.kind == "mla")
     assert spec.rope.precision == ("float32" if config["model_type"] == "deepseek_v2" else "model")
@@ -162,7 +159,7 @@ def test_absent_keys_have_the_defaults_of_transformers(name: str) -> None:
 def test_defaults_of_the_first_deepseek() -> None:
     """Those of the original repository's configuration_deepseek.py: what is null there is a dense model's."""
     spec = spec_from_config({key: value for key, value in V1.items() if key in SIZES - {"num_key_value_heads"}})
-    assert spec.attn == AttnSpec("gqa", heads=4, kv_heads=4, head_dim=16, rotary_dim=16, scale=0.25)
+    assert spec.attn == AttnSpec("gqa", heads=4, kv_heads=4, head_dim=16, scale=0.25)
     assert spec.layer_kinds == ("moe",) * 3
     assert spec.moe.shared_inter == 0
     assert spec.rms_eps == 1e-6
@@ -218,8 +215,8 @@ def test_layers_with_experts() -> None:
 def test_glm_defaults() -> None:
     config = {k: v for k, v in GLM.items() if k not in ("head_dim", "use_qk_norm", "rope_parameters", "eos_token_id")}
     spec = spec_from_config({**config, "attention_bias": False, "eos_token_id": [5, 7]})
-    assert (spec.attn.head_dim, spec.attn.rotary_dim, spec.rope.theta) == (16, 8, 10000.0)
-    assert not spec.attn.bias
+    assert (spec.attn.head_dim, spec.rope.dim, spec.rope.theta) == (16, 8, 10000.0)
+    assert not spec.attn.qkv_bias
     assert spec.attn.qk_norm == "none"
     assert spec.eos_token_ids == (5, 7)
     assert spec.dtype == torch.float32
@@ -232,6 +229,39 @@ def test_two_styles_of_rope_are_one() -> None:
     new = {**V3, "rope_parameters": {**YARN, "rope_theta": 5e4}}
     assert spec_from_config(hub) == spec_from_config(new)
     assert spec_from_config({**new, "rope_theta": 3.0}) == spec_from_config(new), "what stands inside wins"
+
+
+def test_yarn_as_a_model_card_prescribes_it_lengthens_the_context() -> None:
+    config = RELEASED["Qwen3-30B-A3B"][0]
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert spec_from_config({**config, "rope_scaling": scaling}).max_positions == 131072
+    assert spec_from_config({**config, "rope_scaling": {**scaling, "factor": 1.1}}).max_positions == 40960
+    bare = spec_from_config({**config, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+    assert (bare.rope.original_max_positions, bare.max_positions) == (40960, 2 * 40960)
+
+
+def test_the_original_context_beside_wins_over_the_one_inside() -> None:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+
+    key, scaling = "original_max_position_embeddings", {"rope_type": "yarn", "factor": 4.0}
+    config = RELEASED["Qwen3-30B-A3B"][0] | {key: 8192, "rope_scaling": {**scaling, key: 32768}}
+    theirs = Qwen3MoeRotaryEmbedding(Qwen3MoeConfig(**copy.deepcopy(config)))
+    frequencies, factor = inverse_frequencies(spec_from_config(config).rope)
+    assert torch.equal(frequencies, theirs.inv_freq)
+    assert factor == theirs.attention_scaling
+    inside = inverse_frequencies(spec_from_config({**config, key: None}).rope)[0]
+    assert not torch.equal(frequencies, inside)
+    assert spec_from_config(config).rope.original_max_positions == 8192
+    assert spec_from_config({**config, key: None}).rope.original_max_positions == 32768
+    whole = spec_from_config({**config, key: 8192.0}).rope.original_max_positions
+    assert (whole, type(whole)) == (8192, int)
+
+
+def test_spellings_of_the_dtype() -> None:
+    assert spec_from_config({**V3, "torch_dtype": "torch.float16"}).dtype == torch.float16
+    assert spec_from_config({**V3, "torch_dtype": "float8_e4m3fn", "dtype": "bfloat16"}).dtype == torch.bfloat16
+    assert spec_from_config({**V3, "torch_dtype": "float16", "dtype": None}).dtype == torch.float16
 
 
 @pytest.mark.parametrize("base", ALL, ids=lambda base: base["model_type"])
@@ -288,4 +318,18 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
 
 def test_full_rotation_of_glm() -> None:
     rope = {**DEFAULT_ROPE, "partial_rotary_factor": 1.0}
-    assert spec_from_config({**GLM, "rope_parameters": rope}).attn.rotary_dim == 32
+    assert spec_from_config({**GLM, "rope_parameters": rope}).rope.dim == 32
+
+
+def test_null_is_false_for_a_flag_as_in_transformers() -> None:
+    assert not spec_from_config({**V3, "norm_topk_prob": None}).moe.gate.normalise
+    assert not spec_from_config({**V3, "rope_interleave": None}).rope.interleaved
+
+
+def test_what_is_wrong_in_a_file_is_told_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**V3, "hidden_size": "64"}))
+    with pytest.raises(UnsupportedModelError, match=f"{tmp_path}/config.json: hidden_size is '64': allowed is"):
+        load_spec(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config\.json: is not valid JSON"):
+        load_spec(tmp_path)

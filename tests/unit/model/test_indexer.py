@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer, DeepseekV32RotaryEmbedding
 
-from actors.model import indexer
+from actors.model import indexer, mla
+from actors.model.block_attention import Sight
 from actors.model.decoder import AttentionModel
 from actors.model.errors import CheckpointError
 from actors.model.indexer import Indexer, IndexQueries
@@ -85,6 +86,28 @@ def test_what_is_left_out_matters(sparse: tuple[Path, Any], tmp_path: Path) -> N
     assert off.tolist() == [False] * TOP_K + [True] * (20 - TOP_K)
 
 
+def test_masks_are_built_once_for_all_groups_of_heads(
+    sparse: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Any] = []
+    mask = Sight._mask
+
+    def counted(sight: Sight, *args: Any) -> Tensor | None:
+        built.append(args)
+        return mask(sight, *args)
+
+    monkeypatch.setattr(Sight, "_mask", counted)
+    ids, logits = random_ids(37, seed=8), []
+    for at_once, most, count in ((1 << 25, 1 << 27, 3), (40, 1 << 27, 3), (40, 1, 12)):  # 3 layers; 1, 4, 4 groups
+        monkeypatch.setattr(mla, "MAX_EXPANDED", at_once)
+        monkeypatch.setattr(mla, "MAX_KEPT", most)
+        built.clear()
+        logits.append(stepwise_logits(PagedRunner(sparse[0]), [ids])[0])
+        assert len(built) == count
+    assert torch.equal(logits[1], logits[2])
+    assert (logits[0] - logits[1]).abs().max() < 1e-5 * logits[0].abs().max()
+
+
 class CountingCache(KVCache):
     """Remembers which planes were read for how many slots."""
 
@@ -142,7 +165,7 @@ def test_the_choice_is_that_of_the_reference(sparse: tuple[Path, Any], dtype: to
     got = queries.choose_causal(keys, 0)
     for i in range(TOP_K, 50):
         assert set(got[i].tolist()) == set(want[i].tolist())
-        one = queries.of([i]).choose(keys[None, : i + 1], None)[0]
+        one = queries.one(i).choose(keys[None, : i + 1], None)[0]
         assert one.tolist() == sorted(want[i].tolist())
     assert all(set(range(i + 1)) <= set(got[i].tolist()) for i in range(TOP_K))
 
@@ -173,7 +196,7 @@ def test_padding_of_a_group_is_chosen_last() -> None:
     chosen = queries.choose(keys, mask)
     assert mask[1].gather(0, chosen[1]).sum() == 4
     assert set(chosen[1].tolist()) >= {0, 1, 2, 3}
-    assert chosen[0].tolist() == queries.of([0]).choose(keys[:1], None)[0].tolist()
+    assert chosen[0].tolist() == queries.one(0).choose(keys[:1], None)[0].tolist()
 
 
 def test_bf16_runs_in_every_way(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import torch
 from safetensors import safe_open
 
 from actors.model.families import load_spec, spec_from_config
-from actors.model.inventory import QUANTIZATIONS, Inventory, expert_shapes, held_bytes, quantised_bytes
+from actors.model.inventory import Inventory, expert_shapes, held_bytes, quantised_bytes
 from actors.model.quant.quantize import quantize
 from actors.model.quant.scheme import QuantScheme
 from actors.model.tensor_list import expected_tensors
+from actors.quant_kind import QUANT_KINDS, QuantKind
 from tests.checkpoints import WRITERS
 
 MORE = {
@@ -101,10 +102,10 @@ def test_shards() -> None:
     assert sizes.shards_for(expert - 1, expert) is None
 
 
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
+@pytest.mark.parametrize("kind", QUANT_KINDS)
 @pytest.mark.parametrize("shape", [(32, 64), (64, 32), (10, 200), (3, 130)])
-def test_quantised_at_load(kind: str, shape: tuple[int, int]) -> None:
-    assert quantised_bytes([shape], kind) == quantize(torch.zeros(shape), kind).nbytes  # type: ignore[arg-type]
+def test_quantised_at_load(kind: QuantKind, shape: tuple[int, int]) -> None:
+    assert quantised_bytes([shape], kind) == quantize(torch.zeros(shape), kind).nbytes
 
 
 def test_held_as_stored() -> None:
@@ -118,3 +119,6 @@ def test_held_as_stored() -> None:
         params // 2 + 3 * params // 128
     )
     assert held_bytes([(7, 100)], QuantScheme("compressed-tensors", 8), 2) == 700 + 14
+    assert held_bytes([(7, 100)], QuantScheme("compressed-tensors", 8), 2, scale_bytes=4) == 700 + 28
+    ordered = QuantScheme("gptq", 8, group_size=50, ordered=True)
+    assert held_bytes([(7, 100)], ordered, 2) == 700 + 7 * 2 * 2 + 100 * 8

@@ -129,7 +129,20 @@ def test_a_type_that_torch_has_not(tmp_path: Path) -> None:
         checkpoint.read("four", (8,))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_scales_that_are_powers_of_two(tmp_path: Path) -> None:
+    """Microscaling formats' e8m0: 2**(byte - 127), 255 is NaN."""
+    every = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e8m0fnu)
+    save_file({"scales": every[:255].clone(), "nan": every[255:].clone()}, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        kept = checkpoint.read_raw("scales", (255,), (torch.float8_e8m0fnu,))
+        assert torch.equal(kept.view(torch.uint8), every[:255].view(torch.uint8))
+        with pytest.raises(CheckpointError, match="'nan' holds NaN or infinity"):
+            checkpoint.read_raw("nan", (1,), (torch.float8_e8m0fnu,))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu]
+)
 def test_every_number_of_a_small_format_is_judged_rightly(dtype: torch.dtype) -> None:
     width = dtype.itemsize * 8
     bits = torch.arange(1 << width, dtype=torch.int32).to(torch.uint8 if width == 8 else torch.uint16)
@@ -167,9 +180,48 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     save_file({"a": random(100)}, path)
     message = r"model\.safetensors: was cut off .* ends at byte \d+, inside tensor 'a', expected 8 more"
     with Checkpoint(tmp_path) as checkpoint:
+        checkpoint.read("a", (100,))
         os.truncate(path, path.stat().st_size - 8)
         with pytest.raises(CheckpointError, match=message):
             checkpoint.read("a", (100,))
+
+
+@pytest.mark.parametrize("change", ["replaced", "written"])
+def test_a_file_that_is_not_the_one_any_more_whose_header_was_read(tmp_path: Path, change: str) -> None:
+    """At the old offsets lies something else; the number of bytes is the same."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(4), "b": torch.zeros(4)}, path)
+    old = path.stat()
+    with Checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.unchanged()
+        save_file({"a": torch.zeros(4), "c": torch.ones(4)}, path if change == "written" else tmp_path / "new")
+        if change == "replaced":
+            os.utime(tmp_path / "new", ns=(old.st_atime_ns, old.st_mtime_ns))
+            (tmp_path / "new").rename(path)
+        else:
+            os.utime(path, ns=(0, old.st_mtime_ns + 1))
+        assert path.stat().st_size == old.st_size
+        assert not checkpoint.unchanged()
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: was replaced or written to .* tensor 'a'"):
+            checkpoint.read("a", (4,))
+
+
+def test_a_folder_whose_files_are_others_has_changed(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        save_file({name: torch.ones(4)}, tmp_path / f"{name}.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    both = Checkpoint(tmp_path)
+    assert both.unchanged()
+    index.write_text('{"weight_map": {"x": "x.safetensors"}}')
+    assert not both.unchanged()
+    one = Checkpoint(tmp_path)
+    assert one.unchanged()
+    index.write_text('{"weight_map": {"y": "y.safetensors"}}')
+    os.utime(index, ns=(0, 1))
+    assert not one.unchanged()
+    other = Checkpoint(tmp_path)
+    (tmp_path / "y.safetensors").unlink()
+    assert not other.unchanged()
 
 
 def test_errors_of_the_system_name_file_and_tensor(
@@ -252,6 +304,8 @@ def test_the_heap_is_trimmed_now_and_then(monkeypatch: pytest.MonkeyPatch) -> No
         heap.loaded(EVERY_BYTES // 4)
     assert trims == [0, 0]
     load_each(str, range(3))
+    assert trims == [0, 0, 0]
+    load_each(str, range(3), leaves_holes=False)
     assert trims == [0, 0, 0]
     monkeypatch.setattr("actors.model.heap._malloc_trim", None)
     trim()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from actors.model.attention import Sight, block_attention
+from actors.model.block_attention import Sight, block_attention
 from actors.model.indexer import IndexQueries
 from tests.checkpoints import YARN, write_deepseek_v3, write_mixtral
 from tests.paged_runner import PagedRunner, random_ids
@@ -95,7 +95,7 @@ def test_values_narrower_than_keys_take_bounded_memory() -> None:
     query, key, value = (torch.randn(n, 16, d, generator=generator) for n, d in ((rows, 12), (tokens, 12), (tokens, 8)))
     reset_peak()
     before = resident("VmRSS")
-    block_attention(query, key, value, Sight(tokens - rows), 0.3)
+    block_attention(query, key, value, Sight(tokens - rows, rows).tiles(16, query.device), 0.3)
     assert resident("VmHWM") - before < 96 * MIB, "all scores would take 256 MiB"
 
 
@@ -111,5 +111,5 @@ def test_an_indexer_over_a_long_context_takes_bounded_memory() -> None:
     chosen = queries.choose_causal(keys, TOKENS - rows)
     used = resident("VmHWM") - before
     assert used < 112 * MIB, "all scores of all heads would take 128 MiB"
-    last = queries.of([rows - 1]).choose(keys[None], None)[0]
+    last = queries.one(rows - 1).choose(keys[None], None)[0]
     assert sorted(chosen[-1].tolist()) == last.tolist()

@@ -166,6 +166,20 @@ def test_greedy_tokens_of_a_ragged_batch(
         assert tie > 16, "too many near-ties: the case tests nothing, choose another seed"
 
 
+@pytest.mark.parametrize("row_block", [0, 8])
+def test_yarn_reaches_behind_max_position_embeddings(checkpoint_of: CheckpointOf, row_block: int) -> None:
+    """As model cards prescribe it: rope_scaling is added, and max_position_embeddings stays as it was."""
+    path, model = checkpoint_of("qwen3_moe", 1, rope_parameters=WIDE_YARN, max_position_embeddings=80)
+    runner = PagedRunner(path, row_block=row_block)
+    assert runner.spec.max_positions == 256
+    ids = random_ids(256, seed=4)
+    number = runner.add(ids)
+    got = torch.cat([runner.step([(number, 255)])[0], runner.step([(number, 1)])[0]])
+    assert_close(got, reference_logits(model, ids))
+    plain, _ = checkpoint_of("qwen3_moe", 1, max_position_embeddings=80)
+    assert PagedRunner(plain).spec.max_positions == 80
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 16])
 @pytest.mark.parametrize("row_block", [0, 8])
 def test_chunked_prefill(written: tuple[Path, Any], chunk: int, row_block: int) -> None:

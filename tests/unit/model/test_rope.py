@@ -88,7 +88,7 @@ def test_partial_half_rotated_is_the_reference(partial: float, dtype: torch.dtyp
     rope = {**DEFAULT_ROPE, "partial_rotary_factor": partial}
     theirs = Glm4MoeRotaryEmbedding(Glm4MoeConfig(**{**GLM4_MOE, "rope_parameters": dict(rope)}))
     spec = spec_from_config({**GLM4_MOE, "rope_parameters": rope, "model_type": "glm4_moe"})
-    assert spec.attn.rotary_dim == int(32 * partial)
+    assert spec.rope.dim == int(32 * partial)
     x = heads(32, dtype)
     cos, sin = theirs(x, POSITIONS[None])
     want = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)[0]
@@ -100,12 +100,12 @@ def test_partial_half_rotated_is_the_reference(partial: float, dtype: torch.dtyp
     ("change", "scaling"),
     [
         ({}, 1.0),
-        ({"mscale": 1.0, "mscale_all_dim": 0.5}, (0.1 * math.log(40) + 1) / (0.05 * math.log(40) + 1)),
-        ({"mscale": None, "mscale_all_dim": None}, 0.1 * math.log(40) + 1),
-        ({"mscale_all_dim": 0}, 0.1 * math.log(40) + 1),
+        ({"mscale": 1.0, "mscale_all_dim": 0.5}, (0.1 * math.log(8) + 1) / (0.05 * math.log(8) + 1)),
+        ({"mscale": None, "mscale_all_dim": None}, 0.1 * math.log(8) + 1),
+        ({"mscale_all_dim": 0}, 0.1 * math.log(8) + 1),
         ({"attention_factor": 0.75}, 0.75),
         ({"factor": 1.0, "mscale": None}, 1.0),
-        ({"factor": None, "mscale": None}, 0.1 * math.log(512 / 64) + 1),
+        ({"factor": None, "mscale": None, "original_max_position_embeddings": 32}, 0.1 * math.log(512 / 32) + 1),
     ],
 )
 def test_attention_scaling(change: dict[str, object], scaling: float) -> None:
@@ -118,7 +118,7 @@ def test_yarn_bends_the_slow_frequencies_alone() -> None:
     yarn = inverse_frequencies(spec_from_config(config).rope)[0]
     plain = inverse_frequencies(spec_from_config({**config, "rope_parameters": DEFAULT_ROPE}).rope)[0]
     assert yarn[0] == plain[0]
-    torch.testing.assert_close(yarn[-1], plain[-1] / 40)
+    torch.testing.assert_close(yarn[-1], plain[-1] / 8)
 
 
 def test_positions_outside_the_table_are_refused() -> None:

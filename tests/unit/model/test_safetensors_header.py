@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from actors.model.errors import CheckpointError
-from actors.model.safetensors_header import TensorEntry, read_header
+from actors.model.safetensors_header import MAX_DIMENSION, MAX_DIMENSIONS, Stamp, TensorEntry, read_header
 
 FLOAT = {"dtype": "F32", "shape": [1]}
 
@@ -28,7 +30,7 @@ def write(folder: Path, header: bytes, data: bytes = b"") -> Path:
 
 
 def test_it_says_where_tensors_lie(file: Path) -> None:
-    entries = read_header(file)
+    entries = read_header(file).entries
     assert set(entries) == {"a", "b", "none"}
     assert (entries["a"].dtype, entries["a"].shape) == ("F32", (2, 3))
     assert (entries["b"].dtype, entries["b"].shape) == ("BF16", (4,))
@@ -37,9 +39,42 @@ def test_it_says_where_tensors_lie(file: Path) -> None:
 
 
 def test_a_header_may_be_empty_or_padded(tmp_path: Path) -> None:
-    assert read_header(write(tmp_path, b"{}    ")) == {}
+    assert read_header(write(tmp_path, b"{}    ")).entries == {}
     text = json.dumps({"a": {**FLOAT, "data_offsets": [0, 4]}}).encode() + b"  "
-    assert read_header(write(tmp_path, text, b"1234")) == {"a": TensorEntry("F32", (1,), 8 + len(text), 12 + len(text))}
+    found = read_header(write(tmp_path, text, b"1234")).entries
+    assert found == {"a": TensorEntry("F32", (1,), 8 + len(text), 12 + len(text))}
+
+
+def test_the_stamp_tells_one_file_from_the_next(file: Path) -> None:
+    first = read_header(file).stamp
+    assert first == Stamp.of(file) == read_header(file).stamp
+    os.utime(file, ns=(0, 1))
+    touched = read_header(file).stamp
+    (file.parent / "new").write_bytes(file.read_bytes())
+    os.utime(file.parent / "new", ns=(0, 1))
+    (file.parent / "new").rename(file)
+    assert len({first, touched, read_header(file).stamp}) == 3
+    assert Stamp.of(file.parent / "nothing") is None
+
+
+@pytest.mark.parametrize(
+    "shape", [[4294967295] * 200_000, [1] * (MAX_DIMENSIONS + 1), [10**18] * 20, [0, MAX_DIMENSION + 1]]
+)
+def test_shapes_that_no_tensor_has_are_refused_at_once(tmp_path: Path, shape: list[int]) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+    path, began = write(tmp_path, header, b"1234"), time.process_time()
+    message = r"x\.safetensors: tensor 'a' has shape \[.*\], expected at most 16 dimensions of at most 92\d{17}$"
+    with pytest.raises(CheckpointError, match=message) as refused:
+        read_header(path)
+    assert len(str(refused.value)) < len(str(path)) + 300
+    assert time.process_time() - began < 5  # the product of the first would take a minute
+
+
+def test_the_largest_shapes_are_still_compared(tmp_path: Path) -> None:
+    shape = [MAX_DIMENSION] * MAX_DIMENSIONS
+    header = json.dumps({"a": {"dtype": "F64", "shape": shape, "data_offsets": [0, 4]}}).encode()
+    with pytest.raises(CheckpointError, match=r"tensor 'a' spans 0\.\.4, expected \S+e\+\d+ bytes"):
+        read_header(write(tmp_path, header, b"1234"))
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 20, -1])
@@ -69,6 +104,8 @@ def test_trailing_bytes(file: Path) -> None:
         (b'{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}', "tensor 'a' is malformed"),
         (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', r"'a' spans 0\.\.4, expected 8 bytes"),
         (b'{"a": {"dtype": "F4", "shape": [6], "data_offsets": [0, 4]}}', r"'a' spans 0\.\.4, expected 3 bytes"),
+        (b'{"a": {"dtype": "F4", "shape": [5], "data_offsets": [0, 4]}}', r"'a' spans 0\.\.4, expected 2\.5 bytes"),
+        (b'{"a": {"dtype": "F32", "shape": [1073741827], "data_offsets": [0, 4]}}', "expected 4294967308 bytes"),
         (b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', "tensor 'a' is malformed"),
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', "tensor 'a' is malformed"),
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', r"'a' spans 4\.\.0, expected 4 bytes"),

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from actors.model import attention
-from actors.model.attention import Sight, block_attention
+from actors.model import block_attention as module
+from actors.model.block_attention import Sight, Tile, block_attention
 from tests.checkpoints import write_mixtral, write_qwen2_moe, write_qwen3_moe
 from tests.paged_runner import PagedRunner, random_ids
 from tests.stepwise import assert_every_way, stepwise_logits
+
+CPU = torch.device("cpu")
 
 LENGTHS = (7, 8, 9, 40, 1, 25)
 """Below, at and above the windows."""
@@ -84,7 +86,7 @@ def naive(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sight: Si
 def test_block_form_in_tiles(
     monkeypatch: pytest.MonkeyPatch, max_mask: int, context: int, n: int, narrowed: str
 ) -> None:
-    monkeypatch.setattr(attention, "MAX_MASK", max_mask)
+    monkeypatch.setattr(module, "MAX_MASK", max_mask)
     generator = torch.Generator().manual_seed(context + n)
     total = context + n
     query = torch.randn(n, 4, 6, generator=generator)
@@ -92,21 +94,39 @@ def test_block_form_in_tiles(
     chosen = torch.stack([torch.randperm(total, generator=generator)[: (total + 1) // 2] for _ in range(n)])
     chosen[:, 0] = 0  # so that everyone sees something
     sight = {
-        "all": Sight(context),
-        "window": Sight(context, window=7),
-        "wide_window": Sight(context, window=total + 1),
-        "chosen": Sight(context, chosen=chosen),
+        "all": Sight(context, n),
+        "window": Sight(context, n, window=7),
+        "wide_window": Sight(context, n, window=total + 1),
+        "chosen": Sight(context, n, chosen=chosen),
     }[narrowed]
-    got = block_attention(query, key, value, sight, 0.3)
+    got = block_attention(query, key, value, sight.tiles(4, CPU), 0.3)
     torch.testing.assert_close(got, naive(query, key, value, sight, 0.3), rtol=1e-5, atol=1e-6)
 
 
 def test_tiles_leave_out_what_none_of_their_queries_sees() -> None:
-    tiles = list(Sight(10_000, window=100).tiles(5_000))
-    assert [row for rows, _ in tiles for row in range(rows.start, rows.stop)] == list(range(5_000))
-    for rows, keys in tiles:
-        assert keys.stop == 10_000 + rows.stop
-        assert keys.start == 10_000 + rows.start - 99
-        assert keys.stop - keys.start < 200
-    masks = [(rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in Sight(30_000).tiles(8_000)]
-    assert max(masks) <= attention.MAX_MASK
+    tiles = list(Sight(10_000, 5_000, window=100).tiles(4, CPU))
+    assert [row for tile in tiles for row in range(tile.rows.start, tile.rows.stop)] == list(range(5_000))
+    for tile in tiles:
+        assert tile.keys.stop == 10_000 + tile.rows.stop
+        assert tile.keys.start == 10_000 + tile.rows.start - 99
+        assert tile.keys.stop - tile.keys.start < 200
+
+
+def elements(tile: Tile) -> int:
+    return (tile.rows.stop - tile.rows.start) * (tile.keys.stop - tile.keys.start)
+
+
+def test_tiles_are_bounded() -> None:
+    """On the CPU by the mask alone; elsewhere by what a kernel that holds the scores of all heads would hold."""
+    masks = [elements(tile) for tile in Sight(30_000, 1_000).tiles(64, CPU)]
+    assert module.MAX_MASK / 2 < max(masks) <= module.MAX_MASK
+    scores = [64 * elements(tile) for tile in Sight(30_000, 1_000).tiles(64, torch.device("meta"))]
+    assert module.MAX_SCORES / 2 < max(scores) <= module.MAX_SCORES
+
+
+@pytest.mark.parametrize(("context", "n"), [(0, 40), (24, 16), (39, 1)])
+def test_a_window_that_cuts_nothing_off_is_none(context: int, n: int) -> None:
+    assert Sight(context, n, window=40).window is None
+    assert Sight(context, n, window=39).window == 39
+    (tile,) = Sight(context, n, window=40).tiles(1, CPU)
+    assert tile.causal == (context == 0)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,6 +18,17 @@ from actors.model.quant.int8_product import exact_matmul, int8_linear, int_matmu
 from actors.model.quant.qtensor import QTensor
 
 TOKEN = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
+
+
+LARGEST_SUMS = """
+import torch
+from actors.model.quant.int8_product import int_matmul
+a, b = torch.full((8, 1024), 127, dtype=torch.int8), torch.full((96, 1024), 127, dtype=torch.int8)
+b[48:] = -128
+products = int_matmul(a, b)
+assert (products[:, :48] == products[0, 0]).all() and (products[:, 48:] == products[0, 48]).all()
+print(products[0, 0].item(), products[0, 48].item())
+"""
 
 
 def rows(count: int, width: int, seed: int = 0) -> Tensor:
@@ -59,6 +73,20 @@ def test_the_largest_sums_are_exact(product: object) -> None:
     assert product(a, a).tolist() == [[128 * 128 * 4096] * 2] * 2
     b = torch.full((1, 4095), 127, dtype=torch.int8)
     assert product(b, b).tolist() == [[127 * 127 * 4095]]
+
+
+@pytest.mark.parametrize("isa", ["SSE41", "AVX2", "AVX512_CORE", "DEFAULT"])
+def test_products_are_exact_on_every_cpu(isa: str) -> None:
+    """Without VNNI oneDNN's own product saturates at 16 bits. What a process may use is settled when it starts."""
+    result = subprocess.run(
+        [sys.executable, "-c", LARGEST_SUMS],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (result.returncode, result.stdout.strip()) == (0, f"{127 * 127 * 1024} {-128 * 127 * 1024}"), result.stderr
 
 
 @pytest.mark.parametrize("group", [96, 32, 40])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from actors.model.quant.scheme import QuantScheme
 from tests.quantised_checkpoints import FORMATS, TOKEN
 
 V3 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+V1 = QuantScheme("gptq", 4, 128, zero_offset=1)
+FP8_CHANNEL = QuantScheme("compressed-tensors", 8, floating=True)
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
 KIMI = {
@@ -42,6 +45,11 @@ def int8(weights: dict[str, Any], rows: dict[str, Any] | None = None, **group: A
     return {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups}
 
 
+def fp8(weights: dict[str, Any], rows: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A float-quantized config."""
+    return int8({"type": "float"} | weights, rows) | {"format": "float-quantized"}
+
+
 def test_none() -> None:
     assert parse_scheme(Fields({})) is None
     assert parse(None) is None
@@ -60,13 +68,23 @@ def test_none() -> None:
         (int8({}, TOKEN), QuantScheme("compressed-tensors", 8, int8_activations=True)),
         (int8({}) | {"sparsity_config": {"format": "dense"}}, QuantScheme("compressed-tensors", 8)),
         (int8({}) | {"transform_config": {}}, QuantScheme("compressed-tensors", 8)),
-        (GPTQ, QuantScheme("gptq", 4, 128, zero_offset=1)),
-        (GPTQ | {"checkpoint_format": "gptq_v2", "sym": False}, QuantScheme("gptq", 4, 128, symmetric=False)),
-        (GPTQ | {"bits": 8, "group_size": -1}, QuantScheme("gptq", 8, 0, zero_offset=1)),
-        (GPTQ | {"dynamic": {"-:.*gate$": {}}}, QuantScheme("gptq", 4, 128, zero_offset=1)),
+        (fp8({}), FP8_CHANNEL),
+        (fp8({}, TOKEN | {"type": "float"}), FP8_CHANNEL),
+        (fp8({}, TOKEN | {"type": "float", "strategy": "tensor"}), FP8_CHANNEL),
+        (fp8({"strategy": "tensor"}), replace(FP8_CHANNEL, one_scale=True)),
+        (packed(actorder="group"), QuantScheme("compressed-tensors", 4, 32, ordered=True)),
+        (packed(actorder="static"), QuantScheme("compressed-tensors", 4, 32)),
+        (GPTQ, V1),
+        (GPTQ | {"desc_act": True}, replace(V1, ordered=True)),
+        (GPTQ | {"checkpoint_format": "gptq_v2", "sym": False}, replace(V1, symmetric=False, zero_offset=0)),
+        (GPTQ | {"format": "gptq_v2"}, replace(V1, zero_offset=0)),
+        (GPTQ | {"format": "gptq_v2", "checkpoint_format": "gptq_v2"}, replace(V1, zero_offset=0)),
+        (GPTQ | {"bits": 8, "group_size": -1}, replace(V1, bits=8, group_size=0)),
+        (GPTQ | {"dynamic": {"-:.*gate$": {}, "lm_head": {"bits": 8}}}, replace(V1, dynamic=("-:.*gate$", "lm_head"))),
         (AWQ, QuantScheme("awq", 4, 128, symmetric=False)),
         (AWQ | {"version": "GEMM", "modules_to_not_convert": ["gate"]}, QuantScheme("awq", 4, 128, symmetric=False)),
         (AWQ | {"version": None, "format": "gemm"}, QuantScheme("awq", 4, 128, symmetric=False)),
+        (AWQ | {"zero_point": False, "checkpoint_format": "gemm"}, QuantScheme("awq", 4, 128, symmetric=False)),
     ],
 )  # fmt: skip
 def test_what_is_read(config: dict[str, Any], want: QuantScheme) -> None:
@@ -94,25 +112,31 @@ REFUSED = [
     (V3 | {"fmt": "e5m2"}, "fmt is 'e5m2': allowed is one of 'e4m3'"),
     (V3 | {"activation_scheme": "static"}, "activation_scheme is 'static': allowed is one of 'dynamic'"),
     (V3 | {"weight_block_size": [64, 64]}, r"weight_block_size is \[64, 64\]: allowed is \[128, 128\]"),
-    (V3 | {"weight_block_size": None}, r"weight_block_size is None: allowed is \[128, 128\]"),
+    (V3 | {"weight_block_size": None}, r"weight_block_size is null: allowed is \[128, 128\]"),
     (V3 | {"scale_fmt": "e8"}, "scale_fmt is 'e8'"),
-    (KIMI | {"format": "float-quantized"}, "is 'float-quantized': allowed is one of 'int-quantized', 'pack-quantized'"),
-    (KIMI | {"format": "marlin-24"}, "format is 'marlin-24'"),
+    (KIMI | {"format": "marlin-24"}, "format is 'marlin-24': allowed is one of 'int-quantized', 'float-quantized', "),
+    (fp8({"type": "int"}), "weights.type is 'int': allowed is one of 'float'"),
+    (fp8({"strategy": "block"}), "weights.strategy is 'block': allowed is one of 'channel', 'tensor'"),
+    (fp8({"num_bits": 4}), "weights.num_bits is 4: allowed is 8 with format float-quantized"),
+    (fp8({"symmetric": False}), "weights.symmetric is false: allowed is true with format float-quantized"),
+    (fp8({}, TOKEN), "input_activations.type is 'int': allowed is one of 'float'"),
+    (fp8({}, TOKEN | {"type": "float", "dynamic": False}), "input_activations.dynamic is false: allowed is true"),
+    (int8({"actorder": "group"}, TOKEN), "weights.actorder is 'group': allowed is none or 'weight' with int8 activ"),
     (KIMI | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is .*: allowed is none"),
     (KIMI | {"transform_config": {"config_groups": {}}}, "transform_config is .*: allowed is none"),
     (KIMI | {"config_groups": {}}, "config_groups is {}: allowed is an object with at least one group"),
     (KIMI | {"config_groups": {"W4A16": ["Linear"]}}, r"config_groups.W4A16 is \['Linear'\]: allowed is an object"),
     (KIMI | {"config_groups": TWO}, "config_groups is .*: allowed is groups with the same"),
-    (KIMI | {"config_groups": {"a": {"weights": None}}}, "config_groups.a.weights is None: allowed is an object"),
+    (KIMI | {"config_groups": {"a": {"weights": None}}}, "config_groups.a.weights is null: allowed is an object"),
     (packed(num_bits=3), "group_0.weights.num_bits is 3: allowed is 4 or 8 with format pack-quantized"),
     (packed(type="float"), "weights.type is 'float': allowed is one of 'int'"),
     (packed(strategy="tensor"), "weights.strategy is 'tensor': allowed is one of 'channel', 'group'"),
-    (packed(group_size=None), "weights.group_size is None: allowed is an integer >= 1"),
-    (packed(dynamic=True), "weights.dynamic is True: allowed is false"),
+    (packed(group_size=None), "weights.group_size is null: allowed is an integer >= 1"),
+    (packed(dynamic=True), "weights.dynamic is true: allowed is false"),
     (int8({"num_bits": 4}), "weights.num_bits is 4: allowed is 8 with format int-quantized"),
-    (int8({}, TOKEN | {"dynamic": False, "strategy": "tensor"}), "input_activations.dynamic is False: allowed is true"),
+    (int8({}, TOKEN | {"dynamic": False, "strategy": "tensor"}), "input_activations.dynamic is false: allowed is true"),
     (int8({}, TOKEN | {"strategy": "tensor"}), "input_activations.strategy is 'tensor': allowed is one of 'token'"),
-    (int8({}, TOKEN | {"symmetric": False}), "input_activations.symmetric is False: allowed is true"),
+    (int8({}, TOKEN | {"symmetric": False}), "input_activations.symmetric is false: allowed is true"),
     (int8({}, TOKEN | {"type": "float"}), "input_activations.type is 'float'"),
     (int8({}, TOKEN | {"num_bits": 4}), "input_activations.num_bits is 4: allowed is 8"),
     (int8({}, output_activations=TOKEN), "output_activations is .*: allowed is none"),
@@ -120,13 +144,17 @@ REFUSED = [
     (int8({}, TOKEN) | {"format": "pack-quantized"}, "input_activations is .*: allowed is none with format pack"),
     (GPTQ | {"bits": 3}, "bits is 3: allowed is 4 or 8"),
     (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin': allowed is one of 'gptq', 'gptq_v2'"),
-    (GPTQ | {"is_marlin_format": True}, "is_marlin_format is True"),
+    (GPTQ | {"is_marlin_format": True}, "is_marlin_format is true"),
     (GPTQ | {"group_size": 0}, "group_size is 0: allowed is an integer >= 1"),
     (GPTQ | {"pack_dtype": "int64"}, "pack_dtype is 'int64'"),
-    (GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic is .*: allowed is none, or patterns that"),
+    (GPTQ | {"format": "marlin"}, "format is 'marlin': allowed is one of 'gptq', 'gptq_v2'"),
+    (GPTQ | {"format": "gptq_v2", "checkpoint_format": "gptq"}, "checkpoint_format is 'gptq': allowed is 'gptq_v2', a"),
+    (GPTQ | {"dynamic": ["lm_head"]}, "dynamic is .*: allowed is an object of regular expressions"),
+    (GPTQ | {"dynamic": {"+:*": {}}}, r"dynamic is .*: allowed is .*, which '\+:\*' is not"),
     (AWQ | {"bits": 8}, "bits is 8: allowed is 4"),
     (AWQ | {"version": "gemv"}, "version is 'gemv': allowed is one of 'gemm'"),
-    (AWQ | {"zero_point": False}, "zero_point is False: allowed is true"),
+    (AWQ | {"format": "gemv"}, "format is 'gemv': allowed is one of 'gemm'"),
+    (AWQ | {"checkpoint_format": "gemv_fast"}, "checkpoint_format is 'gemv_fast': allowed is one of 'gemm'"),
     (AWQ | {"backend": "llm-awq"}, "backend is 'llm-awq'"),
 ]  # fmt: skip
 

@@ -66,6 +66,19 @@ def test_tiles_are_the_matrix_piece_by_piece(kind: Any) -> None:
         assert torch.equal(torch.cat([tile for _, tile in tiles]), q.dequantize(torch.float32))
 
 
+@pytest.mark.parametrize(("kind", "zero"), KINDS_AND_ZERO)
+def test_it_tells_what_a_dtype_cannot_hold(kind: Any, zero: bool) -> None:
+    """In the middle of a large matrix; where a scale alone leaves it open, the numbers tell."""
+    q, told = draw(kind, 3000, 512, 8, zero), set[bool]()
+    for scale in (1.0, 250.0, 5000.0, 30_000.0, 65_504.0, 1e6):
+        q.scale[1500, 20] = scale
+        told.add(q.fits(torch.float16))
+        assert q.fits(torch.float16) == bool(q.dequantize(torch.float16).isfinite().all())
+        assert q.fits(torch.bfloat16)
+    assert told == {True, False}
+    assert replace(q, data=q.data[:0], scale=q.scale[:0], zero=None).fits(torch.float16)
+
+
 def test_dequantising_leaves_it_as_it_was() -> None:
     q = draw("int8", 5, 24, 8, zero=True)
     before = q.data.clone(), q.scale.clone()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,68 @@ def test_versions_of_pack_quantized_that_order_by_activation(store: Store) -> No
     assert torch.equal(q.dequantize(torch.float32), plain)
 
 
+@pytest.mark.parametrize("rows_too", [False, True])
+def test_int8_of_columns_out_of_order(store: Store, rows_too: bool) -> None:
+    """As compressed-tensors wrote it until 2026: ``weight_scale[:, weight_g_idx]``."""
+    weight, group_of = draw(16, 64), torch.arange(64).flip(0) % 2
+    scale = torch.stack([weight[:, group_of == group].abs().amax(1) / 127 for group in (0, 1)], 1)
+    data = (weight / scale[:, group_of]).round().to(torch.int8)
+    parts = {"weight": data, "weight_scale": scale, "weight_g_idx": group_of.int()}
+    config = json.loads(json.dumps(FORMATS["int8 group"].config))
+    config["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    scheme = scheme_of(config)
+    if rows_too:
+        scheme = replace(scheme, int8_activations=True)
+        with pytest.raises(CheckpointError, match="weight_g_idx' orders the columns, expected them in order with int8"):
+            read_quantized(store(named(parts)), scheme, f"{NAME}.weight", (16, 64))
+        return
+    q = read_quantized(store(named(parts)), scheme, f"{NAME}.weight", (16, 64))
+    assert q is not None
+    assert torch.equal(q.dequantize(torch.float32), data * scale[:, group_of])
+    del parts["weight_g_idx"]
+    with pytest.raises(CheckpointError, match=r"has no tensor '.*weight_g_idx'"):
+        read_quantized(store(named(parts)), scheme, f"{NAME}.weight", (16, 64))
+
+
+@pytest.mark.parametrize(("name", "part"), [("fp8", "weight_scale_inv"), ("fp8 channel", "weight_scale")])
+def test_scales_that_are_exponents(store: Store, name: str, part: str) -> None:
+    parts, _ = FORMATS[name].pack(draw(160, 200))
+    powers = {part: parts[part].log2().ceil().exp2()}
+    shape, scheme = (160, 200), scheme_of(FORMATS[name].config)
+    wanted = read_quantized(store(named(parts | powers)), scheme, f"{NAME}.weight", shape)
+    exponents = {part: powers[part].to(torch.float8_e8m0fnu)}
+    got = read_quantized(store(named(parts | exponents)), scheme, f"{NAME}.weight", shape)
+    assert wanted is not None
+    assert got is not None
+    assert got.scale.dtype == torch.float32
+    assert torch.equal(got.dequantize(torch.float32), wanted.dequantize(torch.float32))
+
+
+RULES = [
+    ({"lm_head": {"bits": 8}}, None),
+    ({"+:.*down.*": {"bits": 8}, r"-:model\.layers\.1\..*experts.*": {}}, None),
+    ({r"-:.*experts.*": {}, r"+:.*up_proj": {"bits": 8}}, None),
+    ({r"+:.*up_proj": {"bits": 8}, r"-:.*experts.*": {}}, r"\+:\.\*up_proj"),
+    ({r"model\.layers\.1\..*": {"bits": 8}}, "model"),
+]
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+@pytest.mark.parametrize(("rules", "refused"), RULES)
+def test_rules_for_single_matrices(store: Store, name: str, rules: dict[str, Any], refused: str | None) -> None:
+    """What a rule does not touch, or what is plain, is read as all else."""
+    scheme = scheme_of(FORMATS[name].config | {"dynamic": rules})
+    checkpoint = store(named(FORMATS[name].pack(draw(16, 64))[0]))
+    if refused is None:
+        assert read_quantized(checkpoint, scheme, f"{NAME}.weight", (16, 64)) is not None
+    else:
+        message = f"matrix '{re.escape(NAME)}' has a setting of its own by the rule '{refused}"
+        with pytest.raises(CheckpointError, match=message):
+            read_quantized(checkpoint, scheme, f"{NAME}.weight", (16, 64))
+    plain = store(named({"weight": draw(16, 64)}))
+    assert read_quantized(plain, scheme, f"{NAME}.weight", (16, 64)) is None
+
+
 EIGHTS = torch.full((16, 2), 8, dtype=torch.int8)
 WRONG: list[tuple[str, dict[str, Tensor | None], str]] = [
     ("fp8", {"weight_scale_inv": None}, "weight' is torch.float8_e4m3fn, but there is no .*weight_scale_inv"),
@@ -144,6 +208,10 @@ WRONG: list[tuple[str, dict[str, Tensor | None], str]] = [
     ("gptq", {"g_idx": torch.arange(64).int() // 32 - 1}, r"g_idx' names groups -1..0, expected 0..1"),
     ("gptq", {"g_idx": torch.zeros(64, dtype=torch.int32)}, r"puts \[64, 0\] columns into its groups, expected 32"),
     ("gptq", {"scales": torch.ones(2, 8)}, r"scales' has shape \[2, 8\], expected \[2, 16\]"),
+    ("gptq act order", {"g_idx": None}, "has no tensor '.*g_idx'"),
+    ("fp8 channel", {"weight_scale": torch.ones(1)}, r"weight_scale' has shape \[1\], expected \[16, 1\]"),
+    ("fp8 tensor", {"weight_scale": torch.ones(16, 1)}, r"weight_scale' has shape \[16, 1\], expected \[1\]"),
+    ("fp8 channel", {"weight": EIGHTS.repeat(1, 32)}, "weight' is torch.int8, expected one of torch.float8_e4m3fn"),
     ("gptq", {"qzeros": None}, "has no tensor '.*qzeros'"),
     ("awq", {"qweight": torch.zeros(64, 3, dtype=torch.int32)}, r"qweight' has shape \[64, 3\], expected \[64, 2\]"),
     ("awq", {"qzeros": torch.zeros(1, 2, dtype=torch.int32)}, r"qzeros' has shape \[1, 2\], expected \[2, 2\]"),

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors.model.config_fields import Fields
 from actors.model.errors import CheckpointError
 from actors.model.mlp import SwiGLU
 from actors.model.parallel import load_each
+from actors.model.quant import packed_formats
+from actors.model.quant.parse import parse_scheme
 from actors.model.quant.qtensor import QTensor
 from actors.model.quant.quantize import quantize
 from actors.model.quant.scheme import QuantScheme
@@ -112,6 +115,38 @@ def test_fused_experts_as_they_are(store: Store) -> None:
 def test_a_quantised_checkpoint_is_not_quantised_again(store: Store) -> None:
     with pytest.raises(ValueError, match="quantize is 'int8': allowed is None, as the checkpoint is fp8 already"):
         TensorReader(store({"a": draw(1)}), torch.float32, scheme=FP8, quantize="int8")
+
+
+def test_what_overflows_when_it_is_dequantised(store: Store) -> None:
+    """Each part is finite. bf16 holds the product."""
+    data = torch.full((8, 8), 448.0).to(torch.float8_e4m3fn)
+    checkpoint = store({"a.weight": data, "a.weight_scale_inv": torch.full((1, 1), 1000.0)})
+    read = TensorReader(checkpoint, torch.float16, scheme=FP8)
+    for method in (read, read.matrix):
+        with pytest.raises(CheckpointError, match=r"'a.weight', dequantised, overflows torch\.float16"):
+            method("a.weight", (8, 8))
+    wide = TensorReader(checkpoint, torch.bfloat16, scheme=FP8)
+    assert torch.equal(wide("a.weight", (8, 8)), torch.full((8, 8), 448_000.0).bfloat16())
+    checkpoint.check_finite = False
+    assert read("a.weight", (8, 8)).isinf().all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_what_overflows_when_it_was_quantised_at_load(store: Store, kind: Any) -> None:
+    plain = {"a": torch.full((4, 32), 1e6), "fused": torch.full((2, 4, 32), 1e6)}
+    read = TensorReader(store(plain), torch.float16, quantize=kind)
+    with pytest.raises(CheckpointError, match=r"'a', dequantised, overflows torch\.float16"):
+        read.matrix("a", (4, 32))
+    with pytest.raises(CheckpointError, match=r"'fused', dequantised, overflows torch\.float16"):
+        read.matrix_entry("fused", 2, 1, (4, 32))
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq act order", "awq", "pack int4 asymmetric"])
+def test_packed_matrices_are_the_same_in_pieces(store: Store, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, plain = packed(name, a=draw(200, 96))
+    scheme = parse_scheme(Fields({"quantization_config": FORMATS[name].config}))
+    monkeypatch.setattr(packed_formats, "TILE_BYTES", 17 * 96)
+    assert torch.equal(TensorReader(store(tensors), torch.float32, scheme=scheme)("a.weight", (200, 96)), plain["a"])
 
 
 def test_errors_pass_through(store: Store) -> None:

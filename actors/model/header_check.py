@@ -1,0 +1,82 @@
+"""What is wrong with a checkpoint's tensors as far as their files' headers tell: what reading them would refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .errors import CheckpointError
+from .quant.layout import Part, quantized_parts
+from .quant.scheme import QuantScheme
+from .safetensors_header import TensorEntry
+from .spec import MoEDecoderSpec
+from .tensor_file import DTYPES
+from .tensor_list import ExpectedTensor, stored_tensors
+from .weights import READABLE
+
+
+class KnownHeaders:
+    """Tensors by name, with their headers' entries; None where only the name was seen, in an index."""
+
+    def __init__(self, entries: Mapping[str, TensorEntry | None]) -> None:
+        self._entries = entries
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor called ``name``."""
+        return name in self._entries
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """In which ``name`` is stored, if that is known. CheckpointError for a type that torch has not."""
+        entry = self._entries[name]
+        if entry is None:
+            return None
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(f"tensor {name!r} is {entry.dtype}, expected one of {', '.join(DTYPES)}")
+        return DTYPES[entry.dtype]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of ``name``, if it is known."""
+        entry = self._entries[name]
+        return None if entry is None else entry.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """``text``: what is wrong with the tensor ``name``; None: it is missing."""
+
+    name: str
+    text: str | None = None
+
+
+def find_faults(spec: MoEDecoderSpec, headers: KnownHeaders) -> Iterator[Fault]:
+    """What the model's loading would stumble over: tensors that are missing or have another shape or dtype, scales and
+    all else that belongs to quantised ones too."""
+    for tensor in stored_tensors(spec, headers.has):
+        try:
+            for part in _wanted(headers, spec.quantization, tensor):
+                yield from _faults(headers, part)
+        except CheckpointError as error:
+            yield Fault(tensor.name, str(error))
+
+
+def _wanted(headers: KnownHeaders, scheme: QuantScheme | None, tensor: ExpectedTensor) -> list[Part]:
+    name = next(filter(headers.has, (tensor.name, *tensor.aliases)), tensor.name)
+    if scheme is not None and len(tensor.shape) == 2:
+        parts = quantized_parts(headers, scheme, name, (tensor.shape[0], tensor.shape[1]))
+        if parts is not None:
+            return list(parts.values())
+    return [Part(name, tensor.shape, READABLE)]
+
+
+def _faults(headers: KnownHeaders, part: Part) -> Iterator[Fault]:
+    if not headers.has(part.name):
+        yield Fault(part.name)
+        return
+    shape, dtype = headers.shape(part.name), headers.dtype(part.name)
+    if shape is not None and shape != part.shape:
+        yield Fault(part.name, f"tensor {part.name!r} has shape {list(shape)}, expected {list(part.shape)}")
+    if dtype is not None and dtype not in part.dtypes:
+        wanted = ", ".join(map(str, part.dtypes))
+        yield Fault(part.name, f"tensor {part.name!r} is {dtype}, expected one of {wanted}")
