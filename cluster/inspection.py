@@ -16,6 +16,7 @@ from actors.model.inventory import Inventory, expert_shapes, held_bytes, quantis
 from actors.model.quant.layout import is_quantized, scale_bytes
 from actors.model.safetensors_header import TensorEntry
 from actors.model.spec import MoEDecoderSpec
+from actors.model.surplus import skipped_tensors
 from actors.model.tensor_list import expected_tensors, expert_tensors
 from actors.model.weight_files import locate_weights
 from actors.model.weight_names import INDEX, weight_names
@@ -79,12 +80,12 @@ def inspect_model(model: str) -> Inspection:
     source = _find(model)
     config = _read_config(source.config)
     try:
-        spec = spec_from_config(config) if source.weights is None else load_spec(source.weights)
+        spec = spec_from_config(config, f"{source.config}: ") if source.weights is None else load_spec(source.weights)
     except UnsupportedModelError as error:
         return Inspection(source.model, config, None, None, 0, (str(error),))
     entries, disk, problems = _tensors(source)
     if entries is not None:
-        problems += tensor_problems(spec, entries)
+        problems += [f"{source.weights or source.model}: {problem}" for problem in tensor_problems(spec, entries)]
     mtp = skipped_tensors(spec, entries or ())
     return Inspection(source.model, config, spec, _sizes(spec, entries or {}, disk), mtp, tuple(problems))
 
@@ -155,8 +156,8 @@ def _indexed(path: Path, listing: Listing) -> tuple[Entries | None, int | None, 
 
 
 def tensor_problems(spec: MoEDecoderSpec, entries: Entries) -> list[str]:
-    """What loading would stumble over, as far as headers tell: tensors that are missing, and what is wrong with others.
-    At most so many lines as a terminal shows."""
+    """What loading would stumble over, as far as headers tell: tensors that are missing, what is wrong with others, and
+    those that contradict config.json. At most so many lines as a terminal shows."""
     faults = list(find_faults(spec, KnownHeaders(entries)))
     missing = [fault.name for fault in faults if fault.text is None]
     told = [fault.text for fault in faults if fault.text is not None]
@@ -215,9 +216,3 @@ def _expert_on_disk(spec: MoEDecoderSpec, entries: Entries) -> int | None:
         fused = [entries.get(name) for name in spec.names.fused_experts(layer)]
         largest = max(largest, sum(entry.end - entry.begin for entry in fused if entry) // spec.moe.n_experts)
     return largest or None
-
-
-def skipped_tensors(spec: MoEDecoderSpec, names: Iterable[str]) -> int:
-    """How many of ``names`` belong to layers behind the last one that is read: those for multi-token prediction."""
-    behind = tuple(spec.names.layer(spec.n_layers + layer, "") for layer in range(max(1, spec.n_mtp)))
-    return sum(name.startswith(behind) for name in names)

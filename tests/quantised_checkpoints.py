@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 GROUP = 32
+FP8_TOO = ("kv_a_proj_with_mqa.weight", "indexer.wq_b.weight", "indexer.wk.weight")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 Packed = tuple[dict[str, Tensor], Tensor]
@@ -38,10 +39,12 @@ class Format:
 
 def write_quantised(source: Path, target: Path, format_name: str) -> dict[str, Tensor]:
     """Write the plain checkpoint ``source`` in a format of FORMATS to ``target``: the matrices of attention and MLPs,
-    except the gates. Returns all tensors as a plain checkpoint would have them, the quantised ones dequantised."""
+    except the gates; in fp8, as released, those whose names do not end in proj as well. Returns all tensors as a plain
+    checkpoint would have them, the quantised ones dequantised."""
     written, plain = {}, {}
+    matrices = ("proj.weight", *FP8_TOO) if format_name == "fp8" else ("proj.weight",)
     for name, tensor in load_file(source / "model.safetensors").items():
-        if ".layers." in name and name.endswith("proj.weight") and tensor.dim() == 2:
+        if ".layers." in name and name.endswith(matrices) and tensor.dim() == 2:
             parts, plain[name] = FORMATS[format_name].pack(tensor.float())
             written.update({f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()})
         else:

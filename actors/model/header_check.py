@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from .quant.layout import Part, quantized_parts
 from .quant.scheme import QuantScheme
 from .safetensors_header import TensorEntry
 from .spec import MoEDecoderSpec
+from .surplus import surplus_faults
 from .tensor_file import DTYPES
 from .tensor_list import ExpectedTensor, stored_tensors
 from .weights import READABLE
@@ -23,9 +24,16 @@ class KnownHeaders:
     def __init__(self, entries: Mapping[str, TensorEntry | None]) -> None:
         self._entries = entries
 
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        return self._entries.keys()
+
     def has(self, name: str) -> bool:
         """Whether there is a tensor called ``name``."""
         return name in self._entries
+
+    def file(self, name: str) -> None:
+        """Where ``name`` lies: not known here."""
 
     def dtype(self, name: str) -> torch.dtype | None:
         """In which ``name`` is stored, if that is known. CheckpointError for a type that torch has not."""
@@ -52,13 +60,17 @@ class Fault:
 
 def find_faults(spec: MoEDecoderSpec, headers: KnownHeaders) -> Iterator[Fault]:
     """What the model's loading would stumble over: tensors that are missing or have another shape or dtype, scales and
-    all else that belongs to quantised ones too."""
+    all else that belongs to quantised ones too; and then tensors that contradict config.json, see
+    :func:`surplus_faults`."""
+    known: set[str] = set()
     for tensor in stored_tensors(spec, headers.has):
+        known.update((tensor.name, *tensor.aliases))
         try:
             for part in _wanted(headers, spec.quantization, tensor):
                 yield from _faults(headers, part)
         except CheckpointError as error:
             yield Fault(tensor.name, str(error))
+    yield from (Fault(name, text) for name, text in surplus_faults(spec, headers, headers.names(), known))
 
 
 def _wanted(headers: KnownHeaders, scheme: QuantScheme | None, tensor: ExpectedTensor) -> list[Part]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .errors import CheckpointError
 from .heap import blank
 from .linear import Matrix
+from .quant.layout import mark_of
 from .quant.qtensor import QTensor, QuantKind, can_stack, stack
 from .quant.quantize import quantize
 from .quant.read import is_quantized, read_quantized
@@ -119,17 +120,24 @@ class TensorReader:
         if self._scheme is None:
             return None
         stored = read_quantized(self._checkpoint, self._scheme, name, (shape[0], shape[1]))
-        return None if stored is None else self._fitting(stored, name).to(self._device)
+        if stored is None:
+            return None
+        mark = mark_of(self._checkpoint, self._scheme, name)
+        return self._fitting(stored, name, mark or name).to(self._device)
 
     def _quantized(self, plain: Tensor, name: str) -> QTensor:
         """From the precision on disk: a cast before it would add an error."""
         assert self._quantize is not None
-        return self._fitting(quantize(plain, self._quantize), name).to(self._device)
+        return self._fitting(quantize(plain, self._quantize), name, name).to(self._device)
 
-    def _fitting(self, matrix: QTensor, name: str) -> QTensor:
-        """``matrix``, whose parts are finite; multiplied, they may be more than fp16 holds."""
+    def _fitting(self, matrix: QTensor, name: str, part: str) -> QTensor:
+        """``matrix``, whose parts are finite; multiplied, they may be more than fp16 holds. ``part``: a tensor that it
+        was made of."""
         if self._checkpoint.check_finite and not matrix.fits(self.dtype):
-            raise CheckpointError(f"tensor {name!r}, dequantised, overflows {self.dtype}: expected finite numbers")
+            raise CheckpointError(
+                f"{self._checkpoint.file(part)}: tensor {name!r}, dequantised, overflows {self.dtype}: expected finite "
+                "numbers"
+            )
         return matrix
 
     def _report(self) -> None:

@@ -105,7 +105,12 @@ def _parse(path: Path) -> tuple[dict[str, Any], int, int, Stamp | None]:
             length = int.from_bytes(start, "little")
             if LFS_POINTER.startswith(start) and size >= 8:
                 raise CheckpointError(f"{path}: is a Git LFS pointer, expected the file itself: run git lfs pull")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            if size >= 8 and length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path}: is no safetensors file: begins with {start!r}, expected the length of a header, at most "
+                    f"{MAX_HEADER_BYTES}"
+                )
+            if size < 8 or length > size - 8:
                 raise CheckpointError(f"{path}: is truncated or no safetensors file: {size} bytes, header of {length}")
             text = file.read(length)
     except OSError as error:

@@ -56,6 +56,10 @@ class Checkpoint:
         """Whether there is a tensor called ``name``."""
         return name in self._file_of
 
+    def file(self, name: str) -> Path:
+        """Where ``name`` lies. CheckpointError if it is absent."""
+        return self._file(name).path
+
     def dtype(self, name: str) -> torch.dtype:
         """In which ``name`` is stored. CheckpointError if it is absent or of a type that torch has not."""
         return self._file(name).dtype(name)

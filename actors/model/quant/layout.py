@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -47,6 +48,9 @@ class Headers(Protocol):
     def has(self, name: str) -> bool:
         """Whether there is a tensor called ``name``."""
 
+    def file(self, name: str) -> Path | None:
+        """Where the tensor ``name``, which is there, lies; None if that is not known."""
+
     def dtype(self, name: str) -> torch.dtype | None:
         """In which ``name`` is stored; None if only its name is known. CheckpointError for one that torch has not."""
 
@@ -66,8 +70,13 @@ Parts = dict[str, Part]
 
 def is_quantized(headers: Headers, scheme: QuantScheme, name: str) -> bool:
     """Whether the matrix ``name`` (``X.weight``) is stored quantised: the parts that are there tell, not its name."""
+    return mark_of(headers, scheme, name) is not None
+
+
+def mark_of(headers: Headers, scheme: QuantScheme, name: str) -> str | None:
+    """Full name of the part that tells that the matrix ``name`` (``X.weight``) is stored quantised; None: it is not."""
     base = name.removesuffix(".weight")
-    return any(headers.has(f"{base}.{mark}") for mark in MARKS[scheme.method])
+    return next(filter(headers.has, (f"{base}.{mark}" for mark in MARKS[scheme.method])), None)
 
 
 def quantized_parts(headers: Headers, scheme: QuantScheme, name: str, shape: tuple[int, int]) -> Parts | None:
@@ -77,16 +86,19 @@ def quantized_parts(headers: Headers, scheme: QuantScheme, name: str, shape: tup
     without a scale, for a shape that the format cannot hold, and for a matrix with a setting of its own.
     """
     base = name.removesuffix(".weight")
-    if not is_quantized(headers, scheme, name):
+    if (mark := mark_of(headers, scheme, name)) is None:
         _refuse_bare_numbers(headers, scheme, name)
         return None
     if (rule := scheme.own_setting(base)) is not None:
         raise CheckpointError(
-            f"matrix {base!r} has a setting of its own by the rule {rule!r} of quantization_config.dynamic, "
-            "expected one for all matrices"
+            f"{_place(headers, mark)}matrix {base!r} has a setting of its own by the rule {rule!r} of "
+            "quantization_config.dynamic, expected one for all matrices"
         )
     if scheme.bits == 4 and shape[1] % 2:
-        raise CheckpointError(f"matrix {base!r} is to have {shape[1]} columns, expected an even number (4 bits each)")
+        raise CheckpointError(
+            f"{_place(headers, mark)}matrix {base!r} is to have {shape[1]} columns, expected an even number "
+            "(4 bits each)"
+        )
     if scheme.method == "compressed-tensors":
         packed = headers.has(f"{base}.weight_packed")
         return (_pack_quantized if packed else _naive_quantized)(headers, scheme, base, shape)
@@ -121,13 +133,19 @@ def scale_bytes(headers: Headers, scheme: QuantScheme, name: str) -> int | None:
     return dtype.itemsize if dtype in SCALES else torch.float32.itemsize
 
 
+def _place(headers: Headers, name: str) -> str:
+    """How an error about ``name`` begins."""
+    file = headers.file(name)
+    return "" if file is None else f"{file}: "
+
+
 def _refuse_bare_numbers(headers: Headers, scheme: QuantScheme, name: str) -> None:
     dtype = headers.dtype(name) if headers.has(name) else None
     if dtype is not None and dtype.itemsize == 1:
         base = name.removesuffix(".weight")
         marks = " or ".join(f"{base}.{mark}" for mark in MARKS[scheme.method])
         raise CheckpointError(
-            f"tensor {name!r} is {dtype}, but there is no {marks} for it: "
+            f"{_place(headers, name)}tensor {name!r} is {dtype}, but there is no {marks} for it: "
             f"expected that, or weights in one of {', '.join(map(str, SCALES))}"
         )
 
@@ -189,7 +207,10 @@ def _awq(headers: Headers, scheme: QuantScheme, base: str, shape: tuple[int, int
     """``qweight`` [K, N / 8], along N in AWQ's order; ``qzeros`` [groups, N / 8] alike; ``scales`` [groups, N]."""
     rows, width = shape
     if rows % 8:
-        raise CheckpointError(f"tensor '{base}.qweight' is to have {rows} rows, expected a multiple of 8 (AWQ packs 8)")
+        name = f"{base}.qweight"
+        raise CheckpointError(
+            f"{_place(headers, name)}tensor {name!r} is to have {rows} rows, expected a multiple of 8 (AWQ packs 8)"
+        )
     _, groups = groups_of(scheme, width)
     return _parts(
         base,

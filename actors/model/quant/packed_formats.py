@@ -30,7 +30,8 @@ def read_pack_quantized(checkpoint: Checkpoint, scheme: QuantScheme, parts: Part
     group, _ = groups_of(scheme, width)
     stated = tuple(read_part(checkpoint, parts["weight_shape"]).tolist())
     if stated != shape:
-        raise CheckpointError(f"tensor '{parts['weight_shape'].name}' says {list(stated)}, expected {list(shape)}")
+        name = parts["weight_shape"].name
+        raise CheckpointError(f"{checkpoint.file(name)}: tensor {name!r} says {list(stated)}, expected {list(shape)}")
     words = read_part(checkpoint, parts["weight_packed"])
     scale = read_part(checkpoint, parts["weight_scale"])
     zero = None if scheme.symmetric else _zero_of_pack(checkpoint, scheme, parts, shape[0])
@@ -79,7 +80,8 @@ def read_order(checkpoint: Checkpoint, parts: Parts, end: str, group: int) -> Te
         return None
     order = read_part(checkpoint, parts[end])
     unused = end == "weight_g_idx" and bool((order == -1).all())
-    return None if unused else _column_order(order, parts[end].name, group)
+    name = parts[end].name
+    return None if unused else _column_order(order, group, f"{checkpoint.file(name)}: tensor {name!r}")
 
 
 def read_part(checkpoint: Checkpoint, part: Part) -> Tensor:
@@ -95,22 +97,26 @@ def _zero_of_pack(checkpoint: Checkpoint, scheme: QuantScheme, parts: Parts, row
         signed, half = stored.int(), 1 << (scheme.bits - 1)
         if signed.numel() and not -half <= int(signed.min()) <= int(signed.max()) < half:
             found = f"{int(signed.min())}..{int(signed.max())}"
-            raise CheckpointError(f"tensor {part.name!r} holds zero points {found}, expected {-half}..{half - 1}")
+            raise CheckpointError(
+                f"{checkpoint.file(part.name)}: tensor {part.name!r} holds zero points {found}, "
+                f"expected {-half}..{half - 1}"
+            )
         return (signed + half).to(torch.uint8)
     return unpack_words(stored.T, scheme.bits, rows).T.contiguous()
 
 
-def _column_order(groups_of: Tensor, name: str, group: int) -> Tensor | None:
-    """The columns, those of group 0 first; None if they lie so already. groups_of: int [K]."""
+def _column_order(groups_of: Tensor, group: int, what: str) -> Tensor | None:
+    """The columns, those of group 0 first; None if they lie so already. groups_of: int [K], which an error calls
+    ``what``."""
     groups = -(-len(groups_of) // group)
     low, high = int(groups_of.min()), int(groups_of.max())
     if low < 0 or high >= groups:
-        raise CheckpointError(f"tensor {name!r} names groups {low}..{high}, expected 0..{groups - 1}")
+        raise CheckpointError(f"{what} names groups {low}..{high}, expected 0..{groups - 1}")
     in_order = torch.arange(len(groups_of)) // group
     columns = groups_of.argsort(stable=True)
     if not torch.equal(groups_of[columns].long(), in_order):
         counts = torch.bincount(groups_of.long(), minlength=groups).tolist()
-        raise CheckpointError(f"tensor {name!r} puts {counts} columns into its groups, expected {group} into each")
+        raise CheckpointError(f"{what} puts {counts} columns into its groups, expected {group} into each")
     return None if torch.equal(groups_of.long(), in_order) else columns
 
 

@@ -21,8 +21,8 @@ PACKED = {"weight_packed": read_pack_quantized, "gptq": read_gptq, "awq": read_a
 def read_quantized(checkpoint: Checkpoint, scheme: QuantScheme, name: str, shape: tuple[int, int]) -> QTensor | None:
     """The matrix ``name`` (``X.weight``, [N, K] = ``shape``) on the CPU, None if it is stored plain.
 
-    Raises CheckpointError, naming the tensor and what was expected, for a part that is absent or of the wrong shape or
-    dtype, for what :func:`quantized_parts` refuses, and for numbers that are out of range.
+    Raises CheckpointError, naming file, tensor and what was expected, for a part that is absent or of the wrong shape
+    or dtype, for what :func:`quantized_parts` refuses, and for numbers that are out of range.
     """
     parts = quantized_parts(checkpoint, scheme, name, shape)
     if parts is None:
@@ -54,7 +54,10 @@ def _read_naive(checkpoint: Checkpoint, scheme: QuantScheme, parts: Parts, shape
     if columns is not None:
         if scheme.int8_activations:
             name = parts["weight_g_idx"].name
-            raise CheckpointError(f"tensor {name!r} orders the columns, expected them in order with int8 activations")
+            raise CheckpointError(
+                f"{checkpoint.file(name)}: tensor {name!r} orders the columns, expected them in order with int8 "
+                "activations"
+            )
         data = data.view(torch.uint8)[:, columns].view(data.dtype)
     kind: QuantKind = "fp8" if scheme.floating else "int8"
     return QTensor(kind, data, scale, group, zero, columns, int8_activations=scheme.int8_activations)

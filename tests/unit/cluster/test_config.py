@@ -135,6 +135,25 @@ def test_flags_meet_a_file_with_the_wrong_shape(tmp_path: Path) -> None:
         load_config(written(tmp_path, "gateway: 7"), {"gateway.port": 1})
 
 
+def test_the_file_is_not_blamed_for_a_flag(tmp_path: Path) -> None:
+    file = written(tmp_path, "experts: {shards: 2, slots: -1}")
+    with pytest.raises(ConfigError) as refused:
+        load_config(file, {"experts.quantization": "int3"})
+    slots, flag = str(refused.value).split("; ")
+    assert slots.startswith(f"{file}: experts.slots: ")
+    assert flag.startswith("experts.quantization: ")
+    with pytest.raises(ConfigError, match=rf"^{file}: experts\.quantization: .*'int3'"):
+        load_config(written(tmp_path, "experts: {quantization: int3}"), {"model": "default"})
+
+
+def test_what_a_flag_and_the_file_say_together(tmp_path: Path) -> None:
+    file = written(tmp_path, "gateway: {http_port: 7000}")
+    with pytest.raises(ConfigError, match=rf"^{file} and flags: gateway\.http_port: 7000, but gateway\.port has it"):
+        load_config(file, {"gateway.port": 7000})
+    with pytest.raises(ConfigError, match=rf"^{file}: gateway: "):
+        load_config(written(tmp_path, "gateway: 7"), {"gateway.port": 1})
+
+
 def test_importing_it_is_light() -> None:
     """The configuration is read by tools that have neither torch nor Ray at hand."""
     code = "import sys, cluster.config; sys.exit(bool({'torch', 'ray', 'grpc'} & set(sys.modules)))"

@@ -38,6 +38,7 @@ from tests.hub_server import HubServer, hub_server
 INDEX = "model.safetensors.index.json"
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 REPO = HubId("org/tiny")
+TEXT = {"config.json": b"{}", "tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
 
 
 def index(**tensors: str) -> bytes:
@@ -223,8 +224,13 @@ def test_who_may_not(server: HubServer, hub: Hub, monkeypatch: pytest.MonkeyPatc
         ({"config.json": b"{}", "adapter_model.safetensors": b""}, r"has no \*\.safetensors"),
         ({"config.json": b"{}", "sub/model.safetensors": b""}, r"has no \*\.safetensors"),
         ({"model.safetensors": b""}, r"has no config\.json"),
-        ({"config.json": b"{}", A: b""}, rf"has no file '{B}', though others of the same series are there"),
-        ({"config.json": b"{}", INDEX: index(a=A, b=B), A: b""}, rf"has no file '{B}', though its {INDEX} names it"),
+        (
+            {"config.json": b"{}", "tokenizer_config.json": b"{}", A: b"", B: b""},
+            r"has no tokenizer\.json, without which it cannot be served",
+        ),
+        ({"config.json": b"{}", A: b"", B: b""}, r"has no tokenizer\.json and no tokenizer_config\.json, without"),
+        ({**TEXT, A: b""}, rf"has no file '{B}', though others of the same series are there"),
+        ({**TEXT, INDEX: index(a=A, b=B), A: b""}, rf"has no file '{B}', though its {INDEX} names it"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused_before_weights_are_fetched(
@@ -234,6 +240,42 @@ def test_what_is_no_checkpoint_is_refused_before_weights_are_fetched(
     with pytest.raises(NotACheckpoint, match=message):
         hub.fetch(REPO)
     assert not {name for name in server.fetched() if not name.endswith(".json")}
+
+
+def test_what_is_told_of_a_name_that_may_be_a_path(
+    server: HubServer, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hint = "and there is no folder or file m/f0x here"
+    nowhere = Hub("http://127.0.0.1:9", tmp_path / "other")
+    with pytest.raises(NoSuchRepository, match=f"no repository m/f0x at .*, {hint}$"):
+        hub.fetch_description(HubId("m/f0x"))
+    with pytest.raises(HubUnreachable, match=f"not in the cache .* either, {hint}$"):
+        nowhere.pin(HubId("m/f0x"))
+    with pytest.raises(HubUnreachable, match=r"not in the cache [^,]* either$"):
+        nowhere.fetch(HubId("m/f0x", "0" * 40))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "f0x").touch()
+    with pytest.raises(NoSuchRepository, match=r"a token that may read it$"):
+        hub.pin(HubId("m/f0x"))
+
+
+def test_before_the_weights_the_rest_can_be_looked_at(server: HubServer, hub: Hub) -> None:
+    """And refused; looked at once, and not again when all is there."""
+    server.publish("org/tiny", files())
+    seen: list[set[str]] = []
+
+    def refuse(folder: Path) -> None:
+        seen.append(names(folder))
+        raise ConfigError("not this one")
+
+    with pytest.raises(ConfigError, match="not this one"):
+        hub.fetch(REPO, check=refuse)
+    assert seen == [WANTED - {A, B}]
+    assert not {A, B} & set(server.fetched())
+    assert names(hub.fetch(REPO, check=lambda folder: seen.append(names(folder)))) == WANTED
+    assert len(seen) == 2
+    hub.fetch(REPO, check=refuse)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +297,7 @@ def test_a_bad_index(server: HubServer, hub: Hub, bad: bytes) -> None:
 
 def test_a_full_disk_is_seen_before(server: HubServer, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     server.publish("org/tiny", files())
-    first = sum(len(files()[name]) for name in WANTED - {INDEX, "config.json"})
+    first = sum(len(files()[name]) for name in (A, B))
     room = {"free": first - 1}
     usage = type("Usage", (), {"free": property(lambda _: room["free"])})
     monkeypatch.setattr(hub_cache.shutil, "disk_usage", lambda _: usage())
@@ -331,13 +373,18 @@ def test_without_a_hub_a_snapshot_has_to_be_complete(tmp_path: Path) -> None:
 
 
 def test_told_to_stay_offline_nothing_is_asked(
-    server: HubServer, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: HubServer,
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     server.publish("org/tiny", files())
     folder = hub.fetch(REPO)
     server.asked.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert Hub(server.url, tmp_path / "cache").fetch(REPO) == folder
+    assert Hub(server.url, tmp_path / "cache").fetch(REPO, progress=True) == folder
+    assert capsys.readouterr().err == f"note: taking org/tiny@{folder.name} from the cache (offline mode)\n"
     with pytest.raises(HubUnreachable, match=r"offline mode.*not in the cache"):
         hub.fetch(HubId("org/other"))
     assert server.asked == []

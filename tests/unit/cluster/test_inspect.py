@@ -15,18 +15,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actors.model.decoder import AttentionModel
-from actors.model.errors import CheckpointError
+from actors.model.errors import CheckpointError, UnsupportedModelError
 from actors.model.experts import ExpertBank
 from actors.model.families import load_spec
 from actors.model.weight_files import locate_weights
+from actors.model.weight_names import SINGLE
 from actors.model.weights import Checkpoint
 from cluster import inspection, model_source
 from cluster.cli.inspect import run_inspect
 from cluster.cli.serve import weight_bytes
-from cluster.config import load_config
+from cluster.config import ConfigError, load_config
+from cluster.gateway.tokenizer import TokenizerError
 from cluster.hub import Hub
 from cluster.inspection import bytes_by_part, inspect_model
-from tests.checkpoints import write_deepseek_v3, write_qwen3_moe
+from tests.checkpoints import write_deepseek_v3, write_mixtral, write_qwen3_moe
 from tests.hub_server import HubServer, hub_server
 from tests.processes import run
 from tests.quantised_checkpoints import FORMATS, write_quantised
@@ -86,8 +88,10 @@ def test_tables(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_inspect(str(tiny), "1GiB", as_json=False) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(re.match(r" *family +deepseek_v3 \(MLA: 4 heads\)", line) for line in lines)
-    assert any(re.match(r" *16 +2 +0\.00 GiB", line) for line in lines)
+    assert any(re.match(r" *16 +2 +48\.00 KiB", line) for line in lines)
     assert any(re.match(r" *expert shards, int4 +1", line) for line in lines)
+    assert not any(re.search(r"\b0\.00 (GiB|MiB)", line) for line in lines)
+    assert any(re.match(r" *1 +32 +768\.00 KiB", line) for line in lines)
     assert not any("\x1b" in line for line in lines)
 
 
@@ -105,7 +109,7 @@ def test_an_unsupported_family_says_what_it_can(tiny: Path, tmp_path: Path, caps
     assert run_inspect(str(file), None, as_json=False) == 1
     told = capsys.readouterr()
     assert re.search(r"num_hidden_layers +3", told.out)
-    assert "error: model_type is 'gpt9': allowed is one of " in told.err
+    assert f"error: {file}: model_type is 'gpt9': allowed is one of " in told.err
     status, as_json = asked(capsys, file)
     assert (status, as_json["supported"], as_json["facts"]["hidden_size"]) == (1, False, 64)
 
@@ -139,7 +143,7 @@ EXPERT = "model.layers.2.mlp.experts.7.up_proj.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no expert": (without(EXPERT), rf"1 tensor\(s\) missing: {re.escape(EXPERT)}$"),
     "no bias": (without("model.layers.1.mlp.gate.e_score_correction_bias"), r"e_score_correction_bias"),
-    "another shape": (reshape, r"tensor 'model\.norm\.weight' has shape \[65\], expected \[64\]"),
+    "another shape": (reshape, r"^error: /\S+: tensor 'model\.norm\.weight' has shape \[65\], expected \[64\]"),
     "a file is cut": (cut, r"model-00002-of-0000\d\.safetensors: is truncated"),
     "a file is gone": (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), r"model-00002-of-0000\d\.safetensors"),
 }
@@ -169,7 +173,7 @@ def test_many_missing_are_counted(folder: Path, capsys: pytest.CaptureFixture[st
         for expert in range(5):
             without(f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight")(folder)
     (problem,) = asked(capsys, folder)[1]["problems"]
-    assert problem.startswith("15 tensor(s) missing: model.layers.1.mlp.experts.0.gate_proj.weight, ")
+    assert problem.startswith(f"{folder}: 15 tensor(s) missing: model.layers.1.mlp.experts.0.gate_proj.weight, ")
     assert problem.endswith(" and 7 more")
 
 
@@ -310,6 +314,38 @@ def test_serve_looks_at_the_headers_too(tmp_path: Path) -> None:
         weight_bytes(load_config(None, {"model": str(tmp_path)}))
 
 
+def test_serve_refuses_a_configuration_with_fewer_layers(tmp_path: Path) -> None:
+    tiny_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] - 1}))
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: \d+ tensor\(s\) such as .* layer\(s\) behind"):
+        weight_bytes(load_config(None, {"model": str(tmp_path)}))
+
+
+def test_serve_looks_at_all_else_before_it_fetches_weights(server: HubServer, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny_model(folder)
+    good = {path.name: path.read_bytes() for path in folder.iterdir()}
+    said = json.loads(good["config.json"])
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    for refused, keys, message in (
+        ({"model_type": "llama"}, {}, "model_type is 'llama'"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, {}, "bitsandbytes"),
+        ({"quantization_config": fp8}, {"experts.quantization": "int8"}, "checkpoint is quantised already"),
+        ({}, {"experts.shards": 4096}, "experts.shards: 4096; allowed are 1 to "),
+    ):
+        server.publish("org/tiny", {**good, "config.json": json.dumps({**said, **refused}).encode()})
+        with pytest.raises((ConfigError, UnsupportedModelError), match=message):
+            weight_bytes(load_config(None, {"model": "org/tiny", **keys}))
+    server.publish("org/tiny", {**good, "tokenizer.json": b"{"})
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: not a tokenizer"):
+        weight_bytes(load_config(None, {"model": "org/tiny"}))
+    assert "model.safetensors" not in server.fetched()
+    server.publish("org/tiny", good)
+    weight_bytes(load_config(None, {"model": "org/tiny"}))
+    assert "model.safetensors" in server.fetched()
+
+
 def test_fused_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_qwen3_moe(tmp_path)
     apart = asked(capsys, tmp_path)[1]
@@ -326,6 +362,16 @@ def test_fused_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert bytes_by_part(load_spec(tmp_path), locate_weights(tmp_path).values())["expert"] == 16 * 3 * 64 * 32 * 4
 
 
+def test_fused_experts_of_mixtral_as_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whose names, apart, are others."""
+    model = write_mixtral(tmp_path)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / SINGLE)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(tmp_path / SINGLE)
+    status, told = asked(capsys, tmp_path)
+    assert (status, told["problems"]) == (0, [])
+    assert told["bytes"]["expert_on_disk"] == 3 * 64 * 96 * 4
+
+
 def test_a_repository_costs_its_config_and_index(server: HubServer, tiny: Path) -> None:
     commit = server.publish_folder("org/tiny", tiny)
     found = inspect_model("org/tiny")
@@ -338,8 +384,8 @@ def test_a_repository_costs_its_config_and_index(server: HubServer, tiny: Path) 
 
 def test_a_repository_whose_index_lacks_tensors(server: HubServer, folder: Path) -> None:
     without(EXPERT)(folder)
-    server.publish_folder("org/tiny", folder)
-    assert inspect_model("org/tiny").problems == (f"1 tensor(s) missing: {EXPERT}",)
+    commit = server.publish_folder("org/tiny", folder)
+    assert inspect_model("org/tiny").problems == (f"org/tiny@{commit}: 1 tensor(s) missing: {EXPERT}",)
 
 
 def test_what_cannot_be_looked_at(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,6 +397,11 @@ def test_what_cannot_be_looked_at(folder: Path, capsys: pytest.CaptureFixture[st
         assert message in capsys.readouterr().err
     assert run_inspect(str(folder), "a lot", as_json=False) == 1
     assert "--memory: write a size as a number of bytes or like 512MiB" in capsys.readouterr().err
+    for bare in ("80", "0", " 1048575 "):
+        assert run_inspect(str(folder), bare, as_json=False) == 1
+        assert f"--memory: {bare.strip()} bytes; write a unit, as in 80GiB" in capsys.readouterr().err
+    assert run_inspect(str(folder), "1048576", as_json=False) == 0
+    capsys.readouterr()
     (folder / "config.json").write_text("[]")
     assert run_inspect(str(folder), None, as_json=False) == 1
     assert "config.json: holds list, expected a JSON object" in capsys.readouterr().err

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save
 
 from cluster import model_source as module
 from cluster.config import ConfigError, load_config
@@ -17,7 +19,12 @@ from tests.hub_server import HubServer, hub_server
 from tests.processes import run
 from tests.serving import tiny_model
 
-FILES = {"config.json": b"{}", "model.safetensors": b"w"}
+FILES = {
+    "config.json": b"{}",
+    "tokenizer.json": b"{}",
+    "tokenizer_config.json": b"{}",
+    "model.safetensors": b"w",
+}
 
 
 @pytest.fixture
@@ -51,6 +58,20 @@ def test_what_looks_like_a_path_is_one(path: str, tmp_path: Path, monkeypatch: p
 def test_what_is_neither(text: str) -> None:
     with pytest.raises(ConfigError, match=r"is not a folder, and no repository is called so; .*ORG/NAME@REVISION"):
         resolve_model(text)
+
+
+@pytest.mark.parametrize("name", ["cfgs/config.json", "m/model.safetensors"])
+def test_names_of_files_are_no_repositories(
+    server: HubServer, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"model: '{name}' is neither a folder nor a file here; give the folder"):
+        pinned_model(name)
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=f"model: '{name}' is a file; give the folder"):
+        resolve_model(name)
+    assert server.asked == []
 
 
 def test_what_nodes_are_told(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +120,9 @@ def test_the_environment_names_hub_cache_and_token(tmp_path: Path) -> None:
     tiny_model(tmp_path / "model")
     with hub_server() as server:
         commit = server.publish_folder("org/tiny", tmp_path / "model")
+        broken = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+        broken["model.safetensors"] = save({"lm_head.weight": torch.ones(1)})
+        broken_commit = server.publish("org/tiny", broken, "broken")
         server.private.add("org/tiny")
         cache = tmp_path / "home" / "hub"
         env = {"HF_ENDPOINT": server.url, "HF_HOME": str(cache.parent), "HF_HUB_CACHE": str(cache), "HF_TOKEN": "wrong"}
@@ -107,9 +131,12 @@ def test_the_environment_names_hub_cache_and_token(tmp_path: Path) -> None:
         shards.write_text("{experts: {shards: 4096}, gateway: {port: 0, http_port: 0}}")
         env["HF_TOKEN"] = server.token
         served = run("serve", "--model", "org/tiny", "--config", str(shards), **env)
-        assert f"fetching org/tiny@{commit}: " in served.stderr
         assert "experts.shards: 4096; allowed are 1 to 16" in served.stderr, "it has read the model's config.json"
-        assert (cache / "models--org--tiny" / "snapshots" / commit / "model.safetensors").is_file()
+        assert "model.safetensors" not in server.fetched()
+        served = run("serve", "--model", "org/tiny@broken", "--grpc-port", "0", "--http-port", "0", **env)
+        assert f"fetching org/tiny@{broken_commit}: 1 of " in served.stderr
+        assert "tensor(s) missing" in served.stderr
+        assert (cache / "models--org--tiny" / "snapshots" / broken_commit / "model.safetensors").is_file()
     offline = run("inspect", "org/tiny", "--json", **env, HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
     assert f"org/tiny@{commit}" in offline.stdout

@@ -117,3 +117,8 @@ def test_a_byte_level_decoder_among_others_is_refused() -> None:
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
     with pytest.raises(TokenizerError, match="has to stand alone"):
         Tokenizer(backend, CONFIG, "tiny")
+
+
+def test_of_a_folder_without_a_tokenizer_its_main_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"/tokenizer\.json: cannot be read"):
+        Tokenizer.load(tmp_path)

@@ -149,9 +149,11 @@ def test_a_pointer_of_git_lfs_is_told_from_garbage(tmp_path: Path) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
     with pytest.raises(CheckpointError, match=r"x\.safetensors: is a Git LFS pointer"):
         read_header(path)
-    path.write_text("some other text of some length")
-    with pytest.raises(CheckpointError, match=r"x\.safetensors: is truncated or no safetensors file"):
-        read_header(path)
+    for text in ("some other text of some length", "<!DOCTYPE html><html></html>"):
+        path.write_text(text)
+        message = rf"x\.safetensors: is no safetensors file: begins with b'{text[:8]}', expected the length of a header"
+        with pytest.raises(CheckpointError, match=message):
+            read_header(path)
 
 
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor
 
 from actors.model.quant.qtensor import QTensor
+from actors.model.weights import Checkpoint
 from tests.checkpoints import WRITERS
 from tests.paged_runner import PagedRunner, random_ids
 from tests.quantised_checkpoints import FORMATS, TOKEN, load_reference, write_plain, write_quantised
@@ -81,3 +82,19 @@ def test_logits_are_those_of_the_dequantised_model(plain: Path, tmp_path: Path, 
         assert matrix.int8_activations == (name == "W8A8")
     unquantised = theirs(plain, ids)
     assert (got - unquantised).abs().max() > 1e-3 * unquantised.abs().max()
+
+
+def test_fp8_of_v32_as_it_is_released(tmp_path: Path) -> None:
+    """The latent's and the indexer's projections are quantised too."""
+    source, folder = tmp_path / "plain", tmp_path / "quantised"
+    WRITERS["deepseek_v32"](source, num_hidden_layers=2)
+    dequantised = write_quantised(source, folder, "fp8")
+    with Checkpoint(folder) as checkpoint:
+        for name in ("kv_a_proj_with_mqa", "indexer.wq_b", "indexer.wk"):
+            assert checkpoint.dtype(f"model.layers.0.self_attn.{name}.weight") == torch.float8_e4m3fn
+    write_plain(source, tmp_path / "dequantised", dequantised)
+    ids = random_ids(12, seed=3)
+    want = theirs(tmp_path / "dequantised", ids)
+    runner = PagedRunner(folder)
+    got = runner.step([(runner.add(ids), len(ids))])[0]
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()

@@ -140,7 +140,7 @@ def test_int8_of_columns_out_of_order(store: Store, rows_too: bool) -> None:
     scheme = scheme_of(config)
     if rows_too:
         scheme = replace(scheme, int8_activations=True)
-        with pytest.raises(CheckpointError, match="weight_g_idx' orders the columns, expected them in order with int8"):
+        with pytest.raises(CheckpointError, match=r"safetensors: .*_g_idx' orders the columns, expected them in order"):
             read_quantized(store(named(parts)), scheme, f"{NAME}.weight", (16, 64))
         return
     q = read_quantized(store(named(parts)), scheme, f"{NAME}.weight", (16, 64))
@@ -183,7 +183,7 @@ def test_rules_for_single_matrices(store: Store, name: str, rules: dict[str, Any
     if refused is None:
         assert read_quantized(checkpoint, scheme, f"{NAME}.weight", (16, 64)) is not None
     else:
-        message = f"matrix '{re.escape(NAME)}' has a setting of its own by the rule '{refused}"
+        message = rf"model\.safetensors: matrix '{re.escape(NAME)}' has a setting of its own by the rule '{refused}"
         with pytest.raises(CheckpointError, match=message):
             read_quantized(checkpoint, scheme, f"{NAME}.weight", (16, 64))
     plain = store(named({"weight": draw(16, 64)}))
@@ -224,18 +224,20 @@ def test_errors_name_the_tensor_and_what_was_expected(
 ) -> None:
     parts = FORMATS[name].pack(draw(16, 64))[0] | changes
     checkpoint = store(named({part: tensor for part, tensor in parts.items() if tensor is not None}))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as refused:
         read_quantized(checkpoint, scheme_of(FORMATS[name].config), f"{NAME}.weight", (16, 64))
+    file = checkpoint.file(min(checkpoint.names()))
+    assert str(refused.value).startswith(f"{file.parent if 'has no tensor' in message else file}: ")
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "pack int4 group"])
 def test_an_odd_number_of_columns_is_refused(store: Store, name: str) -> None:
     checkpoint = store(named({mark: torch.zeros(1) for mark in ("qweight", "weight_packed")}))
-    with pytest.raises(CheckpointError, match="is to have 7 columns, expected an even number"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .* is to have 7 columns, expected an even number"):
         read_quantized(checkpoint, scheme_of(FORMATS[name].config), f"{NAME}.weight", (16, 7))
 
 
 def test_awq_packs_eight_rows(store: Store) -> None:
     checkpoint = store(named({"qweight": torch.zeros(1)}))
-    with pytest.raises(CheckpointError, match="is to have 12 rows, expected a multiple of 8"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .* is to have 12 rows, expected a multiple of 8"):
         read_quantized(checkpoint, scheme_of(FORMATS["awq"].config), f"{NAME}.weight", (12, 64))
