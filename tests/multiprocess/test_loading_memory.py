@@ -167,7 +167,7 @@ def test_a_shard_holds_its_weights_and_little_else(folder: Path, name: str, expe
 
 @pytest.mark.parametrize(
     ("kind", "weights", "readers"),
-    [("int8", 204_472_320, READERS), ("int4", 119_537_664, READERS), ("int4", 119_537_664, 1)],
+    [("int8", 204_472_320, READERS), ("int8", 204_472_320, 1), ("int4", 119_537_664, READERS)],
 )
 def test_quantising_leaves_no_plain_weights_behind(folder: Path, kind: str, weights: int, readers: int) -> None:
     """With one reader too: so does a shard read that serves."""
