@@ -165,7 +165,9 @@ class Controller:
             if not 1 <= replicas <= _MOST_REPLICAS:
                 raise BadOperation("replicas", f"{replicas}; allowed are 1 to {_MOST_REPLICAS}")
             attention = self._attention
-            bundles = self._deployment.reserve(attention.requests(attention.missing(replicas)), left(deadline))
+            with self._changing:  # in the middle of a repair a replica would count beside the vacancy that it fills
+                missing = attention.missing(replicas)
+            bundles = self._deployment.reserve(attention.requests(missing), left(deadline))
             started = attention.start(bundles, deadline)
             with self._changing:
                 if started:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from actors.expert import ExpertShard
 from actors.model.errors import CheckpointError
 from actors.router import Router
 from actors.transport.base import PeerGone
+from cluster.attention_fleet import AttentionFleet
 from cluster.config import ConfigError, ServerConfig
 from cluster.controller import Controller
 from cluster.local_fleet import LocalFleet
@@ -169,6 +171,29 @@ def test_what_can_be_repaired_is_while_something_else_cannot(
         assert list(more.replicas) == ["attention-1", "attention-2"]
         down = client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=2))  # the dead one is not missed any more
         assert list(down.shards) == ["expert-1", "expert-2"]
+
+
+def test_scaling_while_a_replica_is_being_replaced_counts_it_once(
+    checkpoint: tuple[Path, Any], local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its successor serves already, and its vacancy is not struck off yet."""
+    with running(local(checkpoint[0])) as (client, controller), ThreadPoolExecutor(1) as pool:
+        added, asked = threading.Event(), threading.Event()
+        honest = AttentionFleet.add
+
+        def add(fleet: AttentionFleet, *arguments: Any) -> Any:
+            replicas = honest(fleet, *arguments)
+            added.set()
+            asked.wait(20)
+            return replicas
+
+        monkeypatch.setattr(AttentionFleet, "add", add)
+        crash(controller, "attention-0")
+        assert added.wait(20)
+        more = pool.submit(client.control.ScaleAttention, pb.ScaleAttentionRequest(replicas=2))
+        wait([more], 0.3)  # it must not have counted yet
+        asked.set()
+        assert list(more.result(20).replicas) == ["attention-1", "attention-2"]
 
 
 def test_scaling_while_a_replica_is_missing_counts_it(
