@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import select
-import signal
-import subprocess
-import sys
-import threading
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from filelock import FileLock
 from huggingface_hub import constants
 
 from actors.model.weight_names import weight_names
@@ -33,106 +23,10 @@ from cluster.hub_errors import (
     without_secrets,
 )
 from cluster.hub_id import HubId
+from tests.hub_repository import INDEX, REPO, WANTED, A, B, files, index, names, repository
 from tests.hub_server import HubServer, hub_server
 
-INDEX = "model.safetensors.index.json"
-A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-REPO = HubId("org/tiny")
 TEXT = {"config.json": b"{}", "tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
-
-
-def index(**tensors: str) -> bytes:
-    return json.dumps({"weight_map": tensors}).encode()
-
-
-def files(**more: bytes) -> dict[str, bytes]:
-    """A repository of two weight files, with all that tends to lie beside them."""
-    return {
-        "config.json": b"{}",
-        "generation_config.json": b"g",
-        "tokenizer.json": b"t",
-        "tokenizer_config.json": b"tc",
-        "chat_template.jinja": b"x",
-        "tokenizer.model": b"m",
-        INDEX: index(a=A, b=B),
-        A: b"a" * 5000,
-        B: b"b" * 3000,
-        "consolidated.safetensors": b"c" * 8000,
-        "original/model.safetensors": b"o" * 8000,
-        "original/tokenizer.model": b"om",
-        "pytorch_model.bin": b"p" * 8000,
-        "modeling_deepseek.py": b"raise SystemExit",
-        "configuration_deepseek.py": b"raise SystemExit",
-        "README.md": b"r",
-        **{name.replace("__", "."): data for name, data in more.items()},
-    }
-
-
-WANTED = {
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    INDEX,
-    A,
-    B,
-}
-
-
-@pytest.fixture
-def server() -> Iterator[HubServer]:
-    with hub_server() as running:
-        yield running
-
-
-@pytest.fixture
-def hub(server: HubServer, tmp_path: Path) -> Hub:
-    return Hub(server.url, tmp_path / "cache")
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def repository(hub: Hub) -> Path:
-    """Where the cache keeps REPO."""
-    return hub._cache.root / "models--org--tiny"
-
-
-@pytest.mark.parametrize(
-    ("text", "repo", "revision"),
-    [
-        ("org/name", "org/name", "main"),
-        ("deepseek-ai/DeepSeek-V2-Lite@v1.0", "deepseek-ai/DeepSeek-V2-Lite", "v1.0"),
-        ("a/b@refs/pr/1", "a/b", "refs/pr/1"),
-    ],
-)
-def test_ids(text: str, repo: str, revision: str) -> None:
-    assert HubId.parse(text) == HubId(repo, revision)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "name",
-        "a/b/c",
-        "/a/b",
-        "a/b@",
-        "a/b@../../x",
-        "a/..",
-        "-a/b",
-        "a/b-",
-        "a b/c",
-        "a/b--c",
-        "a/b@-x",
-        "a/" + "b" * 95,
-    ],
-)
-def test_what_no_repository_is_called(text: str) -> None:
-    assert HubId.parse(text) is None
 
 
 def test_only_what_a_checkpoint_needs_is_fetched(server: HubServer, hub: Hub) -> None:
@@ -312,37 +206,6 @@ def test_a_full_disk_is_seen_before(server: HubServer, hub: Hub, monkeypatch: py
     assert names(hub.fetch(REPO)) == WANTED
 
 
-def in_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
-    """Run ``code`` first in each process that downloads."""
-    (tmp_path / "sitecustomize.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-
-
-def test_a_download_that_breaks_off_goes_on_where_it_was(
-    server: HubServer, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_downloads(monkeypatch, tmp_path, "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 1000")
-    server.publish("org/tiny", files())
-    server.cut.add(A)
-    assert (hub.fetch(REPO) / A).read_bytes() == b"a" * 5000
-    assert server.ranges == [f"{A} bytes=2000-"]
-
-
-def test_a_download_that_was_given_up_fetches_only_what_is_missing(
-    server: HubServer, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_downloads(monkeypatch, tmp_path, "import time; time.sleep = lambda _: None")
-    server.publish("org/tiny", files())
-    server.broken.add(A)
-    with pytest.raises(HubUnreachable, match=r"org/tiny@\w+ cannot be fetched from http"):
-        hub.fetch(REPO)
-    server.broken.clear()
-    server.asked.clear()
-    assert names(hub.fetch(REPO)) == WANTED
-    assert A in server.fetched()
-    assert "config.json" not in server.fetched()
-
-
 class Unplugged:
     """A hub whose server has ended; the cache has what was fetched before."""
 
@@ -509,83 +372,4 @@ def test_who_is_no_hub(hub: Hub, server: HubServer) -> None:
     server.publish("org/tiny", files())
     server.garbled = True
     with pytest.raises(HubError, match=r"org/tiny@main at http"):
-        hub.fetch(REPO)
-
-
-class StoppedError(BaseException):
-    """What the handler of a signal raises."""
-
-
-@pytest.mark.parametrize("xet", [False, True])
-def test_a_signal_ends_a_download(server: HubServer, hub: Hub, xet: bool) -> None:
-    """At once, though nothing comes from the server; and no part of a file is kept."""
-    server.publish("org/tiny", files())
-    server.xet.update({A, B} if xet else ())
-    over = threading.Event()
-
-    def half_way(name: str) -> None:
-        if name == A or name.startswith("/xet/"):
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert over.wait(60)
-
-    def on_signal(*_: Any) -> None:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        raise StoppedError
-
-    server.half_way = half_way
-    previous = signal.signal(signal.SIGUSR1, on_signal)
-    try:
-        with pytest.raises(StoppedError):
-            hub.fetch(REPO)
-        assert not over.is_set()
-    finally:
-        over.set()
-        signal.signal(signal.SIGUSR1, previous)
-    kept = [path.name for path in (repository(hub) / "snapshots").glob("*/*")]
-    assert "config.json" in kept
-    assert A not in kept
-    assert not list((repository(hub) / "blobs").glob("*.incomplete"))
-
-
-def test_a_download_ends_with_its_owner(server: HubServer, tmp_path: Path) -> None:
-    """However that ends."""
-    server.publish("org/tiny", files())
-    begun, over = threading.Event(), threading.Event()
-
-    def half_way(name: str) -> None:
-        if name == A:
-            begun.set()
-            assert over.wait(60)
-
-    server.half_way = half_way
-    code = "import sys, pathlib; from cluster.hub import Hub; from cluster.hub_id import HubId; "
-    code += "Hub(sys.argv[1], pathlib.Path(sys.argv[2])).fetch(HubId('org/tiny'))"
-    with subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path)]) as owner:
-        try:
-            assert begun.wait(60)
-            (child,) = Path(f"/proc/{owner.pid}/task/{owner.pid}/children").read_text().split()
-            watched = os.pidfd_open(int(child))
-            owner.kill()
-            assert select.select([watched], [], [], 30)[0], "it has ended"
-            os.close(watched)
-        finally:
-            owner.kill()
-            over.set()
-    parts = [path.name for path in (tmp_path / "models--org--tiny" / "blobs").glob("*.incomplete")]
-    assert parts, "nobody was there to tidy up"
-    server.half_way = lambda _: None
-    hub = Hub(server.url, tmp_path)
-    with FileLock(tmp_path / ".locks" / "models--org--tiny" / f"{parts[0].split('.')[0]}.lock"):
-        hub._cache.drop_parts(REPO, hub.listing(REPO), files())
-        assert [path.name for path in (repository(hub) / "blobs").glob("*.incomplete")] == [parts[0]], "in use"
-    hub.fetch(REPO)
-    assert not list((repository(hub) / "blobs").glob("*.incomplete"))
-
-
-def test_a_download_that_dies_says_so(
-    server: HubServer, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_downloads(monkeypatch, tmp_path, "import os; os._exit(3)")
-    server.publish("org/tiny", files())
-    with pytest.raises(HubError, match=r"the download of org/tiny@main ended with status 3"):
         hub.fetch(REPO)
