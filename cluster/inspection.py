@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from actors.model.errors import CheckpointError, UnsupportedModelError
-from actors.model.families import load_spec, spec_from_config
+from actors.model.families import load_spec, read_json, spec_from_config
 from actors.model.header_check import KnownHeaders, find_faults
-from actors.model.inventory import Inventory, expert_shapes, held_bytes, quantised_bytes
+from actors.model.inventory import Inventory, bytes_at_load, expert_shapes, held_bytes
 from actors.model.quant.layout import is_quantized, scale_bytes
 from actors.model.safetensors_header import TensorEntry
 from actors.model.spec import MoEDecoderSpec
@@ -21,7 +20,6 @@ from actors.model.tensor_list import expected_tensors, expert_tensors
 from actors.model.weight_files import locate_weights
 from actors.model.weight_names import INDEX, weight_names
 from actors.quant_kind import QUANT_KINDS
-from cluster.config import ConfigError
 from cluster.hub import Hub
 from cluster.hub_files import CONFIG, Listing, missing_weights, read_index
 from cluster.hub_id import HubId
@@ -78,7 +76,7 @@ def inspect_model(model: str) -> Inspection:
     Raises ConfigError and CheckpointError when there is nothing to look at.
     """
     source = _find(model)
-    config = _read_config(source.config)
+    config = read_json(source.config)
     try:
         spec = spec_from_config(config, f"{source.config}: ") if source.weights is None else load_spec(source.weights)
     except UnsupportedModelError as error:
@@ -121,18 +119,6 @@ def _find_on_hub(wanted: HubId) -> _Source:
     return _Source(str(pinned), folder / CONFIG, folder if complete else None, listing)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model: {path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"model: {path}: holds {type(config).__name__}, expected a JSON object")
-    return config
-
-
 def _tensors(source: _Source) -> tuple[Entries | None, int | None, list[str]]:
     """What the weights' files hold (None: not to be known), their bytes, and what is wrong with them."""
     if source.listing is not None:
@@ -150,7 +136,8 @@ def _tensors(source: _Source) -> tuple[Entries | None, int | None, list[str]]:
 def _indexed(path: Path, listing: Listing) -> tuple[Entries | None, int | None, list[str]]:
     index = read_index(path) if INDEX in listing.names else None
     weights = weight_names(listing.names, index)
-    problems = [f"{name}: not in the repository, though {INDEX} names it" for name in sorted(weights - listing.names)]
+    why = f"{INDEX} names it" if index else "others of the same series are there"
+    problems = [f"{name}: not in the repository, though {why}" for name in sorted(weights - listing.names)]
     entries = None if index is None else dict.fromkeys(index["weight_map"])
     return entries, listing.size(weights & listing.names), problems
 
@@ -180,7 +167,7 @@ def _sizes(spec: MoEDecoderSpec, entries: Entries, disk: int | None) -> Sizes:
     inventory, shapes, itemsize = Inventory.of(spec), expert_shapes(spec), spec.dtype.itemsize
     expert = {"none": _expert_as_stored(spec, entries, shapes)}
     if spec.quantization is None:
-        expert |= {kind: quantised_bytes(shapes, kind) for kind in QUANT_KINDS}
+        expert |= {kind: bytes_at_load(shapes, kind) for kind in QUANT_KINDS}
     return Sizes(
         inventory,
         inventory.attention_shard * itemsize,

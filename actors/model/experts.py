@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from actors.quant_kind import QuantKind
+
 from .errors import MissingExpert
 from .heap import HeapTrimmer
 from .mlp import SwiGLU
 from .parallel import READERS, load_each
-from .quant.qtensor import QuantKind
 from .reader import TensorReader
 from .spec import MoEDecoderSpec
 from .weights import Checkpoint
@@ -110,8 +111,7 @@ class ExpertBank:
 
 def _load_expert(spec: MoEDecoderSpec, checkpoint: Checkpoint, read: TensorReader, layer: int, expert: int) -> SwiGLU:
     """From tensors of its own, or, where there are none, from its entries of the layer's fused ones."""
-    own, fused = spec.names.expert(layer, expert), spec.names.fused_experts(layer)
-    d_model, inter, count = spec.d_model, spec.moe.inter, spec.moe.n_experts
-    if checkpoint.has(fused[0]) and not checkpoint.has(own[0]):
-        return SwiGLU.load_fused(read, fused, count, expert, d_model, inter)
-    return SwiGLU.load_expert(read, own, d_model, inter)
+    names, d_model, inter = spec.names, spec.d_model, spec.moe.inter
+    if names.is_fused(layer, expert, checkpoint.has):
+        return SwiGLU.load_fused(read, names.fused_experts(layer), spec.moe.n_experts, expert, d_model, inter)
+    return SwiGLU.load_expert(read, names.expert(layer, expert), d_model, inter)

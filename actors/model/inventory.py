@@ -88,7 +88,7 @@ def expert_shapes(spec: MoEDecoderSpec) -> list[tuple[int, int]]:
     return [(tensor.shape[1], tensor.shape[2]) for tensor in fused]
 
 
-def quantised_bytes(shapes: Iterable[tuple[int, int]], kind: QuantKind) -> int:
+def bytes_at_load(shapes: Iterable[tuple[int, int]], kind: QuantKind) -> int:
     """Bytes of matrices that were quantised at load, with scales and zero points."""
     return sum(quantized_bytes(shape, kind) for shape in shapes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -58,6 +59,11 @@ class NameMap:
         Those are the names that transformers gives them in memory, whatever the family.
         """
         return self.layer(layer, "mlp.experts.gate_up_proj"), self.layer(layer, "mlp.experts.down_proj")
+
+    def is_fused(self, layer: int, expert: int, has: Callable[[str], bool]) -> bool:
+        """Whether an expert is to be sought in its layer's fused tensors, of a checkpoint that has the tensors that
+        ``has`` says: where these are and no gate of its own is."""
+        return has(self.fused_experts(layer)[0]) and not has(self.expert(layer, expert)[0])
 
     def _swiglu(self, layer: int, block: str, parts: tuple[str, str, str]) -> tuple[str, str, str]:
         gate, up, down = (self.layer(layer, f"{block}.{part}.weight") for part in parts)

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from actors.quant_kind import QuantKind
+
 from .errors import CheckpointError
 from .heap import blank
 from .linear import Matrix
-from .quant.layout import mark_of
-from .quant.qtensor import QTensor, QuantKind, can_stack, stack
+from .quant.layout import is_quantized, mark_of
+from .quant.qtensor import QTensor, can_stack, stack
 from .quant.quantize import quantize
-from .quant.read import is_quantized, read_quantized
+from .quant.read import read_quantized
 from .quant.scheme import QuantScheme
 from .weights import Checkpoint
 

@@ -40,13 +40,12 @@ def expected_tensors(spec: MoEDecoderSpec) -> Iterator[ExpectedTensor]:
 
 def stored_tensors(spec: MoEDecoderSpec, has: Callable[[str], bool]) -> Iterator[ExpectedTensor]:
     """:func:`expected_tensors` of a checkpoint that has the tensors that ``has`` says: the experts of a layer may be
-    fused. As the loader does, an expert is sought there only if it has no gate of its own."""
+    fused."""
     yield from resident_tensors(spec)
     for layer in spec.moe_layers:
-        fused = list(fused_tensors(spec, layer))
-        apart = [e for e in range(spec.moe.n_experts) if has(spec.names.expert(layer, e)[0]) or not has(fused[0].name)]
+        apart = [e for e in range(spec.moe.n_experts) if not spec.names.is_fused(layer, e, has)]
         if len(apart) < spec.moe.n_experts:
-            yield from fused
+            yield from fused_tensors(spec, layer)
         for expert in apart:
             yield from expert_tensors(spec, layer, expert)
 

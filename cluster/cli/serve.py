@@ -152,8 +152,9 @@ def weight_bytes(config: ServerConfig) -> int:
     """
     from actors.model.errors import CheckpointError
     from actors.model.families import load_spec
+    from actors.model.surplus import skipped_tensors
     from actors.model.weight_files import locate_weights
-    from cluster.inspection import bytes_by_part, skipped_tensors, tensor_problems
+    from cluster.inspection import bytes_by_part, tensor_problems
     from cluster.model_source import resolve_model
 
     path = resolve_model(config.model, progress=True, check=partial(check_description, config))

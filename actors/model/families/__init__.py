@@ -57,20 +57,23 @@ def load_spec(path: str | Path) -> MoEDecoderSpec:
         raise CheckpointError(f"{folder}: no such folder")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file, expected a folder with config.json and *.safetensors")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: has no config.json")
     config = folder / "config.json"
-    spec = spec_from_config(_read_json(config), f"{config}: ")
+    spec = spec_from_config(read_json(config), f"{config}: ")
     generation = folder / "generation_config.json"
     if not generation.is_file():
         return spec
-    more = Fields(_read_json(generation), f"{generation}: ").token_ids("eos_token_id")
+    more = Fields(read_json(generation), f"{generation}: ").token_ids("eos_token_id")
     return replace(spec, eos_token_ids=tuple(dict.fromkeys(spec.eos_token_ids + more)))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``, such as a config.json. Raises CheckpointError."""
     try:
         value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: has no {path.name}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -78,4 +81,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-__all__ = ["CheckpointError", "FAMILIES", "UnsupportedModelError", "load_spec", "spec_from_config"]
+__all__ = ["CheckpointError", "FAMILIES", "UnsupportedModelError", "load_spec", "read_json", "spec_from_config"]

@@ -9,7 +9,7 @@ from actors.model.errors import CheckpointError
 from actors.model.weights import Checkpoint
 from actors.quant_kind import QuantKind
 
-from .layout import Part, Parts, groups_of, is_quantized, quantized_parts
+from .layout import Part, Parts, groups_of, quantized_parts
 from .packed_formats import read_awq, read_gptq, read_order, read_pack_quantized, read_part
 from .qtensor import SCALES, QTensor
 from .scheme import QuantScheme
@@ -67,6 +67,3 @@ def _read_scale(checkpoint: Checkpoint, part: Part) -> Tensor:
     """As it is stored; exponents (e8m0) as fp32."""
     scale = read_part(checkpoint, part)
     return scale if scale.dtype in SCALES else scale.float()
-
-
-__all__ = ["is_quantized", "read_quantized"]

@@ -405,6 +405,9 @@ def test_what_cannot_be_looked_at(folder: Path, capsys: pytest.CaptureFixture[st
     (folder / "config.json").write_text("[]")
     assert run_inspect(str(folder), None, as_json=False) == 1
     assert "config.json: holds list, expected a JSON object" in capsys.readouterr().err
+    (folder / "config.json").write_text("[" * 100_000)
+    assert run_inspect(str(folder), None, as_json=False) == 1
+    assert "config.json: is not valid JSON: maximum recursion depth" in capsys.readouterr().err
     (folder / "config.json").unlink()
     assert run_inspect(str(folder), None, as_json=False) == 1
     assert "has no config.json" in capsys.readouterr().err

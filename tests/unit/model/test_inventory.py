@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from actors.model.families import load_spec, spec_from_config
-from actors.model.inventory import Inventory, expert_shapes, held_bytes, quantised_bytes
+from actors.model.inventory import Inventory, bytes_at_load, expert_shapes, held_bytes
 from actors.model.quant.quantize import quantize
 from actors.model.quant.scheme import QuantScheme
 from actors.model.tensor_list import expected_tensors
@@ -105,7 +105,7 @@ def test_shards() -> None:
 @pytest.mark.parametrize("kind", QUANT_KINDS)
 @pytest.mark.parametrize("shape", [(32, 64), (64, 32), (10, 200), (3, 130)])
 def test_quantised_at_load(kind: QuantKind, shape: tuple[int, int]) -> None:
-    assert quantised_bytes([shape], kind) == quantize(torch.zeros(shape), kind).nbytes
+    assert bytes_at_load([shape], kind) == quantize(torch.zeros(shape), kind).nbytes
 
 
 def test_held_as_stored() -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from actors.model.config_fields import Fields
 from actors.model.errors import CheckpointError
+from actors.model.quant.layout import is_quantized
 from actors.model.quant.parse import parse_scheme
-from actors.model.quant.read import is_quantized, read_quantized
+from actors.model.quant.read import read_quantized
 from actors.model.quant.scheme import QuantScheme
 from tests.quantised_checkpoints import FORMATS
 
