@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from actors.engine.kv_blocks import BlockAllocator
+from actors.engine.kv_blocks import BlockPool
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
 from actors.engine.scheduler import NeverFits, QueueFull, Scheduler, SchedulerLimits, StepPlan
 from actors.log_fields import fields
@@ -111,7 +111,7 @@ class AttentionShard:
         self._work = _Work()
         self._kv_bytes = engine.kv_bytes
         block_bytes = engine.block_size * KVCache.bytes_per_token(self._spec, model.torch_dtype)
-        self._blocks = BlockAllocator(engine.kv_bytes // block_bytes, engine.block_size)
+        self._blocks = BlockPool(engine.kv_bytes // block_bytes, engine.block_size)
         limits = SchedulerLimits(engine.context_length, engine.max_running, engine.token_budget, engine.max_waiting)
         self._scheduler = Scheduler(limits, self._blocks)
         self._lock = threading.Lock()  # guards the scheduler: requests come from other threads than the steps

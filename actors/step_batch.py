@@ -26,12 +26,11 @@ def step_batch(plan: StepPlan, device: torch.device) -> StepBatch:
             for start, c in zip(starts, chunks, strict=False)
         ],
         output_rows=torch.tensor(
-            [end - 1 for end, c in zip(starts[1:], chunks, strict=True) if c.sample], dtype=torch.int64, device=device
+            [end - 1 for end, c in zip(starts[1:], chunks, strict=True) if c.draw], dtype=torch.int64, device=device
         ),
     )
 
 
 def sample_plan(plan: StepPlan, logits: Tensor) -> list[int | None]:
     """One token per chunk that samples, from ``logits`` [S, V]; None where a row's logits are not finite."""
-    chunks = plan.sampled
-    return sample(logits, [c.sampling for c in chunks], [c.index for c in chunks])
+    return sample(logits, [c.draw for c in plan.chunks if c.draw])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from actors.engine.kv_blocks import BlockAllocator
+from actors.engine.kv_blocks import BlockPool
 from actors.engine.request import GenerationRequest
 
 
@@ -68,7 +68,7 @@ class DuplicateRequest(AdmissionError):
         return f"request {self.request_id!r} is in the engine already"
 
 
-def check_fits(request: GenerationRequest, limits: SchedulerLimits, blocks: BlockAllocator) -> None:
+def check_fits(request: GenerationRequest, limits: SchedulerLimits, blocks: BlockPool) -> None:
     """NeverFits unless the request, alone in the engine, could run to its last token."""
     if not request.prompt_ids:
         raise NeverFits("prompt_ids", "is empty, must have at least one token")

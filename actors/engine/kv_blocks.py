@@ -13,7 +13,7 @@ class BadFree(ValueError):
     """A block was given back that is not in use or does not exist; none of that call's blocks was freed."""
 
 
-class BlockAllocator:
+class BlockPool:
     """Hands out block ids ``0 .. n_blocks - 1``, each to one owner at a time; O(1) per block."""
 
     def __init__(self, n_blocks: int, block_size: int) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import pairwise
 
-from actors.engine.kv_blocks import BlockAllocator
+from actors.engine.kv_blocks import BlockPool
 from actors.engine.sequence import Sequence, Status
 
 
@@ -17,7 +17,7 @@ class Lineup:
     from the front of the queue, and only the youngest running one is ever sent back to it.
     """
 
-    def __init__(self, blocks: BlockAllocator) -> None:
+    def __init__(self, blocks: BlockPool) -> None:
         self.blocks = blocks
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()

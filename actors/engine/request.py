@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 
 class FinishReason(StrEnum):
@@ -17,9 +18,23 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class Priority(IntEnum):
+    """Which requests come first; the lower number does."""
+
+    INTERACTIVE = 0
+    BATCH = 1
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn. ``temperature == 0`` is greedy (arg max); ``top_k == 0`` means all.
+    """How tokens are drawn; every default leaves the model's distribution as it is, but for greedy choice.
+
+    ``temperature == 0`` is greedy (arg max); ``top_k == 0`` means all. ``min_p``: tokens less likely than so much
+    of the most likely one are left out. ``repetition_penalty`` divides positive and multiplies negative logits of
+    tokens in prompt or answer; ``presence_penalty`` and ``frequency_penalty`` are taken from the logits of tokens
+    in the answer, once and once for each time. ``logit_bias``: (id, what is added). ``allowed_ids``: no others may
+    come, empty: all may; ``banned_ids`` may not. ``min_tokens``: so many come before a stop id may. ``logprobs``:
+    None, or of how many of the likeliest tokens the log-probabilities are wanted beside the drawn one's, 0 to 20.
 
     ``seed`` and ``choice`` (which of a prompt's several answers this is), both unsigned 64-bit, key the
     counter-based draws together with the token's index, so that a replay draws the same.
@@ -30,6 +45,43 @@ class SamplingParams:
     top_k: int = 0
     seed: int = 0
     choice: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_ids: tuple[int, ...] = ()
+    banned_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token that is to be drawn: number ``index`` of its request's answer.
+
+    ``held_back`` may not come yet (stop ids before ``min_tokens``). ``prompt_ids`` and ``generated_ids`` (``index`` of
+    them) are what penalties look at; both may be empty where no penalty is set.
+    """
+
+    sampling: SamplingParams
+    index: int
+    held_back: frozenset[int] = frozenset()
+    prompt_ids: Sequence[int] = ()
+    generated_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities (natural) by the model's own distribution: before temperature, penalties and cuts.
+
+    ``logprob`` and ``rank`` (1 is the likeliest) of the token itself; ``top``: (id, log-probability) of the likeliest,
+    in falling order, as many as were asked for.
+    """
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +95,11 @@ class GenerationRequest:
     and is drawn as it would have been. ``replay`` marks a request that was admitted before, on such a shard: a full
     queue does not refuse it. ``traceparent`` is the W3C trace context of the span that waits for it, or empty; the
     engine carries it along.
+
+    ``tenant`` and its ``share`` (weight beside other tenants') are for fairness; cached prompts are shared within a
+    tenant and an ``adapter`` only. ``leader``: the request id of a sibling with the same prompt (choice 0 of several
+    answers), whose prompt need not be computed twice; one that is not in the engine is ignored. ``prompt_logprobs``:
+    None, or 0 to 20: log-probabilities of the prompt's tokens are wanted.
     """
 
     request_id: str
@@ -55,17 +112,24 @@ class GenerationRequest:
     generated_ids: tuple[int, ...] = ()
     replay: bool = False
     traceparent: str = ""
+    priority: Priority = Priority.INTERACTIVE
+    tenant: str = ""
+    share: float = 1.0
+    adapter: str = ""
+    leader: str = ""
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One step's news about one request.
 
-    ``index`` counts generated tokens from 0. ``token`` is None when the event only tells the end; ``index``
-    is then that of the token which would have come next. A stop id is reported as a token (so that usage
-    counts it) together with ``finish = STOP``. The first token of a run on a shard carries how long the request
-    waited there for its first step and how long its prefill took, in seconds; elsewhere these are None. The engine has
-    no clock and leaves them to the shard.
+    ``index`` counts generated tokens from 0. ``token`` is None when the event only tells the end; ``index`` is then
+    that of the token which would have come next. A stop id is reported as a token (so that usage counts it)
+    together with ``finish = STOP``. The first token of a run on a shard carries how long the request waited there
+    for its first step and how long its prefill took, in seconds; elsewhere these are None. The engine has no clock
+    and leaves them to the shard. It also carries how many of the request's tokens were found in the prefix cache
+    (``cached``), and ``prompt_logprobs`` where they were asked for: one entry per prompt token, None for the first.
     """
 
     request_id: str
@@ -75,3 +139,6 @@ class TokenEvent:
     message: str = ""
     queue_s: float | None = None
     prefill_s: float | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    cached: int = 0

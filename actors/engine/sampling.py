@@ -14,23 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.engine.request import SamplingParams
+from actors.engine.request import Draw, SamplingParams
 
 _FIRST_LEADERS = 64
 _MORE_LEADERS = 8
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int | None]:
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
     """Next token of each row of ``logits [S, V]``, of any float dtype and device.
 
-    ``positions[i]`` is the index of the token to draw among its request's generated tokens. Temperature 0
+    Temperature 0
     takes the arg max. Otherwise logits are divided by the temperature, cut to the ``top_k`` largest, then to
     the fewest of the largest whose share of what was left reaches ``top_p`` (at least one), and one is drawn
     by inverse CDF. None stands for a row with a NaN or infinite logit: it has no token, the others are as
     without it. ValueError when the lengths differ.
     """
-    if not len(logits) == len(params) == len(positions):
-        raise ValueError(f"{len(logits)} rows of logits, {len(params)} params, {len(positions)} positions")
+    if len(logits) != len(draws):
+        raise ValueError(f"{len(logits)} rows of logits, {len(draws)} draws")
+    params, positions = [draw.sampling for draw in draws], [draw.index for draw in draws]
     finite = torch.isfinite(logits).all(dim=-1).tolist()
     best = logits.argmax(dim=-1).tolist()
     tokens: list[int | None] = [token if good else None for token, good in zip(best, finite, strict=True)]

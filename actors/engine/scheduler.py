@@ -31,7 +31,7 @@ from actors.engine.admission import (
     SchedulerLimits,
     check_fits,
 )
-from actors.engine.kv_blocks import BlockAllocator
+from actors.engine.kv_blocks import BlockPool
 from actors.engine.lineup import Lineup
 from actors.engine.plan import Chunk, StepPlan
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
@@ -54,7 +54,7 @@ _Shares = list[tuple[Sequence, int]]
 class Scheduler:
     """Forms the steps of one attention shard. See the module's text for what is promised."""
 
-    def __init__(self, limits: SchedulerLimits, blocks: BlockAllocator) -> None:
+    def __init__(self, limits: SchedulerLimits, blocks: BlockPool) -> None:
         """``blocks`` belongs to this scheduler from now on."""
         self.limits = limits
         self.blocks = blocks
@@ -138,15 +138,15 @@ class Scheduler:
         self._check_results(plan, tokens, failures)
         drawn = iter(tokens)
         for chunk, (sequence, n) in zip(plan.chunks, self._close(plan), strict=True):
-            token = next(drawn) if chunk.sample else None
+            token = next(drawn) if chunk.draw else None
             if sequence.status is Status.ENDED:
                 continue
             if chunk.request_id in failures:
                 self._end(sequence, FinishReason.ERROR, failures[chunk.request_id])
-            elif not chunk.sample:
+            elif chunk.draw is None:
                 sequence.n_computed += n
             elif token is None:
-                self._end(sequence, FinishReason.ERROR, f"no token could be drawn at index {chunk.index}")
+                self._end(sequence, FinishReason.ERROR, f"no token could be drawn at index {chunk.draw.index}")
             else:
                 sequence.n_computed += n
                 self._accept(sequence, token)

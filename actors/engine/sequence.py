@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from actors.engine.plan import Chunk
-from actors.engine.request import FinishReason, GenerationRequest
+from actors.engine.request import Draw, FinishReason, GenerationRequest
 
 
 class Status(StrEnum):
@@ -51,9 +51,7 @@ class Sequence:
             start=start,
             slots=tuple(table[p // block_size] * block_size + p % block_size for p in range(start, end)),
             block_table=table,
-            sample=end == len(self.token_ids),
-            sampling=self.request.sampling,
-            index=self.n_generated,
+            draw=Draw(self.request.sampling, self.n_generated) if end == len(self.token_ids) else None,
         )
 
     def finish_reason(self, context_length: int) -> FinishReason | None:

@@ -51,6 +51,61 @@ ACTOR_STATE_UNSPECIFIED: ActorState
 ACTOR_STATE_READY: ActorState
 ACTOR_STATE_UNREACHABLE: ActorState
 
+class TraceRequest(_message.Message):
+    __slots__ = ("steps", "timeout_s")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    timeout_s: float
+    def __init__(self, steps: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class TraceResponse(_message.Message):
+    __slots__ = ("actors", "steps")
+    ACTORS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    actors: _containers.RepeatedCompositeFieldContainer[TracedActor]
+    steps: int
+    def __init__(self, actors: _Optional[_Iterable[_Union[TracedActor, _Mapping]]] = ..., steps: _Optional[int] = ...) -> None: ...
+
+class TracedActor(_message.Message):
+    __slots__ = ("name", "role", "node_id", "pid", "spans", "dropped", "clock_error_ns")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_ERROR_NS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    role: Role
+    node_id: str
+    pid: int
+    spans: _containers.RepeatedCompositeFieldContainer[TracedSpan]
+    dropped: int
+    clock_error_ns: int
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[TracedSpan, _Mapping]]] = ..., dropped: _Optional[int] = ..., clock_error_ns: _Optional[int] = ...) -> None: ...
+
+class TracedSpan(_message.Message):
+    __slots__ = ("name", "start_ns", "duration_ns", "lane", "numbers")
+    class NumbersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    START_NS_FIELD_NUMBER: _ClassVar[int]
+    DURATION_NS_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    start_ns: int
+    duration_ns: int
+    lane: str
+    numbers: _containers.ScalarMap[str, int]
+    def __init__(self, name: _Optional[str] = ..., start_ns: _Optional[int] = ..., duration_ns: _Optional[int] = ..., lane: _Optional[str] = ..., numbers: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
 class GetClusterRequest(_message.Message):
     __slots__ = ("include_experts",)
     INCLUDE_EXPERTS_FIELD_NUMBER: _ClassVar[int]
@@ -244,7 +299,7 @@ class Actor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[ActorState, str]] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ..., placement_group: _Optional[str] = ..., bundle: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., attention: _Optional[_Union[AttentionLoad, _Mapping]] = ..., router: _Optional[_Union[RouterLoad, _Mapping]] = ..., expert: _Optional[_Union[ExpertLoad, _Mapping]] = ..., gateway: _Optional[_Union[GatewayLoad, _Mapping]] = ..., bytes_sent: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class AttentionLoad(_message.Message):
-    __slots__ = ("running", "waiting", "kv_blocks", "kv_blocks_free", "steps", "tokens", "busy_s", "experts_wait_s", "moe_batches")
+    __slots__ = ("running", "waiting", "kv_blocks", "kv_blocks_free", "steps", "tokens", "busy_s", "experts_wait_s", "moe_batches", "kv_blocks_cached", "kv_blocks_shared", "kv_bytes", "prefix_queried_tokens", "prefix_hit_tokens", "preemptions", "micro_batches", "kv_block_size")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +309,14 @@ class AttentionLoad(_message.Message):
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     MOE_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_SHARED_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERIED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_blocks: int
@@ -263,7 +326,15 @@ class AttentionLoad(_message.Message):
     busy_s: float
     experts_wait_s: float
     moe_batches: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., busy_s: _Optional[float] = ..., experts_wait_s: _Optional[float] = ..., moe_batches: _Optional[int] = ...) -> None: ...
+    kv_blocks_cached: int
+    kv_blocks_shared: int
+    kv_bytes: int
+    prefix_queried_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    micro_batches: int
+    kv_block_size: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., busy_s: _Optional[float] = ..., experts_wait_s: _Optional[float] = ..., moe_batches: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_shared: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., prefix_queried_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., micro_batches: _Optional[int] = ..., kv_block_size: _Optional[int] = ...) -> None: ...
 
 class RouterLoad(_message.Message):
     __slots__ = ("expert_map_epoch", "rows_per_shard", "reroutes", "longest_wait_s", "batches", "dispatch_s", "combine_s")

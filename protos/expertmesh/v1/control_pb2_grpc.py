@@ -70,6 +70,11 @@ class ControlStub:
                 request_serializer=expertmesh_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Trace = channel.unary_unary(
+                '/expertmesh.v1.Control/Trace',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.TraceRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.TraceResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -124,6 +129,13 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trace(self, request, context):
+        """What every actor does in the next steps of each attention shard, on one clock. Waits for them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -156,6 +168,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=expertmesh_dot_v1_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'Trace': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.TraceRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.TraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -326,6 +343,33 @@ class Control:
             '/expertmesh.v1.Control/Drain',
             expertmesh_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
             expertmesh_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Control/Trace',
+            expertmesh_dot_v1_dot_control__pb2.TraceRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.TraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,43 +24,53 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65xpertmesh/v1/inference.proto\x12\rexpertmesh.v1\"\xac\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.expertmesh.v1.TokenIdsH\x00\x12/\n\x08messages\x18\x04 \x01(\x0b\x32\x1b.expertmesh.v1.ChatMessagesH\x00\x12\x33\n\x08sampling\x18\x05 \x01(\x0b\x32!.expertmesh.v1.SamplingParameters\x12\x33\n\x08stopping\x18\x06 \x01(\x0b\x32!.expertmesh.v1.StoppingParameters\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x12\n\nnext_index\x18\x08 \x01(\rB\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"<\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.expertmesh.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x96\x01\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"\x8a\x01\n\x12StoppingParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x17\n\nignore_eos\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_ignore_eos\"\xaf\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x01(\r\x12\'\n\x07started\x18\x03 \x01(\x0b\x32\x16.expertmesh.v1.Started\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12)\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x17.expertmesh.v1.Finished\"=\n\x07Started\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\"j\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12\x0c\n\x04stop\x18\x02 \x01(\t\x12#\n\x05usage\x18\x03 \x01(\x0b\x32\x14.expertmesh.v1.Usage\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x15\n\x13GetModelInfoRequest\"\xb1\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x12\n\nmoe_layers\x18\x07 \x01(\r\x12\x19\n\x11\x65xperts_per_layer\x18\x08 \x01(\r\x12\x19\n\x11\x65xperts_per_token\x18\t \x01(\r\x12\x0c\n\x04\x63hat\x18\n \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12;\n\x10\x64\x65\x66\x61ult_sampling\x18\x0c \x01(\x0b\x32!.expertmesh.v1.SamplingParameters\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xf7\x01\n\tInference\x12M\n\x08Generate\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1f.expertmesh.v1.GenerateResponse0\x01\x12W\n\x0cGetModelInfo\x12\".expertmesh.v1.GetModelInfoRequest\x1a#.expertmesh.v1.GetModelInfoResponse\x12\x42\n\x05\x41\x62ort\x12\x1b.expertmesh.v1.AbortRequest\x1a\x1c.expertmesh.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65xpertmesh/v1/inference.proto\x12\rexpertmesh.v1\"\xc3\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.expertmesh.v1.TokenIdsH\x00\x12/\n\x08messages\x18\x04 \x01(\x0b\x32\x1b.expertmesh.v1.ChatMessagesH\x00\x12\x33\n\x08sampling\x18\x05 \x01(\x0b\x32!.expertmesh.v1.SamplingParameters\x12\x33\n\x08stopping\x18\x06 \x01(\x0b\x32!.expertmesh.v1.StoppingParameters\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x12\n\nnext_index\x18\x08 \x01(\r\x12\x0e\n\x01n\x18\t \x01(\rH\x01\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\rH\x02\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0b \x01(\rH\x03\x88\x01\x01\x12)\n\x08priority\x18\x0c \x01(\x0e\x32\x17.expertmesh.v1.PriorityB\x07\n\x05inputB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"<\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.expertmesh.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x83\x04\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x44\n\nlogit_bias\x18\t \x03(\x0b\x32\x30.expertmesh.v1.SamplingParameters.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\n \x03(\r\x12\x18\n\x10\x62\x61nned_token_ids\x18\x0b \x03(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\xb2\x01\n\x12StoppingParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x17\n\nignore_eos\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x05 \x01(\rH\x02\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokens\"\xef\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x01(\r\x12\'\n\x07started\x18\x03 \x01(\x0b\x32\x16.expertmesh.v1.Started\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12)\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x17.expertmesh.v1.Finished\x12\x0e\n\x06\x63hoice\x18\x07 \x01(\r\x12.\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1c.expertmesh.v1.TokenLogprobs\"\x8b\x01\n\x07Started\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x35\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1c.expertmesh.v1.TokenLogprobs\"j\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12(\n\x03top\x18\x04 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"j\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12\x0c\n\x04stop\x18\x02 \x01(\t\x12#\n\x05usage\x18\x03 \x01(\x0b\x32\x14.expertmesh.v1.Usage\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x15\n\x13GetModelInfoRequest\"\xb1\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x12\n\nmoe_layers\x18\x07 \x01(\r\x12\x19\n\x11\x65xperts_per_layer\x18\x08 \x01(\r\x12\x19\n\x11\x65xperts_per_token\x18\t \x01(\r\x12\x0c\n\x04\x63hat\x18\n \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12;\n\x10\x64\x65\x66\x61ult_sampling\x18\x0c \x01(\x0b\x32!.expertmesh.v1.SamplingParameters\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08*R\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xf7\x01\n\tInference\x12M\n\x08Generate\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1f.expertmesh.v1.GenerateResponse0\x01\x12W\n\x0cGetModelInfo\x12\".expertmesh.v1.GetModelInfoRequest\x1a#.expertmesh.v1.GetModelInfoResponse\x12\x42\n\x05\x41\x62ort\x12\x1b.expertmesh.v1.AbortRequest\x1a\x1c.expertmesh.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1587
-  _globals['_FINISHREASON']._serialized_end=1682
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_PRIORITY']._serialized_start=2468
+  _globals['_PRIORITY']._serialized_end=2550
+  _globals['_FINISHREASON']._serialized_start=2552
+  _globals['_FINISHREASON']._serialized_end=2647
   _globals['_GENERATEREQUEST']._serialized_start=49
-  _globals['_GENERATEREQUEST']._serialized_end=349
-  _globals['_TOKENIDS']._serialized_start=351
-  _globals['_TOKENIDS']._serialized_end=374
-  _globals['_CHATMESSAGES']._serialized_start=376
-  _globals['_CHATMESSAGES']._serialized_end=436
-  _globals['_CHATMESSAGE']._serialized_start=438
-  _globals['_CHATMESSAGE']._serialized_end=482
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=485
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=635
-  _globals['_STOPPINGPARAMETERS']._serialized_start=638
-  _globals['_STOPPINGPARAMETERS']._serialized_end=776
-  _globals['_GENERATERESPONSE']._serialized_start=779
-  _globals['_GENERATERESPONSE']._serialized_end=954
-  _globals['_STARTED']._serialized_start=956
-  _globals['_STARTED']._serialized_end=1017
-  _globals['_FINISHED']._serialized_start=1019
-  _globals['_FINISHED']._serialized_end=1125
-  _globals['_USAGE']._serialized_start=1127
-  _globals['_USAGE']._serialized_end=1184
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1186
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1207
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1210
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1515
-  _globals['_ABORTREQUEST']._serialized_start=1517
-  _globals['_ABORTREQUEST']._serialized_end=1551
-  _globals['_ABORTRESPONSE']._serialized_start=1553
-  _globals['_ABORTRESPONSE']._serialized_end=1585
-  _globals['_INFERENCE']._serialized_start=1685
-  _globals['_INFERENCE']._serialized_end=1932
+  _globals['_GENERATEREQUEST']._serialized_end=500
+  _globals['_TOKENIDS']._serialized_start=502
+  _globals['_TOKENIDS']._serialized_end=525
+  _globals['_CHATMESSAGES']._serialized_start=527
+  _globals['_CHATMESSAGES']._serialized_end=587
+  _globals['_CHATMESSAGE']._serialized_start=589
+  _globals['_CHATMESSAGE']._serialized_end=633
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=636
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=1151
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=982
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=1030
+  _globals['_STOPPINGPARAMETERS']._serialized_start=1154
+  _globals['_STOPPINGPARAMETERS']._serialized_end=1332
+  _globals['_GENERATERESPONSE']._serialized_start=1335
+  _globals['_GENERATERESPONSE']._serialized_end=1574
+  _globals['_STARTED']._serialized_start=1577
+  _globals['_STARTED']._serialized_end=1716
+  _globals['_TOKENLOGPROBS']._serialized_start=1718
+  _globals['_TOKENLOGPROBS']._serialized_end=1824
+  _globals['_TOKENLOGPROB']._serialized_start=1826
+  _globals['_TOKENLOGPROB']._serialized_end=1875
+  _globals['_FINISHED']._serialized_start=1877
+  _globals['_FINISHED']._serialized_end=1983
+  _globals['_USAGE']._serialized_start=1985
+  _globals['_USAGE']._serialized_end=2065
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2067
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2088
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2091
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2396
+  _globals['_ABORTREQUEST']._serialized_start=2398
+  _globals['_ABORTREQUEST']._serialized_end=2432
+  _globals['_ABORTRESPONSE']._serialized_start=2434
+  _globals['_ABORTRESPONSE']._serialized_end=2466
+  _globals['_INFERENCE']._serialized_start=2650
+  _globals['_INFERENCE']._serialized_end=2897
 # @@protoc_insertion_point(module_scope)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.engine.kv_blocks import BlockAllocator
+from actors.engine.kv_blocks import BlockPool
 from actors.engine.plan import Chunk, StepPlan
 from actors.engine.request import FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from actors.engine.scheduler import Scheduler, SchedulerLimits
@@ -19,7 +19,7 @@ def make_scheduler(
     max_waiting: int = 32,
 ) -> Scheduler:
     limits = SchedulerLimits(context_length, max_running, token_budget, max_waiting)
-    return Scheduler(limits, BlockAllocator(n_blocks, block_size))
+    return Scheduler(limits, BlockPool(n_blocks, block_size))
 
 
 def make_request(
@@ -72,7 +72,7 @@ class FakeCache:
 
     POISON = -1
 
-    def __init__(self, blocks: BlockAllocator) -> None:
+    def __init__(self, blocks: BlockPool) -> None:
         self.block_size = blocks.block_size
         self.slots = [self.POISON] * (blocks.n_blocks * blocks.block_size)
 
@@ -88,7 +88,7 @@ class FakeCache:
 
     def run(self, plan: StepPlan) -> list[int]:
         """Compute the step: one token for each chunk that samples."""
-        computed = [(chunk.sample, self.compute(chunk)) for chunk in plan.chunks]
+        computed = [(chunk.draw is not None, self.compute(chunk)) for chunk in plan.chunks]
         return [token for sample, token in computed if sample]
 
     def poison_all_but(self, blocks: set[int]) -> None:

@@ -5,29 +5,29 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from actors.engine.kv_blocks import BadFree, BlockAllocator, OutOfBlocks
+from actors.engine.kv_blocks import BadFree, BlockPool, OutOfBlocks
 
 
 @pytest.mark.parametrize(("n_blocks", "block_size", "named"), [(0, 4, "n_blocks is 0"), (4, 0, "block_size is 0")])
 def test_refuses_an_empty_cache(n_blocks: int, block_size: int, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        BlockAllocator(n_blocks, block_size)
+        BlockPool(n_blocks, block_size)
 
 
 @pytest.mark.parametrize(("n_tokens", "blocks"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
 def test_counts_the_blocks_that_tokens_fill(n_tokens: int, blocks: int) -> None:
-    assert BlockAllocator(8, 4).needed(n_tokens) == blocks
+    assert BlockPool(8, 4).needed(n_tokens) == blocks
 
 
 def test_gives_out_every_block_once() -> None:
-    allocator = BlockAllocator(5, 4)
+    allocator = BlockPool(5, 4)
     assert sorted(allocator.allocate(2) + allocator.allocate(3)) == [0, 1, 2, 3, 4]
     assert allocator.n_free == 0
     assert allocator.allocate(0) == []
 
 
 def test_takes_nothing_when_too_few_are_free() -> None:
-    allocator = BlockAllocator(3, 4)
+    allocator = BlockPool(3, 4)
     allocator.allocate(1)
     with pytest.raises(OutOfBlocks, match="3 blocks wanted, 2 of 3 free"):
         allocator.allocate(3)
@@ -38,7 +38,7 @@ def test_takes_nothing_when_too_few_are_free() -> None:
 
 @pytest.mark.parametrize("bad", [[0, 0], [0, 3], [0, 4], [0, -1]])
 def test_a_bad_free_frees_nothing(bad: list[int]) -> None:
-    allocator = BlockAllocator(4, 4)
+    allocator = BlockPool(4, 4)
     assert allocator.allocate(3) == [0, 1, 2]
     with pytest.raises(BadFree):
         allocator.free(bad)
@@ -54,7 +54,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.allocator = BlockAllocator(self.N_BLOCKS, 4)
+        self.allocator = BlockPool(self.N_BLOCKS, 4)
         self.out: set[int] = set()
 
     @rule(n=st.integers(0, N_BLOCKS + 1))

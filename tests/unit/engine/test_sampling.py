@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.engine.request import SamplingParams
-from actors.engine.sampling import _invert, sample, uniforms
+from actors.engine import sampling
+from actors.engine.request import Draw, SamplingParams
+from actors.engine.sampling import _invert, uniforms
 
 from .reference_sampler import sample_row, shares, uniform
 
@@ -20,6 +21,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def sample(logits, params, positions):  # type: ignore[no-untyped-def]
+    return sampling.sample(logits, [Draw(*row) for row in zip(params, positions, strict=True)])
 
 
 def random_params(rng: np.random.Generator, n_vocab: int) -> SamplingParams:
@@ -139,8 +144,8 @@ def test_the_inverse_cdf_never_takes_a_token_without_mass() -> None:
 
 
 def test_lengths_must_agree() -> None:
-    with pytest.raises(ValueError, match="2 rows of logits, 1 params, 2 positions"):
-        sample(torch.zeros(2, 3), [SamplingParams()], [0, 1])
+    with pytest.raises(ValueError, match="2 rows of logits, 1 draws"):
+        sample(torch.zeros(2, 3), [SamplingParams()], [0])
     assert sample(torch.zeros(0, 3), [], []) == []
 
 

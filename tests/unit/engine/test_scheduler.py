@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from actors.engine.plan import StepPlan
-from actors.engine.request import FinishReason, TokenEvent
+from actors.engine.request import Draw, FinishReason, SamplingParams
 from actors.engine.scheduler import Scheduler
 
 from .builders import FakeCache, drain, lone_run, make_request, make_scheduler, next_token
@@ -11,7 +11,7 @@ from .builders import FakeCache, drain, lone_run, make_request, make_scheduler, 
 
 def shape(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
     """(request, start, tokens, sample) of each chunk."""
-    return [(chunk.request_id, chunk.start, len(chunk.token_ids), chunk.sample) for chunk in plan.chunks]
+    return [(chunk.request_id, chunk.start, len(chunk.token_ids), chunk.draw is not None) for chunk in plan.chunks]
 
 
 def step(scheduler: Scheduler, cache: FakeCache) -> tuple[list[tuple[str, int, int, bool]], list[TokenEvent]]:
@@ -44,7 +44,7 @@ def test_a_chunk_says_what_to_compute_and_where(scheduler: Scheduler) -> None:
     assert chunk.start == 0
     first, second = chunk.block_table
     assert chunk.slots == (4 * first, 4 * first + 1, 4 * first + 2, 4 * first + 3, 4 * second)
-    assert (chunk.sample, chunk.index, chunk.sampling) == (True, 0, request.sampling)
+    assert chunk.draw == Draw(request.sampling, 0)
 
 
 def test_prefill_is_cut_to_the_budget_beside_decodes(cache: FakeCache, scheduler: Scheduler) -> None:
@@ -237,7 +237,7 @@ def test_a_replayed_request_goes_on_at_the_next_index(scheduler: Scheduler, cach
     whole = lone_run(make_request(max_tokens=6), 64)
     done = tuple(event.token for event in whole[:4] if event.token is not None)
     scheduler.add(make_request(max_tokens=6, generated_ids=done), now=0.0)
-    assert scheduler.schedule(0.0).chunks[0].index == 4
+    assert scheduler.schedule(0.0).chunks[0].draw == Draw(SamplingParams(), 4)
     scheduler = make_scheduler()
     scheduler.add(make_request(max_tokens=6, generated_ids=done), now=0.0)
     assert drain(scheduler, cache) == whole[4:]

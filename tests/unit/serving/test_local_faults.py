@@ -151,7 +151,7 @@ def test_logits_that_are_not_finite_end_their_request_alone(
     def sample_plan(plan: Any, logits: torch.Tensor) -> Any:
         poisoned = logits.clone()
         for row, chunk in enumerate(plan.sampled):
-            if chunk.sampling.top_k == 1:
+            if chunk.draw.sampling.top_k == 1:
                 poisoned[row, 5] = float("nan")
         return honest(plan, poisoned)
 
