@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from actors.engine.plan import StepPlan
-from actors.engine.request import Draw, FinishReason, SamplingParams
+from actors.engine.request import Draw, FinishReason, SamplingParams, TokenEvent
 from actors.engine.scheduler import Scheduler
 
 from .builders import FakeCache, drain, lone_run, make_request, make_scheduler, next_token
