@@ -20,7 +20,7 @@ from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
 from actors.engine.scheduler import NeverFits, QueueFull, Scheduler, SchedulerLimits, StepPlan
 from actors.log_fields import fields
 from actors.loop import LoopThread
-from actors.messages import Kind, encode_tokens
+from actors.messages import Kind
 from actors.model.decoder import AttentionModel
 from actors.model.families import load_spec
 from actors.model.kv_cache import KVCache
@@ -31,6 +31,7 @@ from actors.settings import EngineSettings, ModelSettings
 from actors.stats import WireTraffic, traffic
 from actors.step_batch import sample_plan, step_batch
 from actors.timeline import Instant
+from actors.token_frames import encode_tokens
 from actors.transport.base import (
     Address,
     EndpointFactory,

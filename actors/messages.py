@@ -16,9 +16,6 @@ trace*: the traceparent of the sender's span, always in host memory. Only in the
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -27,7 +24,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actors.engine.request import FinishReason, TokenEvent
 from actors.trace_context import Trace, trace_from
 from actors.transport.base import Buffer, Frame, Medium, Part, ProtocolError, Wire
 
@@ -113,53 +109,3 @@ def failure_text(frame: Frame) -> str:
     """The message of a FAILED frame."""
     (text,) = expect_parts(frame, 1)
     return bytes(on_host(text)).decode()
-
-
-# Times are NaN for None. float32 is 0.1 us in a second, and half the bytes: these are in every token's record.
-_EVENT = np.dtype([("index", "<u4"), ("token", "<i4"), ("finish", "u1"), ("queue_s", "<f4"), ("prefill_s", "<f4")])
-_FINISH: tuple[FinishReason | None, ...] = (None, *FinishReason)
-
-
-def encode_tokens(events: Sequence[TokenEvent]) -> list[Buffer]:
-    """Parts of a TOKENS frame. Times travel as float32."""
-    records = np.empty(len(events), dtype=_EVENT)
-    for at, event in enumerate(events):
-        token = -1 if event.token is None else event.token
-        records[at] = (event.index, token, _FINISH.index(event.finish), _sent(event.queue_s), _sent(event.prefill_s))
-    messages = {str(at): event.message for at, event in enumerate(events) if event.message}
-    return [
-        records.tobytes(),
-        "\n".join(event.request_id for event in events).encode(),
-        json.dumps(messages).encode() if messages else b"",
-    ]
-
-
-def decode_tokens(frame: Frame) -> list[TokenEvent]:
-    """The events of a TOKENS frame, as given to ``encode_tokens`` (times as float32). ProtocolError if it is none."""
-    try:
-        return _token_events(frame)
-    except (ValueError, IndexError) as error:
-        raise ProtocolError(f"a TOKENS frame cannot be read: {error}") from error
-
-
-def _token_events(frame: Frame) -> list[TokenEvent]:
-    records, ids, messages = map(on_host, expect_parts(frame, 3))
-    told: dict[str, Any] = json.loads(bytes(messages)) if len(messages) else {}
-    rows = np.frombuffer(records, dtype=_EVENT).tolist()  # plain tuples: fields of numpy records are slow one by one
-    names = bytes(ids).decode().split("\n") if rows else []
-    return [
-        TokenEvent(
-            request_id=name,
-            index=index,
-            token=None if token < 0 else token,
-            finish=_FINISH[finish],
-            message=told.get(str(at), ""),
-            queue_s=None if math.isnan(queue_s) else queue_s,
-            prefill_s=None if math.isnan(prefill_s) else prefill_s,
-        )
-        for at, (name, (index, token, finish, queue_s, prefill_s)) in enumerate(zip(names, rows, strict=True))
-    ]
-
-
-def _sent(seconds: float | None) -> float:
-    return math.nan if seconds is None else seconds

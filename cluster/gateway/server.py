@@ -15,8 +15,9 @@ from typing import Any
 
 from actors.loop import LoopThread
 from actors.losses import Known, Losses
-from actors.messages import Kind, decode_tokens
+from actors.messages import Kind
 from actors.model.families import load_spec
+from actors.token_frames import decode_tokens
 from actors.transport.base import Address, EndpointFactory, Frame, Medium, PeerGone, ProtocolError, Wire
 from cluster.config import ConfigError
 from cluster.fleet import ActorHandle

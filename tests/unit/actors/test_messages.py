@@ -6,11 +6,8 @@ import pytest
 import torch
 from opentelemetry.trace import get_current_span
 
-from actors.engine.request import FinishReason, TokenEvent
 from actors.messages import (
     Kind,
-    decode_tokens,
-    encode_tokens,
     expect_parts,
     indices_from,
     tensor_bytes,
@@ -38,27 +35,6 @@ def test_rows_come_back_bit_equal(dtype: torch.dtype) -> None:
 def test_a_torn_row_is_refused() -> None:
     with pytest.raises(ProtocolError, match="27 bytes is not whole rows of 28"):
         tensor_from(memoryview(bytes(27)), torch.float32, 7)
-
-
-def test_events_come_back() -> None:
-    events = [
-        TokenEvent("gateway-0/1", 0, 0),
-        TokenEvent("gateway-0/2", 41, 129_279, FinishReason.STOP),
-        TokenEvent("gateway-0/1", 2**31, None, FinishReason.ERROR, "the expert's Zähler\nbroke"),
-    ]
-    assert decode_tokens(frame(*(bytes(part) for part in encode_tokens(events)))) == events
-    assert decode_tokens(frame(*(bytes(part) for part in encode_tokens([])))) == []
-
-
-def test_times_come_back_in_single_precision_and_only_where_they_were() -> None:
-    events = [
-        TokenEvent("a", 0, 5, queue_s=0.0, prefill_s=2.5),
-        TokenEvent("b", 7, 5),
-        TokenEvent("c", 0, 5, FinishReason.LENGTH, queue_s=1e-6, prefill_s=86_400.1),
-    ]
-    back = decode_tokens(frame(*(bytes(part) for part in encode_tokens(events))))
-    assert back[:2] == events[:2]
-    assert (back[2].queue_s, back[2].prefill_s) == pytest.approx((1e-6, 86_400.1), rel=1e-7)
 
 
 def test_a_trace_is_one_part_more() -> None:

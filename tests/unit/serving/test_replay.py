@@ -16,8 +16,9 @@ from expertmesh.v1 import inference_pb2 as pb
 
 from actors.attention import AttentionShard, Refusal
 from actors.engine.request import GenerationRequest, SamplingParams
-from actors.messages import Kind, decode_tokens
+from actors.messages import Kind
 from actors.router import Router
+from actors.token_frames import decode_tokens
 from actors.transport.base import Medium
 from cluster.config import ServerConfig
 from cluster.gateway.peers import AttentionPeer, OnlyShard
