@@ -44,8 +44,9 @@ format: setup  ## Format the code
 protos: setup  ## Regenerate the gRPC code
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=protos --pyi_out=protos --grpc_python_out=protos $(PROTOS)
 
-bench: setup  ## Measure the wires
+bench: setup  ## Measure the wires, then a served cluster under an open-loop load
 	$(BIN)/python -m benchmarks.transport
+	$(BIN)/python -m benchmarks.engine
 
 parity: setup  ## Compare every model family with transformers: docs/parity.md
 	$(BIN)/python -m tests.parity

@@ -57,11 +57,22 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Limits of one attention shard. ``kv_bytes`` bounds the KV cache, ``token_budget`` the rows of a step."""
+    """Limits of one attention shard (see ``actors.engine.admission.SchedulerLimits`` for those that it shares).
+
+    ``kv_bytes`` bounds the KV cache; None: it gets ``kv_share`` of what is free once all weights are loaded, divided by
+    ``sharing``, the number of attention shards in that memory. ``token_budget``: rows of a step. ``micro_batches``:
+    of a step; 0: as many as the measured times of both fleets ask for.
+    """
 
     context_length: int
-    kv_bytes: int
+    kv_bytes: int | None
     block_size: int
     max_running: int
     max_waiting: int
     token_budget: int
+    kv_share: float = 0.5
+    sharing: int = 1
+    prefix_cache: bool = True
+    max_gap: float = 2.2
+    batch_patience_s: float = 60.0
+    micro_batches: int = 0

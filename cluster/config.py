@@ -41,9 +41,28 @@ def _byte_size(value: Any) -> Any:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def _none_for_auto(value: Any) -> Any:
+    """ "auto" → None; else a size."""
+    if value == "auto":
+        return None
+    try:
+        size = _byte_size(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or auto") from None
+    if size is None:
+        raise ValueError("write a size like 2GiB, or auto")
+    return size
+
+
 def _switch(value: Any) -> Any:
     """YAML takes a bare on or off for a truth value."""
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+def _no_ratio_to_one(value: float) -> float:
+    if 0 < value <= 1:
+        raise ValueError("a step cannot be shorter than usual; write more than 1, or 0 for no bound")
+    return value
 
 
 def _not_one(value: int) -> int:
@@ -78,11 +97,29 @@ class AttentionConfig(_Section):
     gpus: float = Field(1.0, gt=0, le=1, description="with device: cuda, the part of a GPU that a bundle gets")
     threads: int = Field(0, ge=0, description="torch threads; 0: one for small matrices, else one a core")
     node_labels: Labels = Field(default_factory=dict, description="nodes that may hold this fleet")
-    kv_memory: ByteSize = Field(2**30, ge=1, description="KV cache of each replica")
+    kv_memory: Annotated[ByteSize | None, BeforeValidator(_none_for_auto)] = Field(
+        2**30,
+        ge=1,
+        description="KV cache of each replica; auto: by the memory that is free once all weights are loaded",
+    )
+    kv_memory_share: float = Field(0.5, gt=0, le=1, description="with auto: the part of it that all replicas get")
     block_size: int = Field(16, ge=1, le=1024, description="tokens of a KV block")
     max_running: int = Field(64, ge=1, description="sequences of a step")
     max_waiting: int = Field(256, ge=1, description="requests that may wait for their first step")
     token_budget: int = Field(512, ge=1, description="rows of a step, decode and prefill together")
+    prefix_cache: bool = Field(True, description="keep the KV blocks of prompts for those that begin alike")
+    max_gap: Annotated[float, AfterValidator(_no_ratio_to_one)] = Field(
+        2.2,
+        ge=0,
+        allow_inf_nan=False,
+        description="a step with decodes takes at most so many times its usual time for prompts; 0: no bound",
+    )
+    batch_patience_s: float = Field(
+        60.0, ge=0, le=86400, description="batch requests that waited so long count as interactive"
+    )
+    micro_batches: int = Field(
+        0, ge=0, le=8, description="of a step; 0: by the measured times of both fleets; 1: steps are never split"
+    )
 
     @model_validator(mode="after")
     def _every_running_sequence_moves(self) -> AttentionConfig:

@@ -48,16 +48,23 @@ class SettingsFactory:
         """Gates are small: one thread."""
         return self._model(bundle.node_id, threads=1, sharing=1)
 
-    def engine(self, bundle: Bundle) -> EngineSettings:
-        """Limits of an attention shard."""
+    def engine(self, bundle: Bundle, all_bundles: Sequence[Bundle]) -> EngineSettings:
+        """Limits of an attention shard. Those of one node share its memory, unless each has a GPU's."""
         attention = self.config.attention
+        beside = sum(b.node_id == bundle.node_id for b in all_bundles)
         return EngineSettings(
             context_length=self.context_length(bundle.node_id),
             kv_bytes=attention.kv_memory,
+            kv_share=attention.kv_memory_share,
+            sharing=beside if self.config.device == "cpu" else max(1, int(1 / attention.gpus)),
             block_size=attention.block_size,
             max_running=attention.max_running,
             max_waiting=attention.max_waiting,
             token_budget=attention.token_budget,
+            prefix_cache=attention.prefix_cache,
+            max_gap=attention.max_gap,
+            batch_patience_s=attention.batch_patience_s,
+            micro_batches=attention.micro_batches,
         )
 
     def gateway(self, node_id: str) -> GatewaySettings:
@@ -89,13 +96,17 @@ class SettingsFactory:
     def context_length(self, node_id: str) -> int:
         """Tokens of prompt and answer together: what was asked for, else what the model allows and the cache holds.
 
+        With kv_memory auto a shard measures only later what its cache holds, and does not start if that is less.
         Raises ConfigError when more is asked for than either of them has.
         """
         config, path = self.config, self.paths[node_id]
         spec = load_spec(path)
-        allowed, held = spec.max_positions, self._cache_tokens(node_id)
+        allowed = spec.max_positions
         if config.context_length > allowed:
             raise ConfigError(f"context_length: {config.context_length} is over the model's {allowed}")
+        if config.attention.kv_memory is None:
+            return config.context_length or allowed
+        held = self._cache_tokens(node_id, config.attention.kv_memory)
         if config.context_length > held or held < 2:
             raise ConfigError(
                 f"attention.kv_memory: {config.attention.kv_memory} bytes hold {held} tokens of this model (blocks of "
@@ -103,10 +114,10 @@ class SettingsFactory:
             )
         return config.context_length or min(allowed, held)
 
-    def _cache_tokens(self, node_id: str) -> int:
-        attention, path = self.config.attention, self.paths[node_id]
+    def _cache_tokens(self, node_id: str, kv_bytes: int) -> int:
+        block_size, path = self.config.attention.block_size, self.paths[node_id]
         token_bytes = KVCache.bytes_per_token(load_spec(path), torch_dtype(self.config, path))
-        return attention.kv_memory // (token_bytes * attention.block_size) * attention.block_size
+        return kv_bytes // (token_bytes * block_size) * block_size
 
     def _model(self, node_id: str, threads: int, sharing: int) -> ModelSettings:
         path = self.paths[node_id]

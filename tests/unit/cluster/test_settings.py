@@ -32,7 +32,19 @@ def factory(checkpoint: Path, **keys: object) -> SettingsFactory:
 def test_the_context_is_what_model_and_cache_allow(checkpoint: Path) -> None:
     assert factory(checkpoint).context_length("a") == 512
     assert factory(checkpoint, **{"attention.kv_memory": TOKEN_BYTES * 100}).context_length("a") == 96
-    assert factory(checkpoint, context_length=77).engine(Bundle("attention-0", "a")).context_length == 77
+    bundle = Bundle("attention-0", "a")
+    assert factory(checkpoint, context_length=77).engine(bundle, [bundle]).context_length == 77
+
+
+def test_memory_that_is_to_be_measured_is_shared_by_the_replicas_of_a_node(checkpoint: Path) -> None:
+    bundles = [Bundle("attention-0", "a"), Bundle("attention-1", "a"), Bundle("attention-2", "b")]
+    settings = factory(checkpoint, **{"attention.kv_memory": "auto", "attention.kv_memory_share": 0.25})
+    engines = [settings.engine(bundle, bundles) for bundle in bundles]
+    assert [(e.kv_bytes, e.kv_share, e.sharing, e.context_length) for e in engines] == [
+        (None, 0.25, 2, 512),
+        (None, 0.25, 2, 512),
+        (None, 0.25, 1, 512),
+    ]
 
 
 def test_more_than_there_is_is_refused(checkpoint: Path) -> None:
