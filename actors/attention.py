@@ -1,7 +1,7 @@
-"""AttentionShard: keeps the KV cache, forms the steps, runs the layer loop, samples, and sends tokens to gateways.
+"""AttentionShard: keeps the KV cache, runs the layer loop, and sends tokens to gateways.
 
-The main path is ``_step``: schedule → forward (which asks the router for each MoE layer) → sample → publish. It runs
-in the data-plane thread. Requests and aborts come from other threads and take effect when the next step is formed.
+This file is its control side and its wires; ``attention_engine.py`` is what happens in a step, in the data-plane
+thread. Requests and aborts come from other threads and take effect when the next step is formed.
 """
 
 from __future__ import annotations
@@ -10,27 +10,24 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-import torch
-
-from actors.engine.kv_blocks import BlockPool
+from actors.attention_engine import AttentionEngine, EngineFigures
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
-from actors.engine.scheduler import NeverFits, QueueFull, Scheduler, SchedulerLimits, StepPlan
-from actors.log_fields import fields
+from actors.engine.scheduler import NeverFits, QueueFull
+from actors.kv_memory import NoMemory, allocate_cache
 from actors.loop import LoopThread
 from actors.messages import Kind
+from actors.micro_batches import MicroBatchTuner
 from actors.model.decoder import AttentionModel
 from actors.model.families import load_spec
-from actors.model.kv_cache import KVCache
 from actors.model.weights import Checkpoint
-from actors.moe_client import MoEClient, MoEUnavailable
-from actors.observer import ShardObserver
+from actors.moe_client import MoEClient
 from actors.settings import EngineSettings, ModelSettings
+from actors.span_log import Recorded, SpanLog
 from actors.stats import WireTraffic, traffic
-from actors.step_batch import sample_plan, step_batch
-from actors.timeline import Instant
+from actors.step_runner import StepRunner
 from actors.token_frames import encode_tokens
 from actors.transport.base import (
     Address,
@@ -44,13 +41,11 @@ from actors.transport.base import (
     WireTimeout,
 )
 
+__all__ = ["AttentionShard", "AttentionStats", "NoMemory", "Refusal"]
+
 log = logging.getLogger(__name__)
 
 _GATEWAY_WAIT_S = 1.0
-
-
-class NoMemory(RuntimeError):
-    """The node, or its GPU, does not have the memory that the configuration gives to the KV cache."""
 
 
 @dataclass(frozen=True)
@@ -67,59 +62,35 @@ class Refusal:
     UNAVAILABLE = "unavailable"
 
 
-@dataclass(frozen=True)
-class AttentionStats:
-    """``tokens`` were published since the start, in ``busy_s`` seconds of steps. For ``experts_wait_s`` of these only
-    experts were waited for: they were sent ``moe_batches``, one per step and MoE layer (see :class:`MoEClient`).
-    ``bytes_sent``: since the start, by medium."""
+@dataclass(frozen=True, kw_only=True)
+class AttentionStats(EngineFigures):
+    """``tokens`` were told since the start. ``bytes_sent``: since the start, by medium."""
 
     pid: int
     weight_bytes: int
-    running: int
-    waiting: int
-    kv_blocks: int
-    kv_blocks_free: int
-    steps: int
     tokens: int
-    busy_s: float
-    experts_wait_s: float
-    moe_batches: int
     bytes_sent: dict[str, int]
     wires: tuple[WireTraffic, ...]
 
 
-class _Work(NamedTuple):
-    """What the steps so far took; a new one after each, so that who reads it sees whole steps."""
-
-    steps: int = 0
-    busy_s: float = 0.0
-    experts_wait_s: float = 0.0
-    moe_batches: int = 0
-
-
-class AttentionShard:
+class AttentionShard(Recorded):
     """One data-parallel attention replica. ``load``, ``connect`` to its router; gateways connect to it."""
 
     def __init__(self, name: str, model: ModelSettings, engine: EngineSettings, make_endpoint: EndpointFactory) -> None:
         self.name = name
         self._settings = model
+        self._limits = engine
         self._spec = load_spec(model.path)
-        self._cache: KVCache | None = None
         self._model: AttentionModel | None = None
+        self._engine: AttentionEngine | None = None
         self._moe: MoEClient | None = None
         self._loaded_bytes = 0
         self._tokens = 0
-        self._work = _Work()
-        self._kv_bytes = engine.kv_bytes
-        block_bytes = engine.block_size * KVCache.bytes_per_token(self._spec, model.torch_dtype)
-        self._blocks = BlockPool(engine.kv_bytes // block_bytes, engine.block_size)
-        limits = SchedulerLimits(engine.context_length, engine.max_running, engine.token_budget, engine.max_waiting)
-        self._scheduler = Scheduler(limits, self._blocks)
-        self._lock = threading.Lock()  # guards the scheduler: requests come from other threads than the steps
+        self._lock = threading.Lock()  # guards the two below; taken before the engine's own
         self._owner: dict[str, str] = {}
-        self._observer = ShardObserver(name)
         self._gateways: dict[str, Wire] = {}
         self._gateway_came = threading.Condition(self._lock)
+        self._spans = SpanLog()
         self._loop = LoopThread(
             name, self._on_frame, self._on_gone, model.thread_count, self._next_deadline, self._step
         )
@@ -128,7 +99,7 @@ class AttentionShard:
     # -- control (from other threads) ---------------------------------------------------------------------------
 
     def load(self) -> Address:
-        """Read this shard's weights, allocate the KV cache. Returns where gateways connect."""
+        """Read this shard's weights. Returns where gateways connect."""
         with Checkpoint(self._settings.path, check_finite=self._settings.check_weights) as checkpoint:
             self._model = AttentionModel.load(
                 self._spec,
@@ -138,13 +109,6 @@ class AttentionShard:
                 progress=self._count,
                 device=self._settings.torch_device,
             )
-        n_blocks, block_size = self._blocks.n_blocks, self._blocks.block_size
-        try:
-            self._cache = KVCache(
-                self._spec, n_blocks, block_size, self._settings.torch_dtype, self._settings.torch_device
-            )
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise NoMemory(f"attention.kv_memory: {self._kv_bytes} bytes cannot be allocated: {error}") from error
         return self._endpoint.address
 
     def loaded_bytes(self) -> int:
@@ -152,9 +116,16 @@ class AttentionShard:
         return self._loaded_bytes
 
     def connect(self, router: Address, medium: Medium | None, timeout_s: float) -> None:
-        """Connect to the router of this shard and start to serve. Raises TransportError."""
-        wire = self._endpoint.connect(router, time.monotonic() + timeout_s, medium)
+        """Allocate the KV cache, connect to the router of this shard and start to serve. By then the experts of this
+        node are loaded, so what is measured to be free is free. Raises TransportError, NoMemory."""
+        assert self._model is not None  # load comes first
         settings = self._settings
+        cache, blocks = allocate_cache(self._spec, settings, self._limits)
+        runner = StepRunner(self._model, cache, MicroBatchTuner(self._limits.micro_batches), settings.torch_device)
+        self._engine = AttentionEngine(
+            self.name, self._limits.scheduler_limits, blocks, runner, self._spans, self._tell
+        )
+        wire = self._endpoint.connect(router, time.monotonic() + timeout_s, medium)
         self._moe = MoEClient(
             wire,
             settings.torch_dtype,
@@ -162,54 +133,48 @@ class AttentionShard:
             self._spec.d_model,
             settings.step_timeout_s,
             self._spec.moe_layers,
+            self._spans,
         )
         self._loop.add(wire)
         self._loop.start()
 
-    def submit(self, request: GenerationRequest) -> Refusal | None:
-        """Admit a request, or say why not. From then on its tokens and its end go to ``request.gateway``.
+    def submit(self, requests: Sequence[GenerationRequest]) -> Refusal | None:
+        """Admit the choices of one request, all or none, or say why not. From then on their tokens and their ends go to
+        their gateway.
 
         A gateway that has just connected may be quicker here than its wire, which is waited for a moment.
         """
-        if self._moe is None or self._loop.failure is not None:
+        if self._engine is None or self._moe is None or self._loop.failure is not None:
             return Refusal(Refusal.UNAVAILABLE, "the attention shard has no router", retry_after_s=1.0)
+        gateway = requests[0].gateway
         with self._lock:
-            if not self._gateway_came.wait_for(lambda: request.gateway in self._gateways, _GATEWAY_WAIT_S):
-                return Refusal(Refusal.UNAVAILABLE, f"no wire to gateway {request.gateway}", retry_after_s=1.0)
-            now = Instant.now()
+            if not self._gateway_came.wait_for(lambda: gateway in self._gateways, _GATEWAY_WAIT_S):
+                return Refusal(Refusal.UNAVAILABLE, f"no wire to gateway {gateway}", retry_after_s=1.0)
             try:
-                self._scheduler.add(request, now.clock_s)
+                self._engine.admit(requests)
             except NeverFits as error:
                 return Refusal(Refusal.INVALID, str(error), field=error.field)
             except QueueFull as error:
                 return Refusal(Refusal.FULL, str(error), retry_after_s=error.retry_after_s)
-            self._owner[request.request_id] = request.gateway
-            self._observer.admit(request, now)
+            self._owner.update((request.request_id, gateway) for request in requests)
         self._loop.wake()
         return None
 
     def abort(self, request_id: str) -> bool:
         """End a request; its blocks are free before the next step is formed. False if it was not running."""
-        with self._lock:
-            known = self._scheduler.abort(request_id)
+        known = self._engine is not None and self._engine.abort(request_id)
         self._loop.wake()
         return known
 
     def stats(self) -> AttentionStats:
-        """Queue, KV blocks, counters and traffic. Raises RuntimeError when the data plane has failed."""
+        """Queue, KV blocks, counters and traffic; zeros before ``connect``. Raises RuntimeError when the data plane has
+        failed."""
         self._loop.check()
-        with self._lock:
-            running, waiting = self._scheduler.n_running, self._scheduler.n_waiting
-            free = self._blocks.n_free
         return AttentionStats(
+            **vars(self._engine.figures() if self._engine else EngineFigures()),
             pid=os.getpid(),
             weight_bytes=self._loaded_bytes,
-            running=running,
-            waiting=waiting,
-            kv_blocks=self._blocks.n_blocks,
-            kv_blocks_free=free,
             tokens=self._tokens,
-            **self._work._asdict(),
             bytes_sent=self._loop.bytes_sent(),
             wires=traffic(self._loop.wires()),
         )
@@ -222,66 +187,14 @@ class AttentionShard:
     # -- data plane (loop thread) -------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        """One step of continuous batching; without work it only publishes what ended meanwhile."""
-        with self._lock:
-            begun = Instant.now()
-            plan = self._scheduler.schedule(begun.clock_s)
-        events = self._observer.note(plan.events, begun)
-        if plan.chunks:
-            events += self._run(plan, begun)
-        if events:
-            self._publish(events)
+        assert self._engine is not None  # the loop starts after it is made
+        self._engine.step(self._moe)
         if self._moe is None:
             self._leave_gateways()
 
-    def _run(self, plan: StepPlan, begun: Instant) -> list[TokenEvent]:
-        """Compute a step, count it, and put its times and those of its requests where they belong."""
-        done, moe = self._work, self._moe
-        span = self._observer.begin_step(plan, begun, done.steps + 1)
-        if moe is not None:
-            moe.begin_step(span.traceparent if span else "")
-        events = self._compute(plan)
-        now = Instant.now()
-        waited_s, batches = (moe.waited_s, moe.batches) if moe else (0.0, 0)
-        self._work = _Work(
-            done.steps + 1,
-            done.busy_s + now.clock_s - begun.clock_s,
-            done.experts_wait_s + waited_s,
-            done.moe_batches + batches,
-        )
-        self._observer.end_step(span, now, events, waited_s)
-        return self._observer.note(events, now)
-
-    def _compute(self, plan: StepPlan) -> list[TokenEvent]:
-        assert self._model is not None
-        assert self._cache is not None
-        if self._moe is None:
-            return self._void(plan, FinishReason.UNAVAILABLE, "the attention shard lost its router")
-        try:
-            logits = self._model.forward(step_batch(plan, self._settings.torch_device), self._cache, self._moe)
-            sampled = sample_plan(plan, logits)
-        except MoEUnavailable as error:
-            log.warning("a step is void: %s", error, extra=self._about(plan))
-            return self._void(plan, FinishReason.UNAVAILABLE, str(error))
-        except Exception:
-            log.exception("a step is void by an error of the engine", extra=self._about(plan))
-            return self._void(plan, FinishReason.ERROR, "the engine failed in this step")
-        with self._lock:
-            return self._scheduler.update(plan, sampled)
-
-    def _about(self, plan: StepPlan) -> dict[str, Any]:
-        """For the log: whose step it was."""
-        traces = ",".join(self._observer.trace_ids(plan))
-        return fields(requests=len(plan.chunks), trace_ids=traces or None)
-
-    def _void(self, plan: StepPlan, reason: FinishReason, message: str) -> list[TokenEvent]:
-        if self._moe is not None:
-            self._moe.abandon()
-        with self._lock:
-            return self._scheduler.fail(plan, reason, message)
-
-    def _publish(self, events: list[TokenEvent]) -> None:
-        """One frame per gateway with everything that this step has for it."""
+    def _tell(self, events: list[TokenEvent]) -> None:
+        """One frame per gateway with everything that a step has for it."""
+        assert self._engine is not None
         shares: dict[str, list[TokenEvent]] = {}
         with self._lock:
             for event in events:
@@ -295,7 +208,7 @@ class AttentionShard:
             if wire is None:
                 continue  # it went away: its requests are being aborted
             try:
-                wire.send(Kind.TOKENS, FrameTag(step=self._work.steps), encode_tokens(share), deadline)
+                wire.send(Kind.TOKENS, FrameTag(step=self._engine.steps), encode_tokens(share), deadline)
             except (PeerGone, WireTimeout) as error:
                 self._loop.drop(wire, PeerGone(str(error)))
 
@@ -313,8 +226,7 @@ class AttentionShard:
             log.error("the router of %s is gone: %s", self.name, error)
             self._moe = None
             with self._lock:
-                for request_id in self._owner:
-                    self._scheduler.abort(request_id, FinishReason.UNAVAILABLE, "the attention shard lost its router")
+                self._abort(list(self._owner), FinishReason.UNAVAILABLE, "the attention shard lost its router")
         elif self._gateways.get(wire.peer) is wire:
             self._abort_all(wire.peer)
 
@@ -327,13 +239,16 @@ class AttentionShard:
         """Nobody is left to receive these tokens."""
         with self._lock:
             del self._gateways[gateway]
-            for request_id in [r for r, owner in self._owner.items() if owner == gateway]:
-                self._scheduler.abort(request_id)
+            self._abort([r for r, owner in self._owner.items() if owner == gateway], FinishReason.CANCELLED)
+
+    def _abort(self, request_ids: list[str], reason: FinishReason, message: str = "") -> None:
+        for request_id in request_ids:
+            if self._engine is not None:
+                self._engine.abort(request_id, reason, message)
 
     def _next_deadline(self) -> float:
         """Now, while there is work; else whenever the loop cares."""
-        with self._lock:
-            idle = self._scheduler.idle
+        idle = self._engine is None or self._engine.idle
         return time.monotonic() + (self._settings.step_timeout_s if idle else 0.0)
 
     def _count(self, read: int) -> None:

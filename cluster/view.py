@@ -49,11 +49,8 @@ def _fill(view: pb.GetClusterResponse, actor: pb.Actor, stats: Any) -> None:
 
 def _attention(actor: pb.Actor, stats: Any) -> None:
     actor.weight_bytes = stats.weight_bytes
-    load = actor.attention
-    load.running, load.waiting = stats.running, stats.waiting
-    load.kv_blocks, load.kv_blocks_free = stats.kv_blocks, stats.kv_blocks_free
-    load.steps, load.tokens, load.busy_s = stats.steps, stats.tokens, stats.busy_s
-    load.experts_wait_s, load.moe_batches = stats.experts_wait_s, stats.moe_batches
+    for field in pb.AttentionLoad.DESCRIPTOR.fields:
+        setattr(actor.attention, field.name, getattr(stats, field.name))
 
 
 def _router(actor: pb.Actor, stats: Any) -> None:

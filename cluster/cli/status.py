@@ -63,10 +63,7 @@ def _actors(view: pb.GetClusterResponse) -> Table:
 def _load(actor: pb.Actor) -> str:
     match actor.WhichOneof("load"):
         case "attention":
-            attention = actor.attention
-            used = attention.kv_blocks - attention.kv_blocks_free
-            queue = f"{attention.running} running, {attention.waiting} waiting"
-            return f"{queue}, KV blocks {used}/{attention.kv_blocks}, {attention.tokens} tokens"
+            return _attention_load(actor.attention)
         case "router":
             router = actor.router
             waited = f"longest wait {router.longest_wait_s:.2f} s"
@@ -79,6 +76,22 @@ def _load(actor: pb.Actor) -> str:
             return f"{doors}, {door.streams} streams, {door.requests} requests, {door.replays} replays"
         case _:
             return ""
+
+
+def _attention_load(load: pb.AttentionLoad) -> str:
+    """Used, cached and empty KV blocks make up all of them."""
+    used, empty = load.kv_blocks - load.kv_blocks_free, load.kv_blocks_free - load.kv_blocks_cached
+    told = [
+        f"{load.running} running, {load.waiting} waiting, {load.preemptions} preempted so far, {load.tokens} tokens",
+        f"KV blocks of {load.kv_block_size} tokens: {used} used ({load.kv_blocks_shared} shared), "
+        f"{load.kv_blocks_cached} cached, {empty} empty; {load.kv_bytes / 2**20:.1f} MiB",
+    ]
+    if load.prefix_queried_tokens:
+        share = load.prefix_hit_tokens / load.prefix_queried_tokens
+        told.append(
+            f"prefix cache: {load.prefix_hit_tokens} of {load.prefix_queried_tokens} tokens found ({share:.0%})"
+        )
+    return "\n".join(told)
 
 
 def _rows(view: pb.GetClusterResponse) -> Table:

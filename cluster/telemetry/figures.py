@@ -35,6 +35,11 @@ METRICS = (
     Metric("expertmesh.expert_map.epoch", "gauge", "{epoch}", "Version of the expert map in force."),
     Metric("expertmesh.attention.requests", "gauge", "{request}", "Requests on an attention shard, by state."),
     Metric("expertmesh.attention.kv_blocks", "gauge", "{block}", "KV blocks of an attention shard, by state."),
+    Metric("expertmesh.attention.kv_blocks.shared", "gauge", "{block}", "Used KV blocks that several requests share."),
+    Metric("expertmesh.attention.prefix_cache.queried", "counter", "{token}", "Tokens looked for in the prefix cache."),
+    Metric("expertmesh.attention.prefix_cache.hit", "counter", "{token}", "Tokens found in the prefix cache."),
+    Metric("expertmesh.attention.preemptions", "counter", "{request}", "Running requests that were sent back to wait."),
+    Metric("expertmesh.attention.micro_batches", "gauge", "{batch}", "Micro-batches of the last step."),
     Metric("expertmesh.attention.steps", "counter", "{step}", "Steps that an attention shard computed."),
     Metric("expertmesh.attention.tokens", "counter", "{token}", "Tokens that an attention shard published."),
     Metric("expertmesh.attention.busy", "counter", "s", "Time in steps, waiting for experts included."),
@@ -126,8 +131,14 @@ def _attention(figures: Figures, name: str, load: pb.AttentionLoad, before: pb.A
     ]
     figures["expertmesh.attention.kv_blocks"] += [
         (load.kv_blocks - load.kv_blocks_free, {**shard, "state": "used"}),
-        (load.kv_blocks_free, {**shard, "state": "free"}),
+        (load.kv_blocks_cached, {**shard, "state": "cached"}),
+        (load.kv_blocks_free - load.kv_blocks_cached, {**shard, "state": "free"}),
     ]
+    figures["expertmesh.attention.kv_blocks.shared"].append((load.kv_blocks_shared, shard))
+    figures["expertmesh.attention.prefix_cache.queried"].append((load.prefix_queried_tokens, shard))
+    figures["expertmesh.attention.prefix_cache.hit"].append((load.prefix_hit_tokens, shard))
+    figures["expertmesh.attention.preemptions"].append((load.preemptions, shard))
+    figures["expertmesh.attention.micro_batches"].append((load.micro_batches, shard))
     figures["expertmesh.attention.steps"].append((load.steps, shard))
     figures["expertmesh.attention.tokens"].append((load.tokens, shard))
     figures["expertmesh.attention.busy"].append((load.busy_s, shard))

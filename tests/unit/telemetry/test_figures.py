@@ -104,7 +104,20 @@ def test_everything_else_is_taken_over_as_it_is() -> None:
     view = (
         Cluster(expert_map_epoch=7, expert_shards_wanted=3, attention_replicas_wanted=2)
         .attention(
-            "attention-0", running=5, waiting=2, kv_blocks=40, kv_blocks_free=10, steps=11, tokens=99, moe_batches=22
+            "attention-0",
+            running=5,
+            waiting=2,
+            kv_blocks=40,
+            kv_blocks_free=10,
+            kv_blocks_cached=7,
+            kv_blocks_shared=4,
+            prefix_queried_tokens=900,
+            prefix_hit_tokens=600,
+            preemptions=1,
+            micro_batches=2,
+            steps=11,
+            tokens=99,
+            moe_batches=22,
         )
         .add(
             "router-0",
@@ -133,9 +146,15 @@ def test_everything_else_is_taken_over_as_it_is() -> None:
     }
     assert points(figures, "expertmesh.attention.kv_blocks") == {
         ("attention-0", "used"): 30,
-        ("attention-0", "free"): 10,
+        ("attention-0", "cached"): 7,
+        ("attention-0", "free"): 3,
     }
     singles = {
+        "attention.kv_blocks.shared": 4,
+        "attention.prefix_cache.queried": 900,
+        "attention.prefix_cache.hit": 600,
+        "attention.preemptions": 1,
+        "attention.micro_batches": 2,
         "attention.steps": 11,
         "attention.tokens": 99,
         "attention.moe_batches": 22,

@@ -1,0 +1,77 @@
+"""Computes the steps that the scheduler forms: copies, micro-batches, forward pass, draws."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from actors.engine.plan import Chunk, StepPlan
+from actors.logprob_book import LogprobBook
+from actors.micro_batches import MicroBatchTuner
+from actors.model.decoder import AttentionModel
+from actors.model.kv_cache import KVCache
+from actors.moe_client import MoEClient
+from actors.span_log import SpanLog
+from actors.step_batch import sample_chunks, split_chunks, step_batch
+
+
+class StepRunner:
+    """Model and KV cache of one attention shard. ``micro_batches``: of the last step."""
+
+    def __init__(self, model: AttentionModel, cache: KVCache, tuner: MicroBatchTuner, device: torch.device) -> None:
+        self.micro_batches = 1
+        self.logprobs = LogprobBook()
+        self._model = model
+        self._cache = cache
+        self._tuner = tuner
+        self._device = device
+        self._head_s = 0.0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of the KV cache."""
+        return self._cache.nbytes
+
+    def run(self, plan: StepPlan, moe: MoEClient, spans: SpanLog, tell_last: Callable[[], None]) -> list[int | None]:
+        """One token for each of ``plan.sampled``, None for a row without one. Raises MoEUnavailable.
+
+        ``tell_last`` tells what the step before has brought: called when experts are first waited for, and in any case
+        before this step's own draws.
+        """
+        began = time.perf_counter()
+        moe.while_waiting = tell_last
+        self._cache.copy_blocks(plan.copies)
+        rows = sum(len(chunk.token_ids) for chunk in plan.chunks)
+        self.micro_batches = count = self._tuner.choose(rows)
+        parts = split_chunks(plan.chunks, count)
+        drawn: dict[str, int | None] = {}
+        self._head_s = 0.0
+
+        def done(number: int, hidden: Tensor) -> None:
+            tell_last()
+            drawn.update(self._draw(parts[number], hidden, spans))
+
+        self._model.run([step_batch(part, self._device) for part in parts], self._cache, moe, done)
+        step_s = time.perf_counter() - began
+        attention_s = step_s - moe.waited_s - self._head_s
+        self._tuner.observe(rows, count, step_s, attention_s, moe.experts_s, moe.transfer_s)
+        return [drawn[chunk.request_id] for chunk in plan.sampled]
+
+    def _draw(self, chunks: list[Chunk], hidden: Tensor, spans: SpanLog) -> dict[str, int | None]:
+        """By request, what the chunks that draw give; ``hidden`` as ``step_batch`` asked for it."""
+        began, began_ns = time.perf_counter(), spans.begin()
+        drawing = [chunk for chunk in chunks if chunk.draw is not None]
+        logits = self._model.head(hidden[: len(drawing)])
+        self.logprobs.note_prompts(chunks, hidden[len(drawing) :], self._model.head)
+        if began_ns:
+            spans.end("head", began_ns, rows=len(hidden))
+            began_ns = spans.begin()
+        tokens = sample_chunks(drawing, logits)
+        self.logprobs.note_drawn(drawing, logits, tokens)
+        if began_ns:
+            spans.end("sample", began_ns, rows=len(drawing))
+        self._head_s += time.perf_counter() - began
+        return {chunk.request_id: token for chunk, token in zip(drawing, tokens, strict=True)}
