@@ -1,6 +1,7 @@
-"""Greedy tokens are the same however the engine works: alone or among others, whatever is cached, cut, put off or split.
+"""Greedy tokens are the same however the engine works: alone or among others, whatever is cached, cut, put off, split.
 
-Random deepseek_v3 checkpoint in fp32; the reference is transformers. Each case also shows that what it is about happened.
+A random deepseek_v3 checkpoint in fp32; the reference is transformers. Each case also shows that what it is about
+happened.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def test_a_repeated_system_prompt_is_computed_once(checkpoint: tuple[Path, Any],
     with running_cluster(local(checkpoint[0])) as doors, Client(doors.grpc) as client:
         client.tokens_together(prompts, 4)
         together = attention(client)
-        late = client.generate(ids_request(system + [7, 8, 9], 4))
+        late = client.generate(ids_request([*system, 7, 8, 9], 4))
     assert together.prefix_hit_tokens == 9 * 320
     assert together.prefix_queried_tokens == 10 * 325
     assert late.messages[0].started.cached_tokens == 320
