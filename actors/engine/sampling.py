@@ -79,8 +79,8 @@ def _draw(logits: Tensor, draws: Sequence[Draw], tokens: list[int | None]) -> No
 
 def _is_changed(draw: Draw) -> bool:
     param = draw.sampling
-    penalties = (param.repetition_penalty != 1, param.presence_penalty != 0, param.frequency_penalty != 0)
-    return any(penalties) or any(map(bool, (param.logit_bias, param.allowed_ids, param.banned_ids, draw.held_back)))
+    is_penalised = param.repetition_penalty != 1 or param.presence_penalty != 0 or param.frequency_penalty != 0
+    return bool(is_penalised or param.logit_bias or param.allowed_ids or param.banned_ids or draw.held_back)
 
 
 def _processed(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -100,7 +100,7 @@ def tokens_at(points: Sequence[float], logits: Tensor, draw: Draw, patch: pytest
 def test_what_is_kept_and_its_probabilities_are_exact(grain: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uniforms just before and behind each border of the cumulative distribution find the tokens on both sides."""
     rng, n_checked = np.random.default_rng(5), 0
-    for _ in range(150):
+    for _ in range(300):
         logits = random_logits(rng, 1, 30, grain, 2.0)[0].float()
         draw = random_draw(rng, 30)
         values = processed(logits.numpy(), draw)
