@@ -92,15 +92,15 @@ def _draw_from_some(rows: _Rows, n: int, total: Tensor) -> tuple[Tensor, Tensor]
     mass = _mass(values, values[:, :1], rows.temperature)
     n_likely = (mass >= rows.min_p).sum(dim=-1, keepdim=True)
     limit = torch.minimum(rows.top_k, n_likely)
-    # Else min-p or top-k may leave more than was ranked; only where neither is asked for, ``total`` is of what is left.
+    # Else min-p or top-k may leave more than was ranked, and top-p is a share of the total; where that is inf, of what
+    # is not known yet: then all leaders are kept, and the row is not settled.
     is_known = (rows.top_k <= n) | (n_likely < n) | (n == rows.logits.shape[-1])
     cumulative = mass.cumsum_(dim=-1)
     left = torch.where(is_known, cumulative.gather(1, limit - 1), total)
     last = torch.minimum((cumulative < rows.top_p * left).sum(dim=-1, keepdim=True), limit - 1)
     rank = _invert(cumulative.clamp(max=cumulative.gather(1, last)), rows.uniform)
-    # No token outside the leaders may rank before the last one kept, or have any mass where that has none.
-    is_apart = (values.gather(1, last) > values[:, -1:]) | (values[:, -1:] == -torch.inf)
-    settled = (is_known | total.isfinite()) & is_apart | (n == rows.logits.shape[-1])
+    # No token outside the leaders may rank before the last one kept.
+    settled = (values.gather(1, last) > values[:, -1:]) | (n == rows.logits.shape[-1])
     return ids.gather(1, rank).squeeze(1), settled.squeeze(1)
 
 

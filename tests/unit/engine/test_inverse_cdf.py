@@ -52,6 +52,14 @@ def test_flat_rows_keep_more_than_the_first_leaders(min_p: float) -> None:
     assert drawn(torch.zeros(700), param, 9000) == set(range(600))
 
 
+@pytest.mark.parametrize("cut", [{"min_p": 0.5}, {"top_k": 100}], ids=str)
+def test_top_p_is_a_share_of_what_the_first_leaders_do_not_show(cut: dict[str, float]) -> None:
+    """100 of 700 tokens are left, more than are ranked at first: 0.3 of these are 30, of all the mass 55."""
+    row = torch.arange(700) * -1e-5
+    row[100:] -= 2
+    assert drawn(row, SamplingParams(temperature=1.0, top_p=0.2995, **cut), 3000) == set(range(30))  # type: ignore[arg-type]
+
+
 def test_a_few_unmasked_tokens_are_found_among_the_first_leaders(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     leaders = inverse_cdf._leaders
