@@ -41,9 +41,9 @@ def test_a_bad_free_frees_nothing(bad: list[int]) -> None:
     allocator = BlockPool(4, 4)
     assert allocator.allocate(3) == [0, 1, 2]
     with pytest.raises(BadFree):
-        allocator.free(bad)
+        allocator.release(bad)
     assert allocator.n_free == 1
-    allocator.free([0, 1, 2])
+    allocator.release([0, 1, 2])
     assert allocator.n_free == 4
 
 
@@ -72,16 +72,16 @@ class AllocatorMachine(RuleBasedStateMachine):
     @rule(blocks=st.lists(st.integers(-2, N_BLOCKS + 1), max_size=6))
     def free(self, blocks: list[int]) -> None:
         if len(set(blocks)) == len(blocks) and self.out.issuperset(blocks):
-            self.allocator.free(blocks)
+            self.allocator.release(blocks)
             self.out.difference_update(blocks)
         else:
             with pytest.raises(BadFree):
-                self.allocator.free(blocks)
+                self.allocator.release(blocks)
 
     @rule(data=st.data())
     def free_some_that_are_out(self, data: st.DataObject) -> None:
         blocks = data.draw(st.sets(st.sampled_from(sorted(self.out)))) if self.out else set()
-        self.allocator.free(blocks)
+        self.allocator.release(blocks)
         self.out -= blocks
 
     @invariant()
