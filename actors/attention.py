@@ -257,6 +257,7 @@ class AttentionShard:
         if self._moe is None:
             return self._void(plan, FinishReason.UNAVAILABLE, "the attention shard lost its router")
         try:
+            self._cache.copy_blocks(plan.copies)
             logits = self._model.forward(step_batch(plan, self._settings.torch_device), self._cache, self._moe)
             sampled = sample_plan(plan, logits)
         except MoEUnavailable as error:

@@ -89,14 +89,16 @@ class Lineup:
         written next and that others see is copied first.
         """
         table, size = sequence.block_table, self.blocks.block_size
-        shared = sequence.n_computed < len(table) * size and not self.blocks.writable(table[sequence.n_computed // size])
+        shared = sequence.n_computed < len(table) * size and not self.blocks.writable(
+            table[sequence.n_computed // size]
+        )
         need = self.blocks.needed(sequence.n_computed + n_tokens) - len(table) + shared
         while need > self.blocks.n_free and self.running[-1] is not sequence:
             self._preempt(self.running[-1])
         if shared:
             if not self.blocks.n_free:
                 return 0
-            self._copy(sequence, sequence.n_computed // size)
+            self._copy(sequence, at)
             need -= 1
         if need > 0:
             sequence.block_table += tuple(self.blocks.allocate(min(need, self.blocks.n_free)))

@@ -9,7 +9,7 @@ tells how the step went. The time is handed in; nothing is read, written or wait
   oldest. None overtakes another for want of blocks, so that none starves.
 * A running request gets a token in every step; what the budget leaves goes to prefills, in pieces. Beside interactive
   streams the pieces are such that a step takes at most ``max_gap`` times as long as without (see ``pacing``).
-* What was computed before is not computed again (see ``reuse``): prompts share the blocks of their common beginning, and
+* What was computed before is not computed again (see ``reuse``): prompts share the blocks of their common beginning,
   the choices of one request all of its prompt. Who needs what is just being computed lets others pass meanwhile.
 * Blocks are taken as sequences grow. When none is free, the one that is last by class and age gives up its own, and is
   later recomputed from its tokens. The first of the running ones always moves forward, and an admitted request comes
