@@ -89,9 +89,8 @@ class Lineup:
         written next and that others see is copied first.
         """
         table, size = sequence.block_table, self.blocks.block_size
-        shared = sequence.n_computed < len(table) * size and not self.blocks.writable(
-            table[sequence.n_computed // size]
-        )
+        at = sequence.n_computed // size
+        shared = at < len(table) and not self.blocks.writable(table[at])
         need = self.blocks.needed(sequence.n_computed + n_tokens) - len(table) + shared
         while need > self.blocks.n_free and self.running[-1] is not sequence:
             self._preempt(self.running[-1])
