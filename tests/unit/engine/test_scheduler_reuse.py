@@ -186,14 +186,12 @@ def test_choices_fork_from_the_first(prefix_cache: bool, n_tokens: int) -> None:
 
 def test_a_fork_late_in_the_answer_takes_no_token_of_it() -> None:
     run = Run(max_running=2, prefix_cache=False)
-    prompt = tuple(range(6))
-    run.add(*(requests := choices(3, prompt, max_tokens=5)))
-    run.scheduler.abort("c1")
-    blocker = make_request("x", 3, max_tokens=3)
-    run.add(blocker)
-    while not any(event.request_id == "x" and event.finish for event in run.events):
+    leader, follower = choices(2, tuple(range(6)), max_tokens=9)
+    run.add(leader, blocker := make_request("other", 3, max_tokens=5), follower)
+    for _ in range(5):
         run.step()
-    run.ends_as_alone(requests[0], requests[2], blocker)
+    assert run.step() == [("c0", 10, 1), ("c1", 5, 1)]
+    run.ends_as_alone(leader, follower, blocker)
 
 
 @pytest.mark.parametrize("fate", ["ended", "unknown", "another prompt", "circle"])
@@ -211,12 +209,14 @@ def test_without_a_leader_a_choice_is_an_ordinary_request(fate: str) -> None:
     assert run.cached("c1") == (11 if fate == "circle" else 0)
 
 
-def test_a_preempted_request_finds_what_it_had() -> None:
-    run = Run(n_blocks=6, max_running=2)
-    old, young = make_request("old", 4, max_tokens=12), make_request("young", 8, max_tokens=4)
+def test_a_preempted_request_finds_what_is_left_of_its_blocks() -> None:
+    run = Run(n_blocks=5, max_running=2)
+    old, young = make_request("old", 3, max_tokens=13), make_request("young", 9, max_tokens=5)
     run.add(old, young)
-    starts: list[int] = []
+    pieces = []
     while not run.scheduler.idle:
-        starts += [start for name, start, _ in run.step() if name == "young"]
-    assert run.scheduler.n_preempted == 0 or 0 not in starts[1:]
+        pieces += [piece for piece in run.step() if piece[0] == "young"]
+    assert run.scheduler.n_preempted == 1
+    assert pieces[-1] == ("young", 4, 9)
     run.ends_as_alone(old, young)
+    assert run.cached("young") == 0
