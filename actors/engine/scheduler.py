@@ -1,20 +1,24 @@
 """Continuous batching over a paged KV cache: which tokens of which requests are computed in the next step.
 
-A pure state machine: ``add`` and ``abort`` tell it what happened, ``schedule`` forms a step, and one of
-``update``, ``fail`` and ``requeue`` tells how the step went. The time is handed in; nothing is read, written
-or waited for.
+A pure state machine: ``add`` and ``abort`` tell it what happened, ``schedule`` forms a step, and ``update`` or ``fail``
+tells how the step went. The time is handed in; nothing is read, written or waited for.
 
-* Requests are served in order of arrival. A running request gets a token in every step; what the budget
-  leaves goes to prefills, in pieces, and then to waiting requests. So at most the youngest running request is
-  in its prefill.
-* Blocks are taken as sequences grow. When none is free, an older sequence takes those of the youngest, which
-  goes back to the front of the queue and is later recomputed from its tokens (prompt and generated). The
-  youngest itself waits. So the oldest request moves forward in every step, and an admitted request always
-  comes to its end.
 * Every admitted request yields its tokens once, in order, and exactly one event with ``finish``.
+* Interactive requests come before batch ones, until a batch request has waited ``batch_patience_s``. Within a class
+  those that were preempted come first; then the tenant that was served least for its share, and of its requests the
+  oldest. None overtakes another for want of blocks, so that none starves.
+* A running request gets a token in every step; what the budget leaves goes to prefills, in pieces. Beside interactive
+  streams the pieces are such that a step takes at most ``max_gap`` times as long as without (see ``pacing``).
+* What was computed before is not computed again (see ``reuse``): prompts share the blocks of their common beginning,
+  the choices of one request all of its prompt. Who needs what is just being computed lets others pass meanwhile.
+* Blocks are taken as sequences grow. When none is free, the one that is last by class and age gives up its own, and is
+  later recomputed from its tokens. The first of the running ones always moves forward, and an admitted request comes
+  to its end. (One step in a few hundred may leave prefills out, to measure decodes alone.)
+* KV that never led to a token is never shared: a row that is not finite harms its own request alone.
 
-Sources: continuous batching is Orca's (Yu et al., OSDI 2022), paging and preemption by recomputation are
-vLLM's (arXiv 2309.06180), chunked prefill beside decode is Sarathi-Serve's (arXiv 2403.02310).
+Sources: continuous batching is Orca's (Yu et al., OSDI 2022), paging and preemption by recomputation are vLLM's (arXiv
+2309.06180), chunked prefill beside decode is Sarathi-Serve's (arXiv 2403.02310), fairness is VTC's (Sheng et al., OSDI
+2024), and shared prefixes are vLLM's and SGLang's (RadixAttention, arXiv 2312.07104).
 """
 
 from __future__ import annotations
@@ -30,12 +34,16 @@ from actors.engine.admission import (
     QueueFull,
     SchedulerLimits,
     check_fits,
+    check_queue,
 )
 from actors.engine.kv_blocks import BlockPool
 from actors.engine.lineup import Lineup
+from actors.engine.pacing import GapBound
 from actors.engine.plan import Chunk, StepPlan
+from actors.engine.prefix import PrefixKeys
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
 from actors.engine.sequence import Sequence, Status
+from actors.engine.step import Step
 
 __all__ = [
     "AdmissionError",
@@ -48,8 +56,6 @@ __all__ = [
     "StepPlan",
 ]
 
-_Shares = list[tuple[Sequence, int]]
-
 
 class Scheduler:
     """Forms the steps of one attention shard. See the module's text for what is promised."""
@@ -58,12 +64,12 @@ class Scheduler:
         """``blocks`` belongs to this scheduler from now on."""
         self.limits = limits
         self.blocks = blocks
-        self._lineup = Lineup(blocks)
+        self._lineup = Lineup(blocks, limits.max_running, limits.prefix_cache)
         self._n_arrived = 0
         self._events: list[TokenEvent] = []
-        self._plan: StepPlan | None = None
-        self._step: _Shares = []
+        self._computing: tuple[StepPlan, Step] | None = None
         self._pace = Pace()
+        self._gap_bound = GapBound(limits.max_gap)
 
     @property
     def n_running(self) -> int:
@@ -76,8 +82,18 @@ class Scheduler:
 
     @property
     def n_preempted(self) -> int:
-        """How often a running request was sent back to the queue for want of blocks, since the start."""
+        """How often a running request was sent back to the queue for want of blocks or places, since the start."""
         return self._lineup.n_preempted
+
+    @property
+    def prefix_queried_tokens(self) -> int:
+        """Tokens of requests that started, each time they did, since the start."""
+        return self._lineup.reuse.queried_tokens
+
+    @property
+    def prefix_hit_tokens(self) -> int:
+        """Those of ``prefix_queried_tokens`` whose KV was there already."""
+        return self._lineup.reuse.hit_tokens
 
     @property
     def idle(self) -> bool:
@@ -86,15 +102,19 @@ class Scheduler:
 
     def add(self, request: GenerationRequest, now: float) -> None:
         """Admit a request into the queue. Errors: NeverFits, DuplicateRequest, and QueueFull unless it is a replay."""
-        request_id = request.request_id
-        if self._lineup.get(request_id) or any(event.request_id == request_id for event in self._events):
-            raise DuplicateRequest(request_id)
-        check_fits(request, self.limits, self.blocks)
-        if self.n_waiting >= self.limits.max_waiting and not request.replay:
-            raise QueueFull(self.n_waiting, self._pace.retry_after_s(now))
-        deadline = None if request.timeout_s is None else now + request.timeout_s
-        self._lineup.join(Sequence(request, self._n_arrived, deadline))
-        self._n_arrived += 1
+        self.add_all((request,), now)
+
+    def add_all(self, requests: SequenceOf[GenerationRequest], now: float) -> None:
+        """Admit all of these, or none: the choices of one request, the leader first. Errors as of ``add``."""
+        untold = {event.request_id for event in self._events}
+        for n, request in enumerate(requests):
+            name = request.request_id
+            if self._lineup.get(name) or name in untold or any(r.request_id == name for r in requests[:n]):
+                raise DuplicateRequest(name)
+            check_fits(request, self.limits, self.blocks)
+        self._check_queue([request for request in requests if not request.replay], now)
+        for request in requests:
+            self._admit(request, now)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED, message: str = "") -> bool:
         """End a request now, between any two calls; False when there is none of this id.
@@ -109,35 +129,50 @@ class Scheduler:
         return True
 
     def schedule(self, now: float) -> StepPlan:
-        """Form the next step; RuntimeError while the last one has no ``update``, ``fail`` or ``requeue``.
+        """Form the next step; RuntimeError while the last one has no ``update`` or ``fail``.
 
         A plan without chunks is over already: it may be passed to ``update``, and need not be.
         """
-        if self._plan is not None:
-            raise RuntimeError("the step before has not been resolved by update, fail or requeue")
+        if self._computing is not None:
+            raise RuntimeError("the step before has not been resolved by update or fail")
+        self._lineup.end_patience(now)
         self._end_expired(now)
-        shares = self._share_budget()
-        step = self._secure_blocks(shares)
-        step += self._start_waiting(self.limits.token_budget - sum(n for _, n in shares), now)
-        chunks = tuple(sequence.chunk(n, self.blocks.block_size) for sequence, n in step)
-        plan = StepPlan(chunks, tuple(self._take_events()), self._lineup.take_preempted())
-        if chunks:
-            self._plan, self._step = plan, step
+        step = Step(self._lineup, self.limits.token_budget, self._gap_bound)
+        step.form()
+        self._pace.started(now, step.n_started)
+        plan = StepPlan(
+            chunks=tuple([sequence.chunk(n, self.blocks.block_size) for sequence, n in step.shares]),
+            events=tuple(self._take_events()),
+            preempted=self._lineup.take_preempted(),
+            copies=self._lineup.take_copies(),
+        )
+        if plan.chunks:
+            self._computing = plan, step
         return plan
 
     def update(
-        self, plan: StepPlan, tokens: SequenceOf[int | None], failures: Mapping[str, str] | None = None
+        self,
+        plan: StepPlan,
+        tokens: SequenceOf[int | None],
+        failures: Mapping[str, str] | None = None,
+        elapsed_s: float | None = None,
     ) -> list[TokenEvent]:
         """The step was computed. ``tokens``: one for each of ``plan.sampled``, or None if it has none.
 
         ``failures`` (request id → message) names chunks whose result cannot be used; their requests end with
-        ERROR, as those without a token do. Returns the events to publish. ValueError when tokens or failures
-        do not match the plan; the step is then still unresolved.
+        ERROR, as those without a token do. ``elapsed_s``: what the step took; without it gaps are not bounded.
+        Returns the events to publish. ValueError when tokens or failures do not match the plan; the step is then
+        still unresolved.
         """
         failures = failures or {}
         self._check_results(plan, tokens, failures)
+        step = self._close(plan)
+        if step is None:
+            return self._take_events()
+        if elapsed_s is not None:
+            self._gap_bound.measured(step.n_decodes, step.n_prefill, step.context, elapsed_s)
         drawn = iter(tokens)
-        for chunk, (sequence, n) in zip(plan.chunks, self._close(plan), strict=True):
+        for chunk, (sequence, n) in zip(plan.chunks, step.shares, strict=True):
             token = next(drawn) if chunk.draw else None
             if sequence.status is Status.ENDED:
                 continue
@@ -154,81 +189,63 @@ class Scheduler:
 
     def fail(self, plan: StepPlan, reason: FinishReason, message: str) -> list[TokenEvent]:
         """The step could not be computed: end its requests, and no others, with ``reason``."""
-        for sequence, _ in self._close(plan):
+        step = self._close(plan)
+        for sequence, _ in step.shares if step else ():
             if sequence.status is not Status.ENDED:
                 self._end(sequence, reason, message)
         return self._take_events()
 
-    def requeue(self, plan: StepPlan) -> None:
-        """The step is to be formed and computed anew, whatever of it was written to the cache."""
-        self._close(plan)
-
     def check(self) -> None:
         """Assert what must hold between any two calls. For tests."""
         self._lineup.check()
-        assert self.n_running <= self.limits.max_running
-        if self._plan is None:
-            assert not self._step
+
+    def _check_queue(self, requests: list[GenerationRequest], now: float) -> None:
+        for priority in {request.priority for request in requests}:
+            same = [request for request in requests if request.priority is priority]
+            waiting = (sequence.request for sequence in self._lineup.waiting)
+            running = (sequence.request for sequence in self._lineup.running)
+            retry_after_s = self._pace.retry_after_s(now)
+            check_queue(same[0], len(same), waiting, running, self.limits.max_waiting, retry_after_s)
+
+    def _admit(self, request: GenerationRequest, now: float) -> None:
+        if request.timeout_s is not None and request.timeout_s <= 0:
+            index = len(request.generated_ids)
+            self._events.append(TokenEvent(request.request_id, index, None, FinishReason.DEADLINE))
+            return
+        keys = PrefixKeys(request.tenant, request.adapter, self.blocks.block_size)
+        deadline = None if request.timeout_s is None else now + request.timeout_s
+        patient_until = now + self.limits.batch_patience_s
+        self._lineup.join(Sequence(request, self._n_arrived, keys, deadline, patient_until))
+        self._n_arrived += 1
 
     def _end_expired(self, now: float) -> None:
         late = [s for s in self._lineup if s.deadline is not None and s.deadline <= now]
         for sequence in late:
             self._end(sequence, FinishReason.DEADLINE)
 
-    def _share_budget(self) -> _Shares:
-        """Tokens for each running sequence, by arrival: one that decodes gets 1, a prefill what is left."""
-        left = self.limits.token_budget - sum(s.n_uncomputed == 1 for s in self._lineup.running)
-        shares: _Shares = []
-        for sequence in self._lineup.running:
-            n = 1
-            if sequence.n_uncomputed > 1:
-                n = min(sequence.n_uncomputed, left)
-                left -= n
-            shares.append((sequence, n))
-        return shares
-
-    def _secure_blocks(self, shares: _Shares) -> _Shares:
-        """The shares for which there are blocks, oldest first; the youngest are preempted for older ones."""
-        step: _Shares = []
-        for sequence, share in shares:
-            if sequence.status is Status.RUNNING and (n := self._lineup.grow(sequence, share)):
-                step.append((sequence, n))
-        return step
-
-    def _start_waiting(self, left: int, now: float) -> _Shares:
-        """Start waiting sequences, in order, while tokens, places and blocks are left."""
-        lineup = self._lineup
-        step: _Shares = []
-        while left and lineup.waiting and len(lineup.running) < self.limits.max_running:
-            if not lineup.has_room_for(lineup.waiting[0]):
-                break
-            sequence = lineup.start()
-            self._pace.started(now)
-            n = lineup.grow(sequence, min(sequence.n_uncomputed, left))
-            step.append((sequence, n))
-            left -= n
-        return step
-
     def _check_results(self, plan: StepPlan, tokens: SequenceOf[int | None], failures: Mapping[str, str]) -> None:
-        if len(tokens) != len(plan.sampled):
-            raise ValueError(f"tokens has {len(tokens)} entries, the plan samples {len(plan.sampled)}")
-        if strangers := failures.keys() - {chunk.request_id for chunk in plan.chunks}:
+        n_sampled = sum(chunk.draw is not None for chunk in plan.chunks)
+        if len(tokens) != n_sampled:
+            raise ValueError(f"tokens has {len(tokens)} entries, the plan samples {n_sampled}")
+        if failures and (strangers := failures.keys() - {chunk.request_id for chunk in plan.chunks}):
             raise ValueError(f"failures names {sorted(strangers)}, which have no chunk in the plan")
 
-    def _close(self, plan: StepPlan) -> _Shares:
-        """The sequences of the step, now over. RuntimeError if ``plan`` is not the one being computed."""
+    def _close(self, plan: StepPlan) -> Step | None:
+        """The step of ``plan``, now over; None if it was empty. RuntimeError if it is not the one being computed."""
         if not plan.chunks:
-            return []
-        if plan is not self._plan:
+            return None
+        if self._computing is None or plan is not self._computing[0]:
             raise RuntimeError("this plan is not the step being computed: it is another's, or was resolved")
-        step, self._plan, self._step = self._step, None, []
+        step, self._computing = self._computing[1], None
         return step
 
     def _accept(self, sequence: Sequence, token: int) -> None:
-        index = sequence.n_generated
+        index, cached = sequence.n_generated, 0 if sequence.n_drawn else sequence.n_cached
+        self._lineup.reuse.verified(sequence)
+        self._lineup.waiting.charge(sequence, 1)
         sequence.token_ids.append(token)
         finish = sequence.finish_reason(self.limits.context_length)
-        self._events.append(TokenEvent(sequence.request.request_id, index, token, finish))
+        self._events.append(TokenEvent(sequence.request.request_id, index, token, finish, cached=cached))
         if finish:
             self._lineup.remove(sequence)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from itertools import chain, islice
 
 from actors.engine.plan import Chunk
-from actors.engine.request import Draw, FinishReason, GenerationRequest
+from actors.engine.prefix import PrefixKeys
+from actors.engine.request import Draw, FinishReason, GenerationRequest, Priority, SamplingParams
 
 
 class Status(StrEnum):
@@ -17,41 +19,84 @@ class Status(StrEnum):
 class Sequence:
     """A request's tokens, how many of them are in the KV cache, and where.
 
-    ``token_ids`` are prompt and generated tokens together; the first ``n_computed`` of them have their KV in
-    the blocks of ``block_table``. At least one token is never computed yet: the one whose logits give the
-    next token. ``arrival`` orders sequences; ``deadline`` is an absolute monotonic time in seconds, or None.
+    ``token_ids`` are prompt and generated tokens together, ``n_given`` of them came with the request. The first
+    ``n_computed`` have their KV in the blocks of ``block_table``; the first ``n_verified`` of these were attended to
+    by logits from which a token could be drawn, and their full blocks, ``n_published`` of them, are in the prefix
+    cache. ``n_cached``: tokens that were there already when the sequence last started. At least one token is never
+    computed yet: the one whose logits give the next token.
+
+    ``arrival`` orders sequences; ``deadline`` and ``patient_until`` are absolute monotonic times in seconds.
+    ``priority`` is the class in which the request counts: a batch request that has waited long is interactive.
     """
 
-    def __init__(self, request: GenerationRequest, arrival: int, deadline: float | None) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        arrival: int,
+        keys: PrefixKeys,
+        deadline: float | None = None,
+        patient_until: float = 0.0,
+    ) -> None:
         self.request = request
         self.arrival = arrival
+        self.keys = keys
         self.deadline = deadline
+        self.patient_until = patient_until
+        self.priority: Priority = request.priority
+        self.status = Status.WAITING
         self.token_ids = [*request.prompt_ids, *request.generated_ids]
-        self.n_computed = 0
+        self.n_given = len(self.token_ids)
         # A tuple: chunks share it without a copy, and it is replaced once per block, not once per token.
         self.block_table: tuple[int, ...] = ()
-        self.status = Status.WAITING
+        self.n_computed = self.n_verified = self.n_published = self.n_cached = 0
+        self.n_charged = 0  # of the tokens given: charged to the tenant, once even if they are computed again
+        self.was_preempted = False
+        self.leader: Sequence | None = None
+        self.awaited: bytes | None = None  # the key of a block that somebody else was computing, see Reuse
+        self._penalised = _has_penalties(request.sampling)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Running sequences with a lower one take KV blocks from those with a higher one."""
+        return self.priority, self.arrival
 
     @property
     def n_generated(self) -> int:
         return len(self.token_ids) - len(self.request.prompt_ids)
 
     @property
+    def n_drawn(self) -> int:
+        """Tokens generated in this engine."""
+        return len(self.token_ids) - self.n_given
+
+    @property
     def n_uncomputed(self) -> int:
         """Tokens still to compute before the next one can be drawn: 1 while decoding, more in the prefill."""
         return len(self.token_ids) - self.n_computed
 
+    @property
+    def wants_prompt_rows(self) -> bool:
+        """Whether every row of the prompt is still to be computed, for its log-probabilities."""
+        return self.request.prompt_logprobs is not None and self.n_generated == 0
+
+    def forget_computed(self) -> None:
+        """It holds no blocks any more."""
+        self.block_table = ()
+        self.n_computed = self.n_verified = self.n_published = self.n_cached = 0
+
     def chunk(self, n_tokens: int, block_size: int) -> Chunk:
         """The next ``n_tokens`` tokens as a piece of a step; the block table must have room for them."""
         start, end = self.n_computed, self.n_computed + n_tokens
-        table = self.block_table
+        wants_prompt_rows = self.wants_prompt_rows
         return Chunk(
             request_id=self.request.request_id,
             token_ids=tuple(self.token_ids[start:end]),
             start=start,
-            slots=tuple(table[p // block_size] * block_size + p % block_size for p in range(start, end)),
-            block_table=table,
-            draw=Draw(self.request.sampling, self.n_generated) if end == len(self.token_ids) else None,
+            slots=_slots(self.block_table, start, end, block_size),
+            block_table=self.block_table,
+            draw=self._draw() if end == len(self.token_ids) else None,
+            prompt_targets=self.request.prompt_ids[start + 1 : end + 1] if wants_prompt_rows else (),
+            prompt_logprobs=(self.request.prompt_logprobs or 0) if wants_prompt_rows else 0,
         )
 
     def finish_reason(self, context_length: int) -> FinishReason | None:
@@ -61,3 +106,24 @@ class Sequence:
         if self.n_generated >= self.request.max_tokens or len(self.token_ids) >= context_length:
             return FinishReason.LENGTH
         return None
+
+    def _draw(self) -> Draw:
+        request, index = self.request, self.n_generated
+        held_back = request.stop_ids if index < request.sampling.min_tokens else frozenset()
+        if not self._penalised:
+            return Draw(request.sampling, index, held_back)
+        prompt = request.prompt_ids
+        return Draw(request.sampling, index, held_back, prompt, tuple(self.token_ids[len(prompt) :]))
+
+
+def _has_penalties(sampling: SamplingParams) -> bool:
+    return sampling.repetition_penalty != 1 or bool(sampling.presence_penalty or sampling.frequency_penalty)
+
+
+def _slots(table: tuple[int, ...], start: int, end: int, block_size: int) -> tuple[int, ...]:
+    """Where positions ``start`` to ``end`` (exclusive) lie."""
+    first, offset = divmod(start, block_size)
+    if end == start + 1:  # a decode row: there are many of them in a step
+        return (table[first] * block_size + offset,)
+    blocks = (range(block * block_size, (block + 1) * block_size) for block in islice(table, first, None))
+    return tuple(islice(chain.from_iterable(blocks), offset, offset + end - start))

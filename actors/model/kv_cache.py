@@ -51,6 +51,14 @@ class KVCache:
         for kept, plane in zip(self._layers[layer], planes, strict=True):
             kept.index_copy_(0, slots, plane)
 
+    def copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
+        """Copy the content of blocks (from, to), one after the other, in every layer."""
+        size = self.block_size
+        for source, target in copies:
+            for planes in self._layers:
+                for plane in planes:
+                    plane[target * size : (target + 1) * size] = plane[source * size : (source + 1) * size]
+
     def read(self, layer: int, slots: Tensor, planes: Iterable[int] | None = None) -> tuple[Tensor, ...]:
         """Copies of the planes with these numbers (None: of all), [*slots.shape, ...], for int64 slots of any shape."""
         kept = self._layers[layer]

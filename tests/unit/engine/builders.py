@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+from zlib import crc32
+
 from actors.engine.kv_blocks import BlockPool
 from actors.engine.plan import Chunk, StepPlan
 from actors.engine.request import FinishReason, GenerationRequest, SamplingParams, TokenEvent
@@ -17,32 +21,25 @@ def make_scheduler(
     max_running: int = 8,
     token_budget: int = 16,
     max_waiting: int = 32,
+    **limits: Any,
 ) -> Scheduler:
-    limits = SchedulerLimits(context_length, max_running, token_budget, max_waiting)
-    return Scheduler(limits, BlockPool(n_blocks, block_size))
+    return Scheduler(
+        SchedulerLimits(context_length, max_running, token_budget, max_waiting, **limits),
+        BlockPool(n_blocks, block_size),
+    )
 
 
 def make_request(
     request_id: str = "r",
     prompt: int | tuple[int, ...] = 5,
     max_tokens: int = 4,
-    stop_ids: frozenset[int] = frozenset(),
-    timeout_s: float | None = None,
-    generated_ids: tuple[int, ...] = (),
-    replay: bool = False,
+    sampling: SamplingParams | None = None,
+    **fields: Any,
 ) -> GenerationRequest:
-    """``prompt``: its ids, or how many there are."""
-    ids = tuple(range(1, prompt + 1)) if isinstance(prompt, int) else prompt
-    return GenerationRequest(
-        request_id=request_id,
-        prompt_ids=ids,
-        sampling=SamplingParams(),
-        max_tokens=max_tokens,
-        stop_ids=stop_ids,
-        timeout_s=timeout_s,
-        generated_ids=generated_ids,
-        replay=replay,
-    )
+    """``prompt``: its ids, or how many there are; those of two ids then have nothing in common."""
+    first = crc32(request_id.encode()) * 1000
+    ids = tuple(range(first, first + prompt)) if isinstance(prompt, int) else prompt
+    return GenerationRequest(request_id, ids, sampling or SamplingParams(), max_tokens, **fields)
 
 
 def next_token(token_ids: tuple[int, ...]) -> int:
@@ -68,34 +65,58 @@ def lone_run(request: GenerationRequest, context_length: int) -> list[TokenEvent
 
 
 class FakeCache:
-    """A KV cache of token ids, written and read as a model would: by slots and through block tables."""
+    """A KV cache of token ids, written and read as a model would: by slots and through block tables.
 
-    POISON = -1
+    ``owners``: for whom a request's KV is computed (its tenant and adapter); what was computed for others reads as
+    poison. ``bad_from``: the position from which on a request's rows are not finite: they poison the slots.
+    """
 
-    def __init__(self, blocks: BlockPool) -> None:
+    POISON = (None, -1)
+
+    def __init__(
+        self, blocks: BlockPool, owners: Mapping[str, object] | None = None, bad_from: Mapping[str, int] | None = None
+    ) -> None:
         self.block_size = blocks.block_size
-        self.slots = [self.POISON] * (blocks.n_blocks * blocks.block_size)
+        self.slots: list[tuple[object, int]] = [self.POISON] * (blocks.n_blocks * blocks.block_size)
+        self.owners = owners or {}
+        self.bad_from = bad_from or {}
 
-    def compute(self, chunk: Chunk) -> int:
-        """Write the chunk's tokens, read the request's whole history back, and return the next token."""
-        for slot, token in zip(chunk.slots, chunk.token_ids, strict=True):
-            self.slots[slot] = token
-        history = []
-        for position in range(chunk.start + len(chunk.token_ids)):
-            block, offset = divmod(position, self.block_size)
-            history.append(self.slots[chunk.block_table[block] * self.block_size + offset])
-        return next_token(tuple(history))
+    def run(self, plan: StepPlan) -> list[int | None]:
+        """Compute the step: one token for each chunk that samples, None where a row is not finite.
 
-    def run(self, plan: StepPlan) -> list[int]:
-        """Compute the step: one token for each chunk that samples."""
-        computed = [(chunk.draw is not None, self.compute(chunk)) for chunk in plan.chunks]
-        return [token for sample, token in computed if sample]
+        As in a model's layer, all rows are written before any is read.
+        """
+        for source, target in plan.copies:
+            self.slots[self._of(target)] = self.slots[self._of(source)]
+        for chunk in plan.chunks:
+            self.write(chunk)
+        return [self.read(chunk) for chunk in plan.chunks if chunk.draw is not None]
 
-    def poison_all_but(self, blocks: set[int]) -> None:
+    def write(self, chunk: Chunk) -> None:
+        owner = self.owners.get(chunk.request_id, "")
+        bad_from = self.bad_from.get(chunk.request_id, 1 << 30)
+        for i, (slot, token) in enumerate(zip(chunk.slots, chunk.token_ids, strict=True)):
+            self.slots[slot] = (owner, token) if chunk.start + i < bad_from else self.POISON
+
+    def read(self, chunk: Chunk) -> int | None:
+        """The token that follows the request's whole history, as it is in the cache."""
+        end = chunk.start + len(chunk.token_ids)
+        history: list[tuple[object, int]] = []
+        for block in chunk.block_table:
+            history += self.slots[self._of(block)]
+        if end > self.bad_from.get(chunk.request_id, end):
+            return None
+        owner = self.owners.get(chunk.request_id, "")
+        return next_token(tuple(token if whose == owner else -1 for whose, token in history[:end]))
+
+    def poison_all_but(self, blocks: Iterable[int]) -> None:
+        kept = set(blocks)
         for block in range(len(self.slots) // self.block_size):
-            if block not in blocks:
-                at = block * self.block_size
-                self.slots[at : at + self.block_size] = [self.POISON] * self.block_size
+            if block not in kept:
+                self.slots[self._of(block)] = [self.POISON] * self.block_size
+
+    def _of(self, block: int) -> slice:
+        return slice(block * self.block_size, (block + 1) * self.block_size)
 
 
 def drain(scheduler: Scheduler, cache: FakeCache, now: float = 0.0, max_steps: int = 1000) -> list[TokenEvent]:

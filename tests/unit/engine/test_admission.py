@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from actors.engine.admission import DuplicateRequest, NeverFits, Pace, QueueFull, SchedulerLimits
+from actors.engine.request import Priority
 
 from .builders import FakeCache, drain, lone_run, make_request, make_scheduler
 
@@ -110,9 +111,86 @@ def test_retry_time_follows_the_starts_within_bounds() -> None:
 
 
 @pytest.mark.parametrize(
-    "refusal", [NeverFits("max_tokens", "is 0"), QueueFull(3, 0.5), DuplicateRequest("a")], ids=repr
+    "refusal",
+    [NeverFits("max_tokens", "is 0"), QueueFull(3, 0.5), QueueFull(3, 0.5, 1.5), DuplicateRequest("a")],
+    ids=repr,
 )
 def test_refusals_survive_the_way_between_processes(refusal: Exception) -> None:
     copy = pickle.loads(pickle.dumps(refusal))  # noqa: S301
     assert str(copy) == str(refusal)
     assert vars(copy) == vars(refusal)
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_share_is_a_finite_number_above_0(share: float) -> None:
+    with pytest.raises(NeverFits, match="share") as refusal:
+        make_scheduler().add(make_request(share=share), now=0.0)
+    assert refusal.value.field == "share"
+
+
+@pytest.mark.parametrize(
+    ("limit", "named"),
+    [
+        ({"max_gap": 1.0}, "max_gap is 1.0, must be 0 or a finite number above 1"),
+        ({"max_gap": float("inf")}, "max_gap is inf"),
+        ({"batch_patience_s": -1.0}, "batch_patience_s is -1.0"),
+        ({"batch_patience_s": float("nan")}, "batch_patience_s is nan"),
+    ],
+)
+def test_limits_that_mean_nothing_are_refused(limit: dict[str, float], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        make_scheduler(**limit)  # type: ignore[arg-type]
+
+
+def test_several_choices_are_admitted_all_or_none() -> None:
+    scheduler = make_scheduler(max_waiting=4)
+    scheduler.add(make_request("first"), now=0.0)
+    for group, error in (
+        ([make_request("a"), make_request("b", max_tokens=0)], NeverFits),
+        ([make_request("a"), make_request("first")], DuplicateRequest),
+        ([make_request("a"), make_request("a")], DuplicateRequest),
+        ([make_request(name) for name in "abcd"], QueueFull),
+    ):
+        with pytest.raises(error):
+            scheduler.add_all(group, now=0.0)
+        assert scheduler.n_waiting == 1
+    scheduler.add_all([make_request(name) for name in "abc"], now=0.0)
+    assert scheduler.n_waiting == 4
+
+
+def test_an_empty_queue_takes_more_choices_than_may_wait() -> None:
+    scheduler = make_scheduler(max_waiting=2)
+    scheduler.add_all([make_request(f"{n}") for n in range(5)], now=0.0)
+    assert scheduler.n_waiting == 5
+
+
+def test_each_priority_has_its_own_queue() -> None:
+    scheduler = make_scheduler(max_waiting=2, batch_patience_s=5.0, max_running=1, token_budget=1)
+    for n in range(2):
+        scheduler.add(make_request(f"batch{n}", priority=Priority.BATCH), now=0.0)
+    with pytest.raises(QueueFull):
+        scheduler.add(make_request("batch2", priority=Priority.BATCH), now=0.0)
+    scheduler.schedule(10.0)  # they count as interactive now, and still not in the interactive queue
+    for n in range(2):
+        scheduler.add(make_request(f"chat{n}"), now=10.0)
+    with pytest.raises(QueueFull):
+        scheduler.add(make_request("chat2"), now=10.0)
+
+
+def test_a_tenant_below_its_part_is_let_into_a_full_queue() -> None:
+    scheduler = make_scheduler(max_waiting=6)
+    for n in range(6):
+        scheduler.add(make_request(f"greedy{n}", tenant="greedy"), now=0.0)
+    # The parts of 6 are 2 and 4; a third tenant makes them 1, 2 and 3.
+    for n in range(4):
+        scheduler.add(make_request(f"b{n}", tenant="b", share=2.0), now=0.0)
+    with pytest.raises(QueueFull, match=r"4 requests of this tenant are waiting, its share .* is 4\.0, retry") as own:
+        scheduler.add(make_request("b4", tenant="b", share=2.0), now=0.0)
+    assert own.value.tenant_limit == 4.0
+    with pytest.raises(QueueFull, match="6 requests of this tenant") as greedy:
+        scheduler.add(make_request("greedy6", tenant="greedy"), now=0.0)
+    assert greedy.value.tenant_limit == 2.0
+    scheduler.add_all([make_request(f"c{n}", tenant="c", share=3.0) for n in range(2)], now=0.0)
+    with pytest.raises(QueueFull, match="12 requests are waiting") as full:
+        scheduler.add(make_request("d", tenant="d"), now=0.0)
+    assert full.value.tenant_limit is None

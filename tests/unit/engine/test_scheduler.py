@@ -221,18 +221,6 @@ def test_a_failed_step_ends_its_requests_and_no_others(cache: FakeCache) -> None
     assert drain(scheduler, cache) == lone_run(make_request("other"), 64)
 
 
-def test_a_requeued_step_is_formed_anew(scheduler: Scheduler, cache: FakeCache) -> None:
-    scheduler.add(request := make_request(prompt=20), now=0.0)
-    events = step(scheduler, cache)[1]
-    first = scheduler.schedule(0.0)
-    cache.compute(first.chunks[0])
-    scheduler.requeue(first)
-    second = scheduler.schedule(0.0)
-    assert second.chunks == first.chunks
-    events += scheduler.update(second, cache.run(second))
-    assert events + drain(scheduler, cache) == lone_run(request, 64)
-
-
 def test_a_replayed_request_goes_on_at_the_next_index(scheduler: Scheduler, cache: FakeCache) -> None:
     whole = lone_run(make_request(max_tokens=6), 64)
     done = tuple(event.token for event in whole[:4] if event.token is not None)
@@ -253,9 +241,8 @@ def test_steps_are_resolved_once_and_in_turn(scheduler: Scheduler, cache: FakeCa
     with pytest.raises(ValueError, match="failures names \\['x'\\]"):
         scheduler.update(plan, [1], {"x": "?"})
     scheduler.update(plan, [1])
-    for resolve in (lambda: scheduler.update(plan, [1]), lambda: scheduler.requeue(plan)):
-        with pytest.raises(RuntimeError, match="was resolved"):
-            resolve()
+    with pytest.raises(RuntimeError, match="was resolved"):
+        scheduler.update(plan, [1])
     with pytest.raises(RuntimeError, match="was resolved"):
         scheduler.fail(plan, FinishReason.ERROR, "late")
 

@@ -1,0 +1,129 @@
+"""What of a sequence's KV need not be computed, because it is there already or just being computed.
+
+Prompts share what they have in common from the first token on, as in vLLM's hash-based prefix caching and SGLang's
+RadixAttention (arXiv 2312.07104). The choices of one request share their prompt without a cache, too: the first, their
+*leader*, computes it, and the others fork from it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from actors.engine.kv_blocks import BlockPool
+from actors.engine.sequence import Sequence, Status
+
+
+class Found(NamedTuple):
+    """The first ``n_tokens`` tokens of a sequence lie in ``blocks``, the last of which may have to be copied."""
+
+    blocks: tuple[int, ...]
+    n_tokens: int
+
+
+class Reuse:
+    """Finds blocks for sequences that start, publishes those that are known to be good, and says who should wait.
+
+    ``queried_tokens``: of sequences that started and might have found something; ``hit_tokens``: what they found, in
+    the cache or with their leader.
+    """
+
+    def __init__(self, blocks: BlockPool, prefix_cache: bool) -> None:
+        self.queried_tokens = 0
+        self.hit_tokens = 0
+        self._blocks = blocks
+        self._prefix_cache = prefix_cache
+        self._pending: dict[bytes, Sequence] = {}  # who computes the block of this key in its prefill
+
+    def held(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence should let others pass, because it soon finds more than it does now.
+
+        It waits for running prefills and for its leader, never for one of a lower class, and for a leader only that
+        arrived before: so there is no circle, and what it waits for moves forward in its stead.
+        """
+        if sequence.wants_prompt_rows:
+            return False
+        leader = self._leader(sequence)
+        return (leader is not None and leader.n_drawn == 0) or self._awaits_block(sequence)
+
+    def find(self, sequence: Sequence) -> Found:
+        """What a waiting sequence can take over: of all its tokens but the last, whose logits are needed."""
+        if sequence.wants_prompt_rows:
+            return Found((), 0)
+        cached = tuple(self._blocks.find(self._useful_keys(sequence)))
+        n_cached = min(len(cached) * self._blocks.block_size, len(sequence.token_ids) - 1)
+        n_forked = len(sequence.request.prompt_ids) - 1
+        leader = self._leader(sequence)
+        if leader is not None and n_cached < n_forked <= leader.n_verified:
+            return Found(leader.block_table[: self._blocks.needed(n_forked)], n_forked)
+        return Found(cached, n_cached)
+
+    def only_whole(self, found: Found) -> Found:
+        """``found`` without a last block that is not used to its end, and so would have to be copied."""
+        n = found.n_tokens // self._blocks.block_size
+        return Found(found.blocks[:n], n * self._blocks.block_size)
+
+    def begin(self, sequence: Sequence, found: Found) -> None:
+        """The sequence starts with what was found."""
+        self._blocks.share(found.blocks)
+        sequence.block_table = found.blocks
+        sequence.n_computed = sequence.n_verified = sequence.n_cached = found.n_tokens
+        sequence.n_published = 0
+        sequence.awaited = None
+        if not sequence.wants_prompt_rows:
+            self.queried_tokens += len(sequence.token_ids)
+            self.hit_tokens += found.n_tokens
+        for key in self._uncomputed_keys(sequence):
+            self._pending[key] = sequence
+
+    def verified(self, sequence: Sequence) -> None:
+        """A token was drawn from logits that attend to all that is computed: its full blocks may be found."""
+        if sequence.n_verified < sequence.n_given:
+            self.end_prefill(sequence)
+        sequence.n_verified = sequence.n_computed
+        n = sequence.n_verified // self._blocks.block_size
+        if not self._prefix_cache or n == sequence.n_published:
+            return
+        keys = sequence.keys.first(n, sequence.token_ids)
+        for i in range(sequence.n_published, n):
+            self._blocks.publish(sequence.block_table[i], keys[i])
+        sequence.n_published = n
+
+    def end_prefill(self, sequence: Sequence) -> None:
+        """Nobody need wait for what the sequence computes: it is computed, or never will be."""
+        for key in self._uncomputed_keys(sequence):
+            if self._pending.get(key) is sequence:
+                del self._pending[key]
+
+    def check(self, running: list[Sequence]) -> None:
+        """Assert what always holds. For tests."""
+        assert all(owner in running and owner.n_verified < owner.n_given for owner in self._pending.values())
+
+    def _leader(self, sequence: Sequence) -> Sequence | None:
+        leader = sequence.leader
+        if leader is not None and (leader.status is Status.ENDED or leader.priority > sequence.priority):
+            leader = sequence.leader = None
+        return leader
+
+    def _awaits_block(self, sequence: Sequence) -> bool:
+        # The key is kept: most who wait do so for several steps, and looking for it costs more than looking at it.
+        if sequence.awaited is None or sequence.awaited not in self._pending:
+            keys = self._useful_keys(sequence)
+            n_found = len(self._blocks.find(keys))
+            sequence.awaited = keys[n_found] if n_found < len(keys) else None
+        owner = self._pending.get(sequence.awaited) if sequence.awaited is not None else None
+        return owner is not None and owner.priority <= sequence.priority
+
+    def _useful_keys(self, sequence: Sequence) -> list[bytes]:
+        """Those of the full blocks that hold any token but the last."""
+        if not self._prefix_cache:
+            return []
+        n_tokens = len(sequence.token_ids)
+        n = min(n_tokens // self._blocks.block_size, self._blocks.needed(n_tokens - 1))
+        return sequence.keys.first(n, sequence.token_ids)
+
+    def _uncomputed_keys(self, sequence: Sequence) -> list[bytes]:
+        """Those of the given tokens' full blocks that were not there when the sequence started."""
+        if not self._prefix_cache:
+            return []
+        size = self._blocks.block_size
+        return sequence.keys.first(sequence.n_given // size, sequence.token_ids)[sequence.n_cached // size :]

@@ -1,0 +1,203 @@
+"""Whose turn it is: classes, tenants, patience, and who gives way."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import pytest
+
+from actors.engine.request import Draw, FinishReason, Priority, SamplingParams, TokenEvent
+from actors.engine.scheduler import Scheduler
+
+from .builders import FakeCache, drain, lone_run, make_request, make_scheduler
+
+SHARES = {"one": 1.0, "two": 2.0, "four": 4.0}
+
+
+def step(scheduler: Scheduler, cache: FakeCache, now: float = 0.0, elapsed_s: float | None = None) -> list[str]:
+    plan = scheduler.schedule(now)
+    scheduler.update(plan, cache.run(plan), elapsed_s=elapsed_s)
+    scheduler.check()
+    return [chunk.request_id for chunk in plan.chunks]
+
+
+@pytest.mark.parametrize("max_running", [1, 6])
+def test_tenants_are_served_by_their_shares(max_running: int) -> None:
+    """While all of them wait, virtual tokens differ by no more than twice what fits into the running requests."""
+    scheduler = make_scheduler(max_running=max_running, token_budget=16, max_waiting=200)
+    cache = FakeCache(scheduler.blocks)
+    served: Counter[str] = Counter()
+    tenant_of: dict[str, str] = {}
+    most = 0.0
+    for n in range(6000):
+        for tenant, share in SHARES.items():
+            while sum(s.request.tenant == tenant for s in scheduler._lineup.waiting) < 4:
+                name = f"{tenant}{len(tenant_of)}"
+                tenant_of[name] = tenant
+                length, answer = len(tenant_of) % 7 + 1, len(tenant_of) % 5 + 2
+                scheduler.add(make_request(name, length, answer, tenant=tenant, share=share), now=float(n))
+        plan = scheduler.schedule(float(n))
+        for chunk in plan.chunks:
+            served[tenant_of[chunk.request_id]] += len(chunk.token_ids) if chunk.start == 0 else 0
+        for event in scheduler.update(plan, cache.run(plan)):
+            served[tenant_of[event.request_id]] += 1
+        virtual = [served[tenant] / share for tenant, share in SHARES.items()]
+        most = max(most, max(virtual) - min(virtual))
+    assert most <= 2 * max_running * (7 + 6)
+    per_share = [served[tenant] / share for tenant, share in SHARES.items()]
+    assert max(per_share) < 1.05 * min(per_share)
+
+
+def test_a_tenant_that_was_idle_has_saved_nothing() -> None:
+    scheduler = make_scheduler(max_running=1)
+    cache = FakeCache(scheduler.blocks)
+    scheduler.add(make_request("early", 1, 1, tenant="b"), 0.0)
+    drain(scheduler, cache)
+    for n in range(20):
+        scheduler.add(make_request(f"a{n}", 5, 1, tenant="a"), 0.0)
+    for _ in range(5):
+        step(scheduler, cache)
+    for n in range(8):
+        scheduler.add(make_request(f"b{n}", 5, 1, tenant="b"), 0.0)
+    order = [step(scheduler, cache)[0][0] for _ in range(8)]
+    assert abs(order.count("a") - order.count("b")) <= 1
+
+
+def test_cached_tokens_cost_their_tenant_nothing() -> None:
+    scheduler = make_scheduler(max_running=1)
+    cache = FakeCache(scheduler.blocks)
+    prompt = tuple(range(12))
+    for n in range(8):
+        scheduler.add(make_request(f"a{n}", prompt, 1, tenant="a"), 0.0)
+        scheduler.add(make_request(f"b{n}", 13, 1, tenant="b"), 0.0)
+    order = [step(scheduler, cache)[0][0] for _ in range(10)]
+    # The first of "a" costs 13, the others 2.
+    assert order.count("a") >= 7
+
+
+def test_batch_gives_way_to_interactive_and_goes_on_after_it() -> None:
+    scheduler = make_scheduler(max_running=2)
+    cache = FakeCache(scheduler.blocks)
+    batch = [make_request(f"batch{n}", 3, 6, priority=Priority.BATCH) for n in range(3)]
+    chat = make_request("chat", 3, 3)
+    for request in batch:
+        scheduler.add(request, 0.0)
+    assert step(scheduler, cache) == ["batch0", "batch1"]
+    scheduler.add(chat, 0.0)
+    assert step(scheduler, cache) == ["chat", "batch0"]
+    assert scheduler.n_preempted == 1
+    events = drain(scheduler, cache)
+    ends = [event.request_id for event in events if event.finish]
+    assert ends == ["chat", "batch0", "batch1", "batch2"]
+
+
+def test_interactive_takes_blocks_from_batch_but_not_in_vain() -> None:
+    scheduler = make_scheduler(n_blocks=8, max_running=4, token_budget=32)
+    cache = FakeCache(scheduler.blocks)
+    scheduler.add(make_request("chat", 12, 8), 0.0)
+    scheduler.add(make_request("batch", 8, 8, priority=Priority.BATCH), 0.0)
+    assert step(scheduler, cache) == ["chat", "batch"]
+    scheduler.add(make_request("big", 20, 4), 0.0)
+    assert step(scheduler, cache) == ["chat", "batch"]
+    scheduler.abort("big")
+    scheduler.add(make_request("small", 12, 4), 0.0)
+    assert step(scheduler, cache) == ["chat", "small"]
+    drain(scheduler, cache)
+
+
+def test_a_batch_prefill_leaves_the_budget_to_interactive_prompts() -> None:
+    scheduler = make_scheduler(token_budget=8)
+    cache = FakeCache(scheduler.blocks)
+    scheduler.add(make_request("batch", 30, priority=Priority.BATCH), 0.0)
+    assert step(scheduler, cache) == ["batch"]
+    scheduler.add(make_request("chat", 5), 0.0)
+    assert step(scheduler, cache) == ["chat", "batch"]
+
+
+@pytest.mark.parametrize("patience_s", [10.0, 30.0])
+def test_batch_has_waited_enough_after_its_patience(patience_s: float) -> None:
+    """Interactive requests keep coming; the batch one starts within the longest answer after its patience."""
+    scheduler = make_scheduler(max_running=1, batch_patience_s=patience_s)
+    cache = FakeCache(scheduler.blocks)
+    scheduler.add(make_request("batch", 5, 5, priority=Priority.BATCH), 0.0)
+    started = None
+    for n in range(60):
+        if scheduler.n_waiting < 3:
+            scheduler.add(make_request(f"chat{n}", 5, 5), float(n))
+        if "batch" in step(scheduler, cache, float(n)) and started is None:
+            started = n
+    assert started is not None
+    assert patience_s <= started <= patience_s + 5
+    assert scheduler.n_preempted == 0
+
+
+def test_patience_ends_while_running_too() -> None:
+    scheduler = make_scheduler(max_running=1, batch_patience_s=3.0)
+    cache = FakeCache(scheduler.blocks)
+    scheduler.add(make_request("batch", 5, 9, priority=Priority.BATCH), 0.0)
+    step(scheduler, cache, 0.0)
+    step(scheduler, cache, 3.0)
+    scheduler.add(make_request("chat", 5, 9), 3.0)
+    assert step(scheduler, cache, 3.0) == ["batch"]
+
+
+def test_no_one_is_overtaken_for_want_of_blocks() -> None:
+    scheduler = make_scheduler(n_blocks=6, max_running=4)
+    cache = FakeCache(scheduler.blocks)
+    scheduler.add(make_request("a", 8, 4), 0.0)
+    step(scheduler, cache)
+    scheduler.add(make_request("big", 16, 2), 0.0)
+    scheduler.add(make_request("small", 2, 2), 0.0)
+    scheduler.add(make_request("batch", 2, 2, priority=Priority.BATCH), 0.0)
+    ends = [event.request_id for event in drain(scheduler, cache) if event.finish]
+    assert ends.index("a") < ends.index("big")
+    assert scheduler.idle
+    assert ends[-1] != "big"
+
+
+def test_a_deadline_that_has_passed_is_told_at_once() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("late", timeout_s=0.0, generated_ids=(1, 2)), now=5.0)
+    assert scheduler.n_waiting == 0
+    plan = scheduler.schedule(4.0)
+    assert plan.chunks == ()
+    assert plan.events == (TokenEvent("late", 2, None, FinishReason.DEADLINE),)
+
+
+def test_a_prefill_beside_a_stream_follows_the_times_of_steps() -> None:
+    def seconds(n_decodes: int, n_prefill: int) -> float:
+        return 0.020 + 0.001 * n_prefill
+
+    def pieces(priority: Priority) -> list[int]:
+        scheduler = make_scheduler(n_blocks=400, context_length=1000, token_budget=128)
+        cache = FakeCache(scheduler.blocks)
+        scheduler.add(make_request("stream", 5, 400, priority=priority), 0.0)
+        told: dict[str, list[int]] = defaultdict(list)
+        for n in range(60):
+            if n == 20:
+                scheduler.add(make_request("long", 500, priority=Priority.BATCH), 0.0)
+            plan = scheduler.schedule(0.0)
+            sizes = {chunk.request_id: len(chunk.token_ids) for chunk in plan.chunks}
+            told["long"].append(sizes.get("long", 0))
+            scheduler.update(plan, cache.run(plan), elapsed_s=seconds(1, sum(sizes.values()) - 1))
+        return [n for n in told["long"] if n > 1]
+
+    paced = pieces(Priority.INTERACTIVE)
+    assert paced[0] == 8
+    assert 20 <= max(paced) <= 24  # 1.2 * 20 ms at 1 ms a token
+    assert max(pieces(Priority.BATCH)) == 127
+
+
+def test_penalties_see_what_they_look_at_and_stop_ids_wait_for_min_tokens() -> None:
+    scheduler = make_scheduler()
+    cache = FakeCache(scheduler.blocks)
+    sampling = SamplingParams(presence_penalty=0.5, min_tokens=2)
+    stop_ids = frozenset({98})
+    scheduler.add(request := make_request("p", 3, 3, sampling, stop_ids=stop_ids), 0.0)
+    tokens = [event.token for event in lone_run(request, 64)]
+    for index in range(3):
+        plan = scheduler.schedule(0.0)
+        held_back = stop_ids if index < 2 else frozenset()
+        expected = Draw(sampling, index, held_back, request.prompt_ids, tuple(t for t in tokens[:index] if t))
+        assert plan.chunks[0].draw == expected
+        scheduler.update(plan, cache.run(plan))
