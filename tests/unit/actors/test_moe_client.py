@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from actors import moe_client
-from actors.messages import CPU, Kind, tensor_bytes
+from actors.messages import CPU, BatchTimes, Kind, encode_times, tensor_bytes
 from actors.moe_client import MoEClient, MoEUnavailable
 from actors.transport.base import Wire
 from actors.transport.local import local_pair
 from tests.span_recorder import TRACEPARENT
 
 D = 4
+TIMES = BatchTimes(0.25, 0.5)
 LAYERS = tuple(range(20))
 ROWS = torch.arange(3 * D, dtype=torch.float32).view(3, D)
 
@@ -36,7 +37,7 @@ def layer(client: MoEClient, router: Wire, number: int) -> list[bytes]:
     sent = client.start(number, ROWS)
     frame = router.recv(time.monotonic() + 5)
     parts = [bytes(part) for part in frame.parts]
-    router.send(Kind.ROWS_DONE, frame.tag, parts[:1], time.monotonic() + 5)
+    router.send(Kind.ROWS_DONE, frame.tag, [parts[0], encode_times(TIMES)], time.monotonic() + 5)
     assert torch.equal(client.finish(sent), ROWS)
     return parts
 
