@@ -24,8 +24,11 @@ computes on blocks of 8, and elsewhere reading the weights is what takes the tim
 MARGIN = 0.05
 """Of two numbers of micro-batches the larger has to save this share of the time. Less is noise."""
 
-TRIAL = 5
+TRIAL = 8
 """Steps of a trial; the median is what counts."""
+
+_RECENT = 4 * TRIAL
+"""Steps with which a trial is compared, from just before it."""
 
 FIRST_PAUSE, PAUSE = 8, 63 * TRIAL
 """Steps between trials, doubling from the first to the second: in the end 1 of 64 steps is a trial's."""
@@ -70,7 +73,7 @@ class _Bucket:
         self.tried: int | None = None
         self._most = most
         self._times: StepTimes | None = None
-        self._recent: deque[float] = deque(maxlen=TRIAL)  # seconds per row, with the number in force
+        self._recent: deque[float] = deque(maxlen=_RECENT)  # seconds per row, with the number in force
         self._trial: list[float] = []
         self._trials = 0
         self._pause = self._left = FIRST_PAUSE
@@ -103,7 +106,7 @@ class _Bucket:
         few, many = sorted(costs)
         self.in_force = many if costs[many] < (1 - MARGIN) * costs[few] else few
         if self.in_force == tried:
-            self._recent = deque(self._trial, maxlen=TRIAL)
+            self._recent = deque(self._trial, maxlen=_RECENT)
         self._trial, self.tried = [], None
         self._pause = self._left = min(PAUSE, 2 * self._pause)
 
