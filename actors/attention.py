@@ -29,7 +29,7 @@ from actors.moe_client import MoEClient, MoEUnavailable
 from actors.observer import ShardObserver
 from actors.settings import EngineSettings, ModelSettings
 from actors.stats import WireTraffic, traffic
-from actors.step_batch import sample_chunks, step_batch
+from actors.step_batch import sample_plan, step_batch
 from actors.timeline import Instant
 from actors.transport.base import (
     Address,
@@ -258,7 +258,7 @@ class AttentionShard:
             return self._void(plan, FinishReason.UNAVAILABLE, "the attention shard lost its router")
         try:
             logits = self._model.forward(step_batch(plan.chunks, self._settings.torch_device), self._cache, self._moe)
-            sampled = sample_chunks(plan.chunks, logits)
+            sampled = sample_plan(plan, logits)
         except MoEUnavailable as error:
             log.warning("a step is void: %s", error, extra=self._about(plan))
             return self._void(plan, FinishReason.UNAVAILABLE, str(error))

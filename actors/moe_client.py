@@ -129,8 +129,7 @@ class MoEClient:
 
     def _receive(self) -> tuple[RowsSent, Tensor]:
         """The next answer, to whatever was sent. Raises MoEUnavailable for a failure that is told."""
-        self._use_the_wait()
-        was_here = self.wire.ready()
+        was_here = self.wire.ready() or self._used_wait()
         frame = self._wait()
         if frame.kind == Kind.FAILED:
             raise MoEUnavailable(failure_text(frame))
@@ -147,10 +146,13 @@ class MoEClient:
             raise MoEUnavailable(f"router {self.wire.peer}: {rows.shape[0]} rows came back of {sent.count}")
         return sent, rows
 
-    def _use_the_wait(self) -> None:
-        if self.while_waiting is not None and not self.wire.ready():
-            work, self.while_waiting = self.while_waiting, None
-            work()
+    def _used_wait(self) -> bool:
+        """Do what is to be done while waiting; True if an answer has come meanwhile."""
+        if self.while_waiting is None:
+            return False
+        work, self.while_waiting = self.while_waiting, None
+        work()
+        return self.wire.ready()
 
     def _wait(self) -> Frame:
         began = time.perf_counter()

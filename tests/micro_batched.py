@@ -20,7 +20,7 @@ class MicroBatched(PagedRunner):
     parts = 1
 
     def chunks(self, work: Sequence[tuple[int, int]]) -> list[Chunk]:
-        """The next ``count`` tokens of each (sequence, count) as the scheduler would give them; they count as computed."""
+        """The next ``count`` tokens of each (sequence, count) as the scheduler gives them; they count as computed."""
         chunks = []
         for number, count in work:
             start = self._computed[number]

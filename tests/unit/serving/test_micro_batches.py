@@ -117,7 +117,7 @@ def test_each_row_has_the_same_bits(path: Path) -> None:
 
 
 def test_a_map_is_committed_between_steps_and_not_between_micro_batches(path: Path, wanted: list[list[int]]) -> None:
-    """In the middle of a step, in the last layer too, the old map stays in force until the last micro-batch has come."""
+    """In the middle of a step, in its last layer too, the old map stays in force until the last micro-batch comes."""
     with routed(path, 3) as runner:
         layers, epochs, tried = runner.spec.moe_layers, set[int](), list[int]()
 
