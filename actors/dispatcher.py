@@ -22,7 +22,18 @@ from torch import Tensor
 
 from actors.batch_spans import DispatchSpan
 from actors.dispatch import ShardRows, split_rows
-from actors.messages import Kind, array_bytes, expect_parts, failure_text, tensor_bytes, tensor_from, tensor_part
+from actors.messages import (
+    BatchTimes,
+    Kind,
+    array_bytes,
+    encode_times,
+    expect_parts,
+    failure_text,
+    seconds_from,
+    tensor_bytes,
+    tensor_from,
+    tensor_part,
+)
 from actors.model.combine import combine_rows
 from actors.routes import NOBODY, ExpertRoutes
 from actors.scratch import ScratchPool
@@ -40,7 +51,7 @@ class DispatchHandle:
     ``rows`` [T, D] and ``chosen`` int64[T, K] are kept to send them again; ``weight`` float32 [T, K]; ``out``
     [T * K, D] is filled as results come. ``owed``: by attempt, the shard's name and what it still has to answer.
     ``stranded`` int64[S]: slots that nobody can compute before the next map. ``refused``: shards that answered with
-    an error. ``span`` if the batch is traced.
+    an error. ``experts_s``: the longest that a shard computed so far. ``span`` if the batch is traced.
     """
 
     number: int
@@ -57,6 +68,7 @@ class DispatchHandle:
     stranded: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     refused: dict[str, str] = field(default_factory=dict)
     attempts: int = 0
+    experts_s: float = 0.0
 
     @property
     def complete(self) -> bool:
@@ -75,7 +87,9 @@ class Completed(NamedTuple):
 
 
 class Dispatcher:
-    """Batches in flight. ``drop(wire, error)`` takes a dead wire out of the loop, which then reports its loss.
+    """Batches in flight: of each source any number of one step, which are its micro-batches.
+
+    ``drop(wire, error)`` takes a dead wire out of the loop, which then reports its loss.
 
     ``completed``: what those that are over took; a new one after each, so that who reads it sees whole batches.
     """
@@ -91,8 +105,8 @@ class Dispatcher:
         drop: Drop,
         on_loss: Callable[[], None] = lambda: None,
     ) -> None:
-        """``last_layer``: the MoE layer with which a step ends. Rows are kept and combined on ``device``. ``on_loss``
-        is called whenever a shard of the map in force is lost."""
+        """``last_layer``: the MoE layer with whose micro-batch 0 a step ends. Rows are kept and combined on ``device``.
+        ``on_loss`` is called whenever a shard of the map in force is lost."""
         self.name = name
         self.routes: ExpertRoutes | None = None
         self.rows_per_shard: dict[str, int] = {}
@@ -109,6 +123,7 @@ class Dispatcher:
         self._on_loss = on_loss
         self._pending: dict[int, DispatchHandle] = {}
         self._mid_step: dict[Wire, float] = {}  # sources inside a step, and until when to believe it
+        self._void: dict[Wire, int] = {}  # the latest step of a source that has failed
         self._number = 0
         self._scratch = ScratchPool(dtype, device)
 
@@ -138,13 +153,17 @@ class Dispatcher:
         """Send each row of ``rows`` [T, D] once to each shard that computes any of its experts ``chosen`` int64
         [T, K]; ``source`` gets the rows combined with ``weight`` float32 [T, K] when all have answered, or a FAILED.
 
-        ``span`` ends with the batch.
+        ``span`` ends with the batch. A batch of a step that has failed already is ignored: it was on its way.
         """
+        if self._void.get(source) == tag.step:
+            if span is not None:
+                span.over(self.routes.epoch if self.routes else 0, DispatchSpan.ABANDONED)
+            return
         now = time.monotonic()
-        self._forget_older(source, tag.step)
+        self._forget_before(source, tag.step)
         self._mid_step[source] = now + self._timeout_s
-        if tag.layer == self._last_layer:
-            del self._mid_step[source]  # with the answer to this batch the step is over
+        if tag.layer == self._last_layer and tag.micro_batch == 0:
+            del self._mid_step[source]  # with the answers to what is in flight the step is over
         self._number += 1
         kept = self._scratch.take(*rows.shape)
         kept.copy_(rows)  # the frame's memory is good only until the source's next frame
@@ -182,16 +201,20 @@ class Dispatcher:
             del handle.owed[frame.tag.attempt]
             self._refused(handle, shard, failure_text(frame), share.pair_slot)
             return
-        (part,) = expect_parts(frame, 1)
+        part, seconds = expect_parts(frame, 2)
         results = tensor_from(part, self._dtype, self._d_model, self._device)
         if results.shape[0] != share.pair_slot.size:
             raise ProtocolError(f"expert shard {shard} sent {results.shape[0]} rows, owed are {share.pair_slot.size}")
+        handle.experts_s = max(handle.experts_s, seconds_from(seconds))
         del handle.owed[frame.tag.attempt]
         handle.out[torch.from_numpy(share.pair_slot).to(self._device)] = results
         self._finish_if_complete(handle)
 
     def fail(self, source: Wire, tag: FrameTag, reason: str) -> None:
-        """Tell an attention shard that this batch of its step cannot be computed: the step is void."""
+        """Tell an attention shard that this batch of its step cannot be computed: the step is void, and with it the
+        other batches of it."""
+        self._void[source] = tag.step
+        self._forget_before(source, tag.step + 1)
         self._mid_step.pop(source, None)
         self._answer(source, Kind.FAILED, tag, [reason.encode()], time.monotonic() + self._timeout_s)
 
@@ -233,6 +256,7 @@ class Dispatcher:
     def lose_source(self, source: Wire) -> None:
         """An attention shard is gone: nobody waits for its batches."""
         self._mid_step.pop(source, None)
+        self._void.pop(source, None)
         for handle in [h for h in self._pending.values() if h.source is source]:
             self._release(handle, DispatchSpan.ABANDONED)
 
@@ -299,19 +323,21 @@ class Dispatcher:
             return
         gathered = time.monotonic()
         combined = tensor_bytes(self.combine(handle))
+        over = time.monotonic()
         self.longest_wait_s = max(self.longest_wait_s, gathered - handle.began)
         done = self.completed
         self.completed = Completed(
             done.batches + 1,
             done.dispatch_s + gathered - handle.began,
-            done.combine_s + time.monotonic() - gathered,
+            done.combine_s + over - gathered,
         )
         self._release(handle)
-        self._answer(handle.source, Kind.ROWS_DONE, handle.tag, [combined], handle.deadline)
+        times = encode_times(BatchTimes(handle.experts_s, over - handle.began))
+        self._answer(handle.source, Kind.ROWS_DONE, handle.tag, [combined, times], handle.deadline)
 
     def _give_up(self, handle: DispatchHandle, reason: str) -> None:
         """The batch cannot be completed: its attention shard is told, late answers will be ignored."""
-        if handle.number in self._pending:  # else telling an earlier batch's source lost that source, and this batch
+        if handle.number in self._pending:  # else it went with an earlier one of its step, or with its source
             self._release(handle, DispatchSpan.FAILED)
             self.fail(handle.source, handle.tag, reason)
 
@@ -322,8 +348,8 @@ class Dispatcher:
         self._scratch.give(handle.out)
         self._scratch.give(handle.rows)
 
-    def _forget_older(self, source: Wire, step: int) -> None:
-        """A source that is in a new step has given up what it asked for in an earlier one."""
+    def _forget_before(self, source: Wire, step: int) -> None:
+        """A source that is in a new step has given up what it asked for in earlier ones."""
         for handle in [h for h in self._pending.values() if h.source is source and h.tag.step < step]:
             self._release(handle, DispatchSpan.ABANDONED)
 

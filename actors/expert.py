@@ -20,7 +20,7 @@ from actors.batch_spans import BatchSpan
 from actors.groups import Groups
 from actors.log_fields import mark, trace_ids
 from actors.loop import LoopThread
-from actors.messages import Kind, indices_from, on_host, tensor_from, tensor_part, traced_parts
+from actors.messages import Kind, encode_seconds, indices_from, on_host, tensor_from, tensor_part, traced_parts
 from actors.model.experts import ExpertBank
 from actors.model.families import load_spec
 from actors.model.heap import trim
@@ -179,7 +179,8 @@ class ExpertShard:
             told: list[Buffer] = [text.encode()]
             wire.send(Kind.FAILED, frame.tag, told, deadline)
             return
-        wire.send(Kind.RESULTS, frame.tag, [tensor_part(out, wire)], deadline)
+        took = encode_seconds(self._busy.last_s)
+        wire.send(Kind.RESULTS, frame.tag, [tensor_part(out, wire), took], deadline)
 
     def _compute(self, frame: Frame) -> Tensor:
         """Unweighted outputs [P, D] of a DISPATCH frame."""

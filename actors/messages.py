@@ -4,20 +4,23 @@
 kind        from → to               parts
 ==========  ======================  =========================================================================
 ROWS        attention → router      rows [T, D] in the model's dtype; trace*
-ROWS_DONE   router → attention      rows [T, D], weighted and combined
+ROWS_DONE   router → attention      rows [T, D], weighted and combined; BatchTimes, two float64
 DISPATCH    router → expert shard   rows [R, D]; pair_row int32 [P]; pair_expert int32 [P]; trace*
-RESULTS     expert shard → router   unweighted expert outputs [P, D], in the order of the pairs
+RESULTS     expert shard → router   unweighted expert outputs [P, D], in the order of the pairs; seconds of computing
+                                    them, float64
 FAILED      any reply direction     utf-8 message: the request with this tag could not be computed
 TOKENS      attention → gateway     event records; the request ids joined by newlines; JSON {record: message}
 ==========  ======================  =========================================================================
 
 trace*: the traceparent of the sender's span, always in host memory. Only in the few frames that are traced.
+The ``micro_batch`` of a tag counts down within a layer: 0 is the step's last, and the only one of a whole step.
 """
 
 from __future__ import annotations
 
+import struct
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -103,6 +106,45 @@ def traced_parts(frame: Frame, count: int) -> tuple[tuple[Part, ...], Trace | No
         return frame.parts[:count], trace_from(bytes(on_host(frame.parts[count])).decode())
     except ValueError as error:
         raise ProtocolError(f"frame of kind {frame.kind}: its trace cannot be read: {error}") from error
+
+
+class BatchTimes(NamedTuple):
+    """Seconds of one batch: the longest that any expert shard computed, and from the router's sending it out to its
+    answer. On a GPU a shard tells those of its last batch that the device has ended."""
+
+    experts_s: float
+    router_s: float
+
+
+_TIMES = struct.Struct("<2d")
+_SECONDS = struct.Struct("<d")
+
+
+def encode_seconds(seconds: float) -> bytes:
+    """The last part of a RESULTS frame."""
+    return _SECONDS.pack(seconds)
+
+
+def seconds_from(part: Part) -> float:
+    """What ``encode_seconds`` was given. ProtocolError if it is none."""
+    return float(_unpack(_SECONDS, part)[0])
+
+
+def encode_times(times: BatchTimes) -> bytes:
+    """The last part of a ROWS_DONE frame."""
+    return _TIMES.pack(*times)
+
+
+def times_from(part: Part) -> BatchTimes:
+    """What ``encode_times`` was given. ProtocolError if it is none."""
+    return BatchTimes(*_unpack(_TIMES, part))
+
+
+def _unpack(form: struct.Struct, part: Part) -> tuple[Any, ...]:
+    try:
+        return form.unpack(on_host(part))
+    except struct.error as error:
+        raise ProtocolError(f"a part of {len(part)} bytes holds no times: {error}") from error
 
 
 def failure_text(frame: Frame) -> str:

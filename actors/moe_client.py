@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from actors.messages import Kind, expect_parts, failure_text, tensor_bytes, tensor_from
+from actors.messages import Kind, expect_parts, failure_text, tensor_bytes, tensor_from, times_from
+from actors.scratch import ScratchPool
 from actors.transport.base import Buffer, Frame, FrameTag, ProtocolError, TransportError, Wire
 
 _TRACED_LAYERS = 16
@@ -28,20 +29,28 @@ class MoEUnavailable(RuntimeError):
     """The routed experts' part of a layer could not be computed; the step is void, nothing of it was published."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowsSent:
-    """Rows of one layer that are on their way; only ``finish`` takes it."""
+    """Rows of one layer that are on their way since ``began`` (perf_counter); only ``finish`` takes it, once."""
 
     tag: FrameTag
     count: int
+    began: float
 
 
 class MoEClient:
-    """Implements ``actors.model.decoder.MoE`` over the wire to the router.
+    """Implements ``actors.model.decoder.MoE`` over the wire to the router. Several requests may be under way.
 
-    ``batches`` were sent in this step, and ``waited_s`` seconds of it nothing was done but wait for their answers. On a
+    Of this step: ``batches`` were sent, and ``waited_s`` seconds nothing was done but wait for their answers. On a
     GPU ``start`` waits for the device, which has to have the rows, and ``finish`` may wait while the device still
     computes the shared expert: what is left of a step is then the attention's part without the shared experts.
+
+    ``experts_s``: the slowest expert shard's seconds of computing, summed over the answers; ``transfer_s``: half of
+    what else their round trips took, summed likewise (T_e and T_c of MegaScale-Infer, arXiv 2504.02263). An answer that
+    was here before it was waited for may have come any time: its trip from the router on counts as its round trip.
+    With several batches under way, the wait of one behind another counts as transfer too.
+
+    ``while_waiting``: called when ``finish`` would have to wait, once: it is None before it is called.
     """
 
     def __init__(
@@ -56,6 +65,9 @@ class MoEClient:
         self.wire = wire
         self.batches = 0
         self.waited_s = 0.0
+        self.experts_s = 0.0
+        self.transfer_s = 0.0
+        self.while_waiting: Callable[[], None] | None = None
         self._device = device
         self._dtype = dtype
         self._d_model = d_model
@@ -64,6 +76,10 @@ class MoEClient:
         self._deadline = 0.0
         self._traced_layers = traced_layers(moe_layers)
         self._trace: list[Buffer] = []
+        self._sent: dict[FrameTag, RowsSent] = {}
+        self._early: dict[FrameTag, Tensor] = {}  # answers that came while another was waited for
+        self._lent: Tensor | None = None  # of these, the one that was handed out last
+        self._scratch = ScratchPool(dtype, device)
 
     def begin_step(self, traceparent: str = "") -> None:
         """A new step: answers that belong to an earlier one are stale from now on.
@@ -71,42 +87,72 @@ class MoEClient:
         ``traceparent``: of the step's span, if it is traced.
         """
         self._step += 1
-        self.batches, self.waited_s = 0, 0.0
+        self.batches, self.waited_s, self.experts_s, self.transfer_s = 0, 0.0, 0.0, 0.0
         self._trace = [traceparent.encode()] if traceparent else []
         self._deadline = time.monotonic() + self._timeout_s
+        self._forget()
         self.wire.fence(FrameTag(step=self._step))
 
     def abandon(self) -> None:
         """The step is void: what still comes for it is stale."""
+        self._forget()
         self.wire.fence(FrameTag(step=self._step + 1))
 
-    def start(self, layer: int, rows: Tensor) -> RowsSent:
-        """Send ``rows`` [T, D] of ``layer`` to the router. Raises MoEUnavailable."""
-        tag = FrameTag(step=self._step, layer=layer)
+    def start(self, layer: int, rows: Tensor, micro_batch: int = 0) -> RowsSent:
+        """Send ``rows`` [T, D] of ``layer`` to the router; see the decoder's ``MoE`` for how micro-batches are
+        numbered. Raises MoEUnavailable."""
+        sent = RowsSent(FrameTag(0, self._step, micro_batch, layer), rows.shape[0], time.perf_counter())
         trace = self._trace if layer in self._traced_layers else []
         try:
-            self.wire.send(Kind.ROWS, tag, [tensor_bytes(rows.contiguous()), *trace], self._deadline)
+            self.wire.send(Kind.ROWS, sent.tag, [tensor_bytes(rows.contiguous()), *trace], self._deadline)
         except TransportError as error:
-            raise MoEUnavailable(f"router {self.wire.peer}: {type(error).__name__}: {error}") from error
+            raise self._unavailable(error) from error
+        self._sent[sent.tag] = sent
         self.batches += 1
-        return RowsSent(tag, rows.shape[0])
+        return sent
 
     def finish(self, sent: object) -> Tensor:
         """The combined rows [T, D] for what ``start`` sent; valid until the next call. Raises MoEUnavailable."""
         assert isinstance(sent, RowsSent)
-        try:
-            frame = self._wait()
-            if frame.kind == Kind.FAILED:
-                raise MoEUnavailable(failure_text(frame))
-            if frame.kind != Kind.ROWS_DONE or frame.tag != sent.tag:
-                raise ProtocolError(f"kind {frame.kind}, {frame.tag}; expected ROWS_DONE for {sent.tag}")
-            (part,) = expect_parts(frame, 1)
-            rows = tensor_from(part, self._dtype, self._d_model, self._device)
-        except TransportError as error:
-            raise MoEUnavailable(f"router {self.wire.peer}: {type(error).__name__}: {error}") from error
+        self._take_back()
+        while sent.tag not in self._early:
+            try:
+                came, rows = self._receive()
+            except TransportError as error:
+                raise self._unavailable(error) from error
+            if came is sent:
+                return rows
+            kept = self._early[came.tag] = self._scratch.take(*rows.shape)
+            kept.copy_(rows)  # the frame's memory is good only until the next one
+        self._lent = self._early.pop(sent.tag)
+        return self._lent
+
+    def _receive(self) -> tuple[RowsSent, Tensor]:
+        """The next answer, to whatever was sent. Raises MoEUnavailable for a failure that is told."""
+        was_here = self.wire.ready() or self._used_wait()
+        frame = self._wait()
+        if frame.kind == Kind.FAILED:
+            raise MoEUnavailable(failure_text(frame))
+        sent = self._sent.pop(frame.tag, None)
+        if frame.kind != Kind.ROWS_DONE or sent is None:
+            raise ProtocolError(f"kind {frame.kind}, {frame.tag}; expected ROWS_DONE for {[*self._sent]}")
+        part, told = expect_parts(frame, 2)
+        times = times_from(told)
+        trip_s = times.router_s if was_here else time.perf_counter() - sent.began
+        self.experts_s += times.experts_s
+        self.transfer_s += max(0.0, trip_s - times.experts_s) / 2
+        rows = tensor_from(part, self._dtype, self._d_model, self._device)
         if rows.shape[0] != sent.count:
             raise MoEUnavailable(f"router {self.wire.peer}: {rows.shape[0]} rows came back of {sent.count}")
-        return rows
+        return sent, rows
+
+    def _used_wait(self) -> bool:
+        """Do what is to be done while waiting; True if an answer has come meanwhile."""
+        if self.while_waiting is None:
+            return False
+        work, self.while_waiting = self.while_waiting, None
+        work()
+        return self.wire.ready()
 
     def _wait(self) -> Frame:
         began = time.perf_counter()
@@ -114,3 +160,19 @@ class MoEClient:
             return self.wire.recv(self._deadline)
         finally:
             self.waited_s += time.perf_counter() - began
+
+    def _take_back(self) -> None:
+        if self._lent is not None:
+            self._scratch.give(self._lent)
+            self._lent = None
+
+    def _forget(self) -> None:
+        """Nothing is under way any more."""
+        self._sent.clear()
+        self._take_back()
+        for rows in self._early.values():
+            self._scratch.give(rows)
+        self._early.clear()
+
+    def _unavailable(self, error: TransportError) -> MoEUnavailable:
+        return MoEUnavailable(f"router {self.wire.peer}: {type(error).__name__}: {error}")

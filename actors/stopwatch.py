@@ -28,6 +28,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.measured = Measured()
+        self.last_s = 0.0
         self._on_gpu = device.type == "cuda"
         self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
@@ -52,4 +53,5 @@ class Stopwatch:
             self._add(begin.elapsed_time(end) / 1000.0)
 
     def _add(self, seconds: float) -> None:
+        self.last_s = seconds
         self.measured = Measured(self.measured.seconds + seconds, self.measured.blocks + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,11 +28,15 @@ from .weights import Checkpoint
 class MoE(Protocol):
     """Where the routed experts are, as the decoder sees it."""
 
-    def start(self, layer: int, rows: Tensor) -> object:
-        """Send the normed rows [T, D] of MoE layer ``layer`` on their way; returns a handle."""
+    def start(self, layer: int, rows: Tensor, micro_batch: int = 0) -> object:
+        """Send the normed rows [T, D] of MoE layer ``layer`` on their way; returns a handle.
+
+        The micro-batches of a step are numbered downwards and come in that order in each layer: 0 is the last.
+        """
 
     def finish(self, handle: object) -> Tensor:
-        """The weighted sum of the experts' outputs [T, D], in the rows' dtype; once for each handle."""
+        """The weighted sum of the experts' outputs [T, D], in the rows' dtype; once for each handle. Valid until the
+        next call."""
 
 
 ATTENTION: Mapping[AttentionKind, type[PagedAttention]] = {"gqa": GroupedQueryAttention, "mla": LatentAttention}
@@ -102,33 +106,64 @@ class AttentionModel:
             row_block,
         )
 
-    @torch.inference_mode()
     def forward(self, batch: StepBatch, cache: KVCache, moe: MoE) -> Tensor:
-        """Logits [S, V] of ``batch.output_rows`` in the model's dtype; leaves all rows' keys and values in
-        ``cache``.
+        """Logits [S, V] of ``batch.output_rows``, of a step that is not split: see :meth:`run` and :meth:`head`."""
+        hidden: list[Tensor] = []
+        self.run([batch], cache, moe, lambda _, rows: hidden.append(rows))
+        return self.head(hidden[0])
 
-        Raises IndexError for token ids, positions or slots that do not exist.
+    @torch.inference_mode()
+    def run(self, batches: Sequence[StepBatch], cache: KVCache, moe: MoE, done: Callable[[int, Tensor], None]) -> None:
+        """One step in micro-batches that ping-pong: while one is at the experts, the attention of the next is computed.
+
+        ``done(i, hidden)`` gets what :meth:`head` takes, [S, D] of ``batches[i].output_rows``, in the order of the
+        batches, and while those that follow are at the experts of the last layer. All rows' keys and values are left in
+        ``cache``. In each layer a batch writes its own before any later one reads: a prompt may be cut into consecutive
+        pieces, in the order of the batches. Source: MegaScale-Infer (arXiv 2504.02263).
+
+        Raises IndexError for token ids, positions or slots that do not exist, and what ``moe`` and ``done`` raise.
         """
+        last = len(batches) - 1
+        passes = [self._pass(batch, cache, moe, last - i) for i, batch in enumerate(batches)]
+        try:
+            for _ in self.spec.moe_layers:
+                for one in passes:
+                    next(one)
+            for i, (batch, one) in enumerate(zip(batches, passes, strict=True)):
+                done(i, next(one)[batch.output_rows])
+        finally:
+            for one in passes:
+                one.close()
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [R, V] in the model's dtype of any rows [R, D] that ``run`` handed out: as many at once as fit."""
+        return linear(rms_norm(hidden, self._final_norm, self.spec.rms_eps), self._lm_head, row_block=self._row_block)
+
+    def _pass(self, batch: StepBatch, cache: KVCache, moe: MoE, micro_batch: int) -> Generator[Tensor]:
+        """The residual rows [T, D] of one batch: at each MoE layer, when its experts are asked, and behind the last."""
         x = self._embed[batch.token_ids]
         for index, layer in enumerate(self._layers):
             normed = rms_norm(x, layer.input_norm, self.spec.rms_eps)
             x = x + self.attention.forward(index, normed, batch, cache)
             normed = rms_norm(x, layer.post_norm, self.spec.rms_eps)
-            x = x + self._feed_forward(index, layer, normed, moe)
-        last = rms_norm(x[batch.output_rows], self._final_norm, self.spec.rms_eps)
-        return linear(last, self._lm_head, row_block=self._row_block)
+            handle = moe.start(index, normed, micro_batch) if layer.is_moe else None
+            local = self._local(layer, normed)
+            if layer.is_moe:
+                yield x
+                routed = moe.finish(handle)
+                local = routed if local is None else routed + local
+            assert local is not None  # a dense layer has its MLP
+            x = x + local
+        yield x
 
-    def _feed_forward(self, index: int, layer: LayerWeights, rows: Tensor, moe: MoE) -> Tensor:
-        """The layer's MLP on normed rows. The shared expert is computed while the routed ones are away."""
-        handle = moe.start(index, rows) if layer.is_moe else None
+    def _local(self, layer: LayerWeights, rows: Tensor) -> Tensor | None:
+        """What is computed here of the layer's MLP: all of a dense one, else the shared expert, if there is one."""
         local = layer.mlp(rows, self._row_block) if layer.mlp is not None else None
-        if not layer.is_moe and local is not None:
-            return local
         if layer.shared_gate is not None and local is not None:
             logit = linear(rows, layer.shared_gate, row_block=self._row_block)
             local = pointwise(torch.sigmoid, logit, self._row_block) * local
-        routed = moe.finish(handle)
-        return routed if local is None else routed + local
+        return local
 
 
 def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int) -> LayerWeights:

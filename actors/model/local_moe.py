@@ -18,8 +18,8 @@ class LocalMoE:
         self._bank = bank
 
     @torch.inference_mode()
-    def start(self, layer: int, rows: Tensor) -> Tensor:
-        """rows: [T, D], normed; the handle is the finished result."""
+    def start(self, layer: int, rows: Tensor, micro_batch: int = 0) -> Tensor:
+        """rows: [T, D], normed; the handle is the finished result, of whatever ``micro_batch``."""
         experts, weights = self._gate.route(layer, rows)
         tokens, top_k = experts.shape
         pair_row = torch.arange(tokens, device=rows.device).repeat_interleave(top_k)

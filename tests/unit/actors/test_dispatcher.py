@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import Mock
@@ -19,16 +20,29 @@ from opentelemetry.trace import get_current_span
 from actors import batch_spans
 from actors.batch_spans import DispatchSpan
 from actors.dispatcher import Dispatcher
-from actors.messages import CPU, Kind, expect_parts, failure_text, tensor_bytes, tensor_from, traced_parts
+from actors.messages import (
+    CPU,
+    BatchTimes,
+    Kind,
+    encode_seconds,
+    expect_parts,
+    failure_text,
+    tensor_bytes,
+    tensor_from,
+    times_from,
+    traced_parts,
+)
 from actors.routes import ExpertRoutes
 from actors.trace_context import trace_from
-from actors.transport.base import Frame, FrameTag, PeerGone, Wire
+from actors.transport.base import Frame, FrameTag, PeerGone, ProtocolError, Wire
 from actors.transport.local import local_pair
 from placement.expert_map import ExpertMap, replaced, single_replica_map
 from tests.span_recorder import PARENT_ID, TRACEPARENT, about, named, parent_id
 
 D, E, K = 4, 6, 3
 LAYERS = (1, 2)
+SECONDS = defaultdict(lambda: 0.125, a=0.25, b=0.75, c=0.5)
+"""What each shard says that it computed."""
 MAP = single_replica_map(1, LAYERS, E, ("a", "b", "c"))
 TWICE = ExpertMap(
     1, E, {layer: tuple((("a", "b"), ("b", "c"), ("c", "a"))[e % 3] for e in range(E)) for layer in LAYERS}
@@ -65,6 +79,7 @@ class Bench:
         self.attention, self.source = local_pair("attention", "router")
         self.shards: dict[str, Wire] = {}
         self.wires: dict[str, Wire] = {}
+        self.times = BatchTimes(0.0, 0.0)  # that came with the last rows
         self.traces: list[int | None] = []  # span ids that came with what was answered
         self.install(expert_map)
 
@@ -88,14 +103,16 @@ class Bench:
         if notice:
             self.drop(self.wires[name], PeerGone("killed"))
 
-    def ask(self, step: int = 1, layer: int = 1, rows: int = 5, seed: int = 0, traced: bool = False) -> torch.Tensor:
+    def ask(
+        self, step: int = 1, layer: int = 1, rows: int = 5, seed: int = 0, traced: bool = False, micro_batch: int = 0
+    ) -> torch.Tensor:
         """One batch; returns what must come back: each row times the weighted sum of (expert + 1)."""
         generator = torch.Generator().manual_seed(seed)
         given = torch.randn(rows, D, generator=generator)
         chosen = torch.rand(rows, E, generator=generator).argsort(1)[:, :K].contiguous()
         weight = torch.rand(rows, K, generator=generator)
         span = DispatchSpan("router", trace_from(TRACEPARENT), layer, rows, 1) if traced else None
-        self.data.dispatch(self.source, FrameTag(step=step, layer=layer), given, chosen, weight, span)
+        self.data.dispatch(self.source, FrameTag(0, step, micro_batch, layer), given, chosen, weight, span)
         return (given[:, None] * (chosen + 1)[..., None] * weight[..., None]).sum(1)
 
     def frame(self, name: str) -> Frame | None:
@@ -109,7 +126,7 @@ class Bench:
         pairs = torch.from_numpy(np.frombuffer(pair_row, np.int32).copy()).long()
         experts = torch.from_numpy(np.frombuffer(pair_expert, np.int32).copy())
         out = tensor_from(rows, torch.float32, D)[pairs] * (experts + 1)[:, None]
-        parts = [tensor_bytes(out)] if kind == Kind.RESULTS else [b"no memory"]
+        parts = [tensor_bytes(out), encode_seconds(SECONDS[name])] if kind == Kind.RESULTS else [b"no memory"]
         self.shards[name].send(kind, frame.tag, parts, soon())
         self.take(name)
 
@@ -138,7 +155,9 @@ class Bench:
         if frame.kind == Kind.FAILED:
             return failure_text(frame)
         assert frame.kind == Kind.ROWS_DONE
-        return tensor_from(expect_parts(frame, 1)[0], torch.float32, D).clone()
+        rows, times = expect_parts(frame, 2)
+        self.times = times_from(times)
+        return tensor_from(rows, torch.float32, D).clone()
 
     @property
     def boundary(self) -> bool:
@@ -205,7 +224,8 @@ def test_answers_of_an_older_map_are_not_taken_twice() -> None:
     wanted = bench.ask()
     first = bench.frame("a")
     assert first is not None
-    bench.shards["a"].send(Kind.RESULTS, first.tag, [bytes(D * 4 * len(expect_parts(first, 3)[1]) // 4)], soon())
+    stale = [bytes(D * 4 * len(expect_parts(first, 3)[1]) // 4), encode_seconds(0.0)]
+    bench.shards["a"].send(Kind.RESULTS, first.tag, stale, soon())
     bench.kill("b")
     bench.install(replaced(MAP, "b", "d", 2))
     assert not bench.wires["a"].ready()
@@ -269,6 +289,110 @@ def test_a_new_step_forgets_the_batches_of_the_one_before() -> None:
     bench.answer_all()
     check(bench, wanted)
     assert not bench.attention.ready()
+
+
+def test_a_split_step_ends_with_its_last_micro_batch_in_the_last_layer() -> None:
+    """However long nothing of it is in flight: between the micro-batches no other map is put in force."""
+    bench = Bench(MAP)
+    for layer in LAYERS:
+        for micro_batch in (2, 1, 0):
+            wanted = bench.ask(layer=layer, micro_batch=micro_batch, seed=micro_batch)
+            bench.answer_all()
+            check(bench, wanted)
+            assert bench.boundary == (layer == LAYERS[-1] and micro_batch == 0)
+
+
+def test_the_boundary_waits_for_all_micro_batches_in_flight() -> None:
+    bench = Bench(MAP)
+    wanted = [bench.ask(layer=LAYERS[-1], micro_batch=n, seed=n) for n in (1, 0)]
+    for rows in wanted:
+        assert not bench.boundary
+        for name in bench.shards:
+            frame = bench.frame(name)
+            assert frame is not None
+            bench.answer(name, frame)
+        got = bench.result()
+        assert isinstance(got, torch.Tensor)
+        torch.testing.assert_close(got, rows)
+    assert bench.boundary
+
+
+def test_a_step_whose_source_stops_in_the_middle_is_forgotten() -> None:
+    bench = Bench(MAP)
+    wanted = bench.ask(layer=LAYERS[-1], micro_batch=1)
+    bench.answer_all()
+    check(bench, wanted)
+    assert not bench.boundary
+    assert bench.data.may_switch(time.monotonic() + 11)
+
+
+def test_a_failed_micro_batch_takes_its_step_with_it() -> None:
+    """What is in flight of it, and what still comes: none is answered, and none is in the way of the next map."""
+    bench = Bench(MAP)
+    bench.ask(micro_batch=2)
+    bench.ask(micro_batch=1)
+    frame = bench.frame("c")
+    assert frame is not None
+    bench.answer("c", frame, Kind.FAILED)
+    assert bench.result() == "no memory"
+    bench.ask(micro_batch=0)
+    assert bench.boundary
+    assert bench.data.next_deadline == float("inf")
+    bench.answer_all()
+    assert not bench.attention.ready()
+    wanted = bench.ask(step=2)
+    bench.answer_all()
+    check(bench, wanted)
+
+
+def test_micro_batches_that_are_late_are_one_failure() -> None:
+    bench = Bench(MAP)
+    for micro_batch in (1, 0):
+        bench.ask(micro_batch=micro_batch)
+    bench.data.end_late(time.monotonic() + 11)
+    assert isinstance(bench.result(), str)
+    assert not bench.attention.ready()
+    assert bench.boundary
+
+
+def test_a_batch_of_a_void_step_ends_its_span(spans: InMemorySpanExporter) -> None:
+    bench = Bench(MAP)
+    bench.ask(micro_batch=1)
+    bench.data.end_late(time.monotonic() + 11)
+    bench.ask(micro_batch=0, traced=True)
+    (span,) = named(spans, "dispatch")
+    assert span.attributes["error.type"] == "abandoned"
+
+
+def test_micro_batches_are_sent_again_when_a_shard_dies() -> None:
+    bench = Bench(TWICE)
+    wanted = {n: bench.ask(micro_batch=n, seed=n) for n in (2, 1, 0)}
+    bench.kill("b")
+    bench.answer_all()
+    for _ in range(3):
+        frame = bench.attention.recv(soon())
+        torch.testing.assert_close(tensor_from(frame.parts[0], torch.float32, D), wanted.pop(frame.tag.micro_batch))
+    assert bench.data.reroutes >= 1
+
+
+def test_answers_say_how_long_the_slowest_shard_computed_and_how_long_the_router_had_them() -> None:
+    bench = Bench(MAP)
+    wanted = bench.ask(rows=7)
+    bench.answer_all()
+    check(bench, wanted)
+    assert bench.times.experts_s == SECONDS["b"]
+    done = bench.data.completed
+    assert bench.times.router_s == pytest.approx(done.dispatch_s + done.combine_s)
+
+
+def test_results_without_their_time_are_no_results() -> None:
+    bench = Bench(MAP)
+    bench.ask()
+    frame = bench.frame("a")
+    assert frame is not None
+    bench.shards["a"].send(Kind.RESULTS, frame.tag, [b""], soon())
+    with pytest.raises(ProtocolError, match="has 1 parts, expected 2"):
+        bench.take("a")
 
 
 @settings(max_examples=60, deadline=None)

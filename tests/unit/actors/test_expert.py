@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from actors import batch_spans
 from actors.expert import ExpertShard
 from actors.log_fields import fields_of
-from actors.messages import Kind, array_bytes, expect_parts, failure_text, tensor_from
+from actors.messages import Kind, array_bytes, expect_parts, failure_text, seconds_from, tensor_from
 from actors.model.experts import ExpertBank
 from actors.model.parallel import READERS
 from actors.model.safetensors_header import Header, read_header
@@ -89,7 +89,7 @@ def test_a_request_that_cannot_be_computed_ends_alone(
     assert why in failure_text(frame)
     sound = ask(wire, 1, [0, 1, 1], [0, 0, 1], width(actor))
     assert sound.kind == Kind.RESULTS
-    out = tensor_from(expect_parts(sound, 1)[0], torch.float32, width(actor))
+    out = tensor_from(expect_parts(sound, 2)[0], torch.float32, width(actor))
     assert out.shape[0] == 3
     assert torch.equal(out[0], out[1])
     assert actor.stats().experts == 3
@@ -185,10 +185,11 @@ def test_batches_are_counted_and_those_with_a_trace_make_a_span(
 ) -> None:
     actor, wire = shard
     plain = ask(wire, 1, [0, 1, 1], [0, 0, 1], width(actor))
-    wanted = bytes(expect_parts(plain, 1)[0])
+    wanted, seconds = bytes(expect_parts(plain, 2)[0]), seconds_from(plain.parts[1])
+    assert seconds == actor.stats().busy_s > 0
     assert spans.get_finished_spans() == ()
     marked = ask(wire, 1, [0, 1, 1], [0, 0, 1], width(actor), TRACEPARENT.encode())
-    assert (marked.kind, bytes(expect_parts(marked, 1)[0])) == (Kind.RESULTS, wanted)
+    assert (marked.kind, bytes(expect_parts(marked, 2)[0])) == (Kind.RESULTS, wanted)
     (span,) = named(spans, "experts")
     assert parent_id(span) == PARENT_ID
     figures = {key: about(span, key) for key in ("actor", "layer", "epoch", "rows", "pairs", "experts")}
@@ -199,7 +200,7 @@ def test_batches_are_counted_and_those_with_a_trace_make_a_span(
 
 def test_what_goes_back_to_routers_is_counted(shard: tuple[ExpertShard, Wire]) -> None:
     actor, wire = shard
-    size = expect_parts(ask(wire, 1, [0, 1, 1], [0, 0, 1], width(actor)), 1)[0].nbytes
+    size = expect_parts(ask(wire, 1, [0, 1, 1], [0, 0, 1], width(actor)), 2)[0].nbytes
     stats = actor.stats()
     (back,) = stats.wires
     assert (back.peer, back.medium, stats.bytes_sent) == ("router-0", "local", {"local": back.bytes_sent})
@@ -222,10 +223,10 @@ def test_a_request_that_fails_is_logged_with_its_trace(
 def test_a_span_that_fails_costs_no_result(shard: tuple[ExpertShard, Wire], monkeypatch: pytest.MonkeyPatch) -> None:
     actor, wire = shard
     plain = ask(wire, 1, [0, 1, 1], [0, 0, 1], width(actor))
-    wanted = bytes(expect_parts(plain, 1)[0])
+    wanted = bytes(expect_parts(plain, 2)[0])
     monkeypatch.setattr(batch_spans, "_TRACER", Mock(start_span=Mock(side_effect=KeyError("broken"))))
     traced = ask(wire, 1, [0, 1, 1], [0, 0, 1], width(actor), TRACEPARENT.encode())
-    assert (traced.kind, bytes(expect_parts(traced, 1)[0])) == (Kind.RESULTS, wanted)
+    assert (traced.kind, bytes(expect_parts(traced, 2)[0])) == (Kind.RESULTS, wanted)
 
 
 def test_a_trace_that_cannot_be_read_is_a_request_that_cannot(

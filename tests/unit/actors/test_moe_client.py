@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from actors import moe_client
-from actors.messages import CPU, Kind, tensor_bytes
-from actors.moe_client import MoEClient, MoEUnavailable
-from actors.transport.base import Wire
+from actors.messages import CPU, BatchTimes, Kind, encode_times, tensor_bytes
+from actors.moe_client import MoEClient, MoEUnavailable, RowsSent
+from actors.transport.base import Frame, Wire
 from actors.transport.local import local_pair
 from tests.span_recorder import TRACEPARENT
 
 D = 4
+TIMES = BatchTimes(0.25, 0.5)
 LAYERS = tuple(range(20))
 ROWS = torch.arange(3 * D, dtype=torch.float32).view(3, D)
 
@@ -36,7 +37,7 @@ def layer(client: MoEClient, router: Wire, number: int) -> list[bytes]:
     sent = client.start(number, ROWS)
     frame = router.recv(time.monotonic() + 5)
     parts = [bytes(part) for part in frame.parts]
-    router.send(Kind.ROWS_DONE, frame.tag, parts[:1], time.monotonic() + 5)
+    router.send(Kind.ROWS_DONE, frame.tag, [parts[0], encode_times(TIMES)], time.monotonic() + 5)
     assert torch.equal(client.finish(sent), ROWS)
     return parts
 
@@ -79,3 +80,130 @@ def test_a_wait_in_vain_counts_as_well(pair: tuple[MoEClient, Wire]) -> None:
         client.finish(sent)
     assert client.batches == 1
     assert client.waited_s > 0
+
+
+def ask(client: MoEClient, router: Wire, count: int) -> tuple[list[RowsSent], list[Frame]]:
+    """Rows of so many micro-batches of one layer, and what the router got: each with its own rows."""
+    sent = [client.start(1, ROWS + number, count - 1 - number) for number in range(count)]
+    return sent, [reply(router.recv(soon())) for _ in sent]
+
+
+def reply(frame: Frame) -> Frame:
+    """A copy that outlives the next one."""
+    return Frame(frame.kind, frame.tag, tuple(memoryview(bytes(part)) for part in frame.parts))
+
+
+def answer(router: Wire, frame: Frame, times: BatchTimes = TIMES) -> None:
+    router.send(Kind.ROWS_DONE, frame.tag, [frame.parts[0], encode_times(times)], soon())
+
+
+def soon() -> float:
+    return time.monotonic() + 5
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_each_micro_batch_gets_its_own_rows_in_whatever_order_they_come(
+    pair: tuple[MoEClient, Wire], order: tuple[int, ...]
+) -> None:
+    client, router = pair
+    for _ in range(2):
+        client.begin_step()
+        sent, frames = ask(client, router, 3)
+        assert [frame.tag.micro_batch for frame in frames] == [2, 1, 0]
+        for number in order:
+            answer(router, frames[number])
+        for number, one in enumerate(sent):
+            assert torch.equal(client.finish(one), ROWS + number)
+        assert client.batches == 3
+
+
+def test_answers_that_wait_take_no_new_memory(pair: tuple[MoEClient, Wire]) -> None:
+    client, router = pair
+    places = []
+    for _ in range(4):
+        client.begin_step()
+        sent, frames = ask(client, router, 3)
+        for frame in reversed(frames):
+            answer(router, frame)
+        places.append({client.finish(one).data_ptr() for one in sent[1:]})
+    assert len(set.union(*places)) <= 3  # the last to come, and two that are kept
+
+
+def test_what_waited_of_a_void_step_is_forgotten(pair: tuple[MoEClient, Wire]) -> None:
+    client, router = pair
+    client.begin_step()
+    sent, frames = ask(client, router, 3)
+    answer(router, frames[2])
+    router.send(Kind.FAILED, frames[0].tag, [b"no memory"], soon())
+    with pytest.raises(MoEUnavailable, match="no memory"):
+        client.finish(sent[1])
+    client.abandon()
+    answer(router, frames[1])
+    client.begin_step()
+    layer(client, router, 1)
+    assert client.wire.stats.dropped == 1
+
+
+def test_an_answer_to_nothing_or_given_twice_is_refused(pair: tuple[MoEClient, Wire]) -> None:
+    client, router = pair
+    for strange in (lambda frame: frame, lambda frame: frame._replace(layer=7)):
+        client.begin_step()
+        sent, frames = ask(client, router, 2)
+        answer(router, frames[1])
+        router.send(Kind.ROWS_DONE, strange(frames[1].tag), [frames[1].parts[0], encode_times(TIMES)], soon())
+        with pytest.raises(MoEUnavailable, match="expected ROWS_DONE for"):
+            client.finish(sent[0])
+
+
+def test_the_wait_is_used_once_and_only_if_there_is_one(pair: tuple[MoEClient, Wire]) -> None:
+    client, router = pair
+    client.begin_step()
+    (sent,), (frame,) = ask(client, router, 1)
+    calls: list[str] = []
+    client.while_waiting = lambda: calls.append("early")
+    answer(router, frame)
+    client.finish(sent)
+    assert calls == []
+    (sent, other), frames = ask(client, router, 2)
+
+    def work() -> None:
+        calls.append("used")
+        for frame in frames:
+            answer(router, frame)
+
+    client.while_waiting = work
+    for one in (sent, other):
+        client.finish(one)
+    assert calls == ["used"]
+    assert client.while_waiting is None
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_times_of_computing_and_of_transfer_add_up(
+    pair: tuple[MoEClient, Wire], monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    """Looks at the clock, each a second later: sent (0), wait begins (1) and ends (2), here (3). An answer that was
+    here before counts by the router's time, half a second."""
+    client, router = pair
+    seconds = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(seconds)), monotonic=time.monotonic)
+    monkeypatch.setattr(moe_client, "time", clock)
+    ready = type(client.wire).ready
+    monkeypatch.setattr(type(client.wire), "ready", lambda wire: ready(wire) and not (waits and wire is client.wire))
+    for _ in range(2):
+        client.begin_step()
+        for number in range(3):
+            layer(client, router, number)
+        trip = 3.0 if waits else TIMES.router_s
+        assert client.experts_s == 3 * TIMES.experts_s
+        assert client.transfer_s == pytest.approx(3 * (trip - TIMES.experts_s) / 2)
+
+
+def test_a_lagging_clock_makes_no_negative_transfer(pair: tuple[MoEClient, Wire]) -> None:
+    """A GPU tells the time of the batch before, which may have been larger."""
+    client, router = pair
+    client.begin_step()
+    (sent,), (frame,) = ask(client, router, 1)
+    answer(router, frame, BatchTimes(60.0, 0.1))
+    client.finish(sent)
+    assert (client.experts_s, client.transfer_s) == (60.0, 0.0)

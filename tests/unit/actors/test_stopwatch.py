@@ -19,6 +19,7 @@ def test_who_reads_it_sees_whole_blocks() -> None:
     seconds = [measured.seconds for measured in seen]
     assert seconds == sorted(seconds)
     assert seconds[0] == 0 < seconds[-1]
+    assert watch.last_s == pytest.approx(seconds[-1] - seconds[-2])
 
 
 def test_a_block_that_raises_does_not_count() -> None:
