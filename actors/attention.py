@@ -28,6 +28,7 @@ from actors.model.weights import Checkpoint
 from actors.moe_client import MoEClient, MoEUnavailable
 from actors.observer import ShardObserver
 from actors.settings import EngineSettings, ModelSettings
+from actors.span_log import Recorded, SpanLog
 from actors.stats import WireTraffic, traffic
 from actors.step_batch import sample_plan, step_batch
 from actors.timeline import Instant
@@ -96,7 +97,7 @@ class _Work(NamedTuple):
     moe_batches: int = 0
 
 
-class AttentionShard:
+class AttentionShard(Recorded):
     """One data-parallel attention replica. ``load``, ``connect`` to its router; gateways connect to it."""
 
     def __init__(self, name: str, model: ModelSettings, engine: EngineSettings, make_endpoint: EndpointFactory) -> None:
@@ -117,6 +118,7 @@ class AttentionShard:
         self._lock = threading.Lock()  # guards the scheduler: requests come from other threads than the steps
         self._owner: dict[str, str] = {}
         self._observer = ShardObserver(name)
+        self._spans = SpanLog()
         self._gateways: dict[str, Wire] = {}
         self._gateway_came = threading.Condition(self._lock)
         self._loop = LoopThread(
@@ -161,6 +163,7 @@ class AttentionShard:
             self._spec.d_model,
             settings.step_timeout_s,
             self._spec.moe_layers,
+            self._spans,
         )
         self._loop.add(wire)
         self._loop.start()
@@ -215,6 +218,7 @@ class AttentionShard:
 
     def stop(self) -> None:
         """Close every wire and end the loop thread; gateways see their streams' shard as gone. Idempotent."""
+        self._spans.take()  # whoever waits for steps waits in vain
         self._endpoint.close()
         self._loop.stop()
 
@@ -222,14 +226,20 @@ class AttentionShard:
 
     def _step(self) -> None:
         """One step of continuous batching; without work it only publishes what ended meanwhile."""
+        began_ns = self._spans.begin_step()
         with self._lock:
             begun = Instant.now()
             plan = self._scheduler.schedule(begun.clock_s)
         events = self._observer.note(plan.events, begun)
+        if began_ns and plan.chunks:
+            self._spans.end("schedule", began_ns)
         if plan.chunks:
             events += self._run(plan, begun)
         if events:
             self._publish(events)
+        if began_ns and plan.chunks:
+            rows = sum(len(chunk.token_ids) for chunk in plan.chunks)
+            self._spans.end_step(began_ns, number=self._work.steps, rows=rows, requests=len(plan.chunks))
         if self._moe is None:
             self._leave_gateways()
 
@@ -257,8 +267,14 @@ class AttentionShard:
         if self._moe is None:
             return self._void(plan, FinishReason.UNAVAILABLE, "the attention shard lost its router")
         try:
+            began_ns = self._spans.begin()
             logits = self._model.forward(step_batch(plan, self._settings.torch_device), self._cache, self._moe)
+            if began_ns:
+                self._spans.end("forward", began_ns)
+            began_ns = self._spans.begin()
             sampled = sample_plan(plan, logits)
+            if began_ns:
+                self._spans.end("sample", began_ns)
         except MoEUnavailable as error:
             log.warning("a step is void: %s", error, extra=self._about(plan))
             return self._void(plan, FinishReason.UNAVAILABLE, str(error))
@@ -281,6 +297,7 @@ class AttentionShard:
 
     def _publish(self, events: list[TokenEvent]) -> None:
         """One frame per gateway with everything that this step has for it."""
+        began_ns = self._spans.begin()
         shares: dict[str, list[TokenEvent]] = {}
         with self._lock:
             for event in events:
@@ -297,6 +314,8 @@ class AttentionShard:
                 wire.send(Kind.TOKENS, FrameTag(step=self._work.steps), encode_tokens(share), deadline)
             except (PeerGone, WireTimeout) as error:
                 self._loop.drop(wire, PeerGone(str(error)))
+        if began_ns:
+            self._spans.end("publish", began_ns, events=len(events))
 
     def _on_wire(self, wire: Wire) -> None:
         with self._lock:

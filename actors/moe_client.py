@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from actors.messages import Kind, expect_parts, failure_text, tensor_bytes, tensor_from
+from actors.span_log import ROWS_OUT, WAIT, SpanLog
 from actors.transport.base import Buffer, Frame, FrameTag, ProtocolError, TransportError, Wire
 
 _TRACED_LAYERS = 16
@@ -52,6 +53,7 @@ class MoEClient:
         d_model: int,
         step_timeout_s: float,
         moe_layers: Sequence[int],
+        spans: SpanLog | None = None,
     ) -> None:
         self.wire = wire
         self.batches = 0
@@ -64,6 +66,7 @@ class MoEClient:
         self._deadline = 0.0
         self._traced_layers = traced_layers(moe_layers)
         self._trace: list[Buffer] = []
+        self._spans = spans or SpanLog()
 
     def begin_step(self, traceparent: str = "") -> None:
         """A new step: answers that belong to an earlier one are stale from now on.
@@ -84,18 +87,21 @@ class MoEClient:
         """Send ``rows`` [T, D] of ``layer`` to the router. Raises MoEUnavailable."""
         tag = FrameTag(step=self._step, layer=layer)
         trace = self._trace if layer in self._traced_layers else []
+        began_ns = self._spans.begin()
         try:
             self.wire.send(Kind.ROWS, tag, [tensor_bytes(rows.contiguous()), *trace], self._deadline)
         except TransportError as error:
             raise MoEUnavailable(f"router {self.wire.peer}: {type(error).__name__}: {error}") from error
         self.batches += 1
+        if began_ns:
+            self._spans.end(ROWS_OUT, began_ns, layer=layer, micro_batch=tag.micro_batch, rows=rows.shape[0])
         return RowsSent(tag, rows.shape[0])
 
     def finish(self, sent: object) -> Tensor:
         """The combined rows [T, D] for what ``start`` sent; valid until the next call. Raises MoEUnavailable."""
         assert isinstance(sent, RowsSent)
         try:
-            frame = self._wait()
+            frame = self._wait(sent.tag)
             if frame.kind == Kind.FAILED:
                 raise MoEUnavailable(failure_text(frame))
             if frame.kind != Kind.ROWS_DONE or frame.tag != sent.tag:
@@ -108,9 +114,11 @@ class MoEClient:
             raise MoEUnavailable(f"router {self.wire.peer}: {rows.shape[0]} rows came back of {sent.count}")
         return rows
 
-    def _wait(self) -> Frame:
-        began = time.perf_counter()
+    def _wait(self, tag: FrameTag) -> Frame:
+        began, began_ns = time.perf_counter(), self._spans.begin()
         try:
             return self.wire.recv(self._deadline)
         finally:
             self.waited_s += time.perf_counter() - began
+            if began_ns:
+                self._spans.end(WAIT, began_ns, layer=tag.layer, micro_batch=tag.micro_batch)
