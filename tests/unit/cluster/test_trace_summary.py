@@ -30,19 +30,13 @@ def test_times_of_a_layer() -> None:
     """Two layers of one step; of each fleet the slower actor counts."""
     busy = [("compute", 0, 50), ("rows out", 50, 60), ("shared expert", 60, 70), ("wait for experts", 70, 170)]
     later = [("compute", 170, 240), ("rows out", 240, 250), ("wait for experts", 250, 300), ("head", 300, 900)]
+    routed = [("experts", 10, 90), ("combine", 90, 96)]
     trace = pb.TraceResponse(
         actors=[
             actor("attention-0", pb.ROLE_ATTENTION, ("step", 0, 900), ("forward", 0, 900), *busy, *later),
             actor("attention-1", pb.ROLE_ATTENTION, ("compute", 0, 10), ("rows out", 10, 20)),
             actor("attention-2", pb.ROLE_ATTENTION),
-            actor(
-                "router-0",
-                pb.ROLE_ROUTER,
-                ("gate", 0, 10),
-                ("dispatch", 0, 20),
-                ("experts", 10, 90),
-                ("combine", 90, 96),
-            ),
+            actor("router-0", pb.ROLE_ROUTER, ("gate", 0, 10), ("dispatch", 0, 20), *routed),
             actor("expert-0", pb.ROLE_EXPERT, ("compute", 20, 60), ("compute", 120, 180)),
             actor("expert-1", pb.ROLE_EXPERT, ("compute", 20, 30)),
         ]

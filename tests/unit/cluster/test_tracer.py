@@ -45,7 +45,7 @@ class Actor:
     def take_spans(self) -> Recording:
         self.calls.append(("take",))
         self.steps_done.set()
-        return Recording(99, self.clock_name, self.spans, 0)
+        return Recording(99, self.clock_name, list(map(tuple, self.spans)), 0)  # type: ignore[arg-type]
 
 
 class Handle(ActorHandle):
