@@ -57,7 +57,7 @@ class Recording:
 
     @property
     def spans(self) -> list[Span]:
-        """See above."""
+        """As what they are."""
         return [Span(*row) for row in self.rows]
 
 
