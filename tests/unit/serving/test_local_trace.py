@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from grpc_status import rpc_status
 from typer.testing import CliRunner
 
 from cluster.cli.main import app
+from cluster.cli.trace import told, write_whole
 from cluster.config import ServerConfig
 from cluster.controller import Controller
 from tests.local_cluster import crash, running
@@ -112,6 +115,7 @@ def check_batch(
 
     (gate,), (dispatch,), (out,) = ([s for s in named(router, n) if during(s)] for n in ("gate", "dispatch", "experts"))
     assert within(gate, dispatch)
+    assert gate.lane == dispatch.lane
     assert gate.start_ns <= end(gate) <= out.start_ns
     assert out.lane != gate.lane
     assert out.numbers["layer"] == sent.numbers["layer"]
@@ -151,8 +155,38 @@ def test_no_step_no_file(cluster: tuple[Client, Controller], tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_is_full_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    output = tmp_path / "out.json"
+    output.write_text("older")
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(output, "newer")
+    assert output.read_text() == "older"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_what_is_missing_is_told() -> None:
+    steps = [pb.TracedSpan(name="step")] * 3
+    trace = pb.TraceResponse(
+        actors=[
+            pb.TracedActor(name="attention-0", role=pb.ROLE_ATTENTION, pid=1, spans=steps, dropped=1200),
+            pb.TracedActor(name="attention-1", role=pb.ROLE_ATTENTION, pid=2),
+            pb.TracedActor(name="expert-0", role=pb.ROLE_EXPERT),
+        ]
+    )
+    text = "0 to 3 of 5 steps, 3 spans of 2 actors, 1,200 more dropped, no answer from expert-0"
+    assert told(trace, 5) == text
+    del trace.actors[1:]
+    trace.steps, trace.actors[0].dropped = 3, 0
+    assert told(trace, 3) == "3 steps, 3 spans of 1 actors"
+    assert told(trace, 4) == "3 of 4 steps, 3 spans of 1 actors"
+
+
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "complaint"),
     [
         (["--steps", "0"], "--steps: 0; allowed are 1 to 1000"),
         (["--steps", "1001"], "--steps: 1001; allowed are 1 to 1000"),
@@ -161,11 +195,11 @@ def test_no_step_no_file(cluster: tuple[Client, Controller], tmp_path: Path) -> 
         (["-o", "{folder}/a/b.json"], "--output: {folder}/a/b.json: its folder does not exist"),
     ],
 )
-def test_arguments_that_cannot_be(options: list[str], told: str, tmp_path: Path) -> None:
+def test_arguments_that_cannot_be(options: list[str], complaint: str, tmp_path: Path) -> None:
     """Told before anybody is asked: there is no cluster."""
     given = [option.format(folder=tmp_path) for option in options]
     done = CliRunner().invoke(app, ["trace", *given, "--target", "127.0.0.1:1"])
-    assert (done.exit_code, done.stderr) == (1, f"error: {told.format(folder=tmp_path)}\n")
+    assert (done.exit_code, done.stderr) == (1, f"error: {complaint.format(folder=tmp_path)}\n")
 
 
 def test_ctrl_c_stops_the_recording(cluster: tuple[Client, Controller], tmp_path: Path) -> None:
