@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from actors.attention_engine import AttentionEngine, EngineFigures
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
-from actors.engine.scheduler import NeverFits, QueueFull
+from actors.engine.scheduler import NeverFits, QueueFull, SchedulerLimits
 from actors.kv_memory import NoMemory, allocate_cache
 from actors.loop import LoopThread
 from actors.messages import Kind
@@ -123,7 +123,7 @@ class AttentionShard(Recorded):
         cache, blocks = allocate_cache(self._spec, settings, self._limits)
         runner = StepRunner(self._model, cache, MicroBatchTuner(self._limits.micro_batches), settings.torch_device)
         self._engine = AttentionEngine(
-            self.name, self._limits.scheduler_limits, blocks, runner, self._spans, self._tell
+            self.name, _limits(self._limits), blocks, runner, self._spans, self._tell
         )
         wire = self._endpoint.connect(router, time.monotonic() + timeout_s, medium)
         self._moe = MoEClient(
@@ -181,6 +181,7 @@ class AttentionShard(Recorded):
 
     def stop(self) -> None:
         """Close every wire and end the loop thread; gateways see their streams' shard as gone. Idempotent."""
+        self._spans.take()  # whoever waits for steps waits in vain
         self._endpoint.close()
         self._loop.stop()
 
@@ -253,3 +254,15 @@ class AttentionShard(Recorded):
 
     def _count(self, read: int) -> None:
         self._loaded_bytes += read
+
+
+def _limits(engine: EngineSettings) -> SchedulerLimits:
+    return SchedulerLimits(
+        engine.context_length,
+        engine.max_running,
+        engine.token_budget,
+        engine.max_waiting,
+        prefix_cache=engine.prefix_cache,
+        max_gap=engine.max_gap,
+        batch_patience_s=engine.batch_patience_s,
+    )

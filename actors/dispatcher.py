@@ -37,6 +37,7 @@ from actors.messages import (
 from actors.model.combine import combine_rows
 from actors.routes import NOBODY, ExpertRoutes
 from actors.scratch import ScratchPool
+from actors.span_log import SpanLog
 from actors.transport.base import Buffer, Frame, FrameTag, PeerGone, ProtocolError, Wire, WireTimeout
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ class DispatchHandle:
     ``rows`` [T, D] and ``chosen`` int64[T, K] are kept to send them again; ``weight`` float32 [T, K]; ``out``
     [T * K, D] is filled as results come. ``owed``: by attempt, the shard's name and what it still has to answer.
     ``stranded`` int64[S]: slots that nobody can compute before the next map. ``refused``: shards that answered with
-    an error. ``experts_s``: the longest that a shard computed so far. ``span`` if the batch is traced.
+    an error. ``experts_s``: the longest that a shard computed so far. ``span`` if the batch is traced. ``began_ns``:
+    see ``SpanLog.begin``.
     """
 
     number: int
@@ -69,6 +71,7 @@ class DispatchHandle:
     refused: dict[str, str] = field(default_factory=dict)
     attempts: int = 0
     experts_s: float = 0.0
+    began_ns: int = 0
 
     @property
     def complete(self) -> bool:
@@ -104,6 +107,7 @@ class Dispatcher:
         timeout_s: float,
         drop: Drop,
         on_loss: Callable[[], None] = lambda: None,
+        spans: SpanLog | None = None,
     ) -> None:
         """``last_layer``: the MoE layer with whose micro-batch 0 a step ends. Rows are kept and combined on ``device``.
         ``on_loss`` is called whenever a shard of the map in force is lost."""
@@ -126,6 +130,7 @@ class Dispatcher:
         self._void: dict[Wire, int] = {}  # the latest step of a source that has failed
         self._number = 0
         self._scratch = ScratchPool(dtype, device)
+        self._spans = spans or SpanLog()
 
     def may_switch(self, now: float) -> bool:
         """True at a step boundary of every source, and while some batch waits for just that: another map."""
@@ -159,7 +164,7 @@ class Dispatcher:
             if span is not None:
                 span.over(self.routes.epoch if self.routes else 0, DispatchSpan.ABANDONED)
             return
-        now = time.monotonic()
+        now, began_ns = time.monotonic(), self._spans.begin()
         self._forget_before(source, tag.step)
         self._mid_step[source] = now + self._timeout_s
         if tag.layer == self._last_layer and tag.micro_batch == 0:
@@ -178,6 +183,7 @@ class Dispatcher:
             now,
             now + self._timeout_s,
             span,
+            began_ns=began_ns,
         )
         self._pending[handle.number] = handle
         self._count(tag.layer, handle.chosen)
@@ -321,7 +327,9 @@ class Dispatcher:
     def _finish_if_complete(self, handle: DispatchHandle) -> None:
         if not handle.complete or handle.number not in self._pending:
             return
-        gathered = time.monotonic()
+        gathered, gathered_ns = time.monotonic(), self._spans.begin()
+        if handle.began_ns:
+            self._note_experts(handle)
         combined = tensor_bytes(self.combine(handle))
         over = time.monotonic()
         self.longest_wait_s = max(self.longest_wait_s, gathered - handle.began)
@@ -331,9 +339,23 @@ class Dispatcher:
             done.dispatch_s + gathered - handle.began,
             done.combine_s + over - gathered,
         )
+        if gathered_ns:
+            self._spans.end("combine", gathered_ns, layer=handle.tag.layer, micro_batch=handle.tag.micro_batch)
         self._release(handle)
         times = encode_times(BatchTimes(handle.experts_s, over - handle.began))
         self._answer(handle.source, Kind.ROWS_DONE, handle.tag, [combined, times], handle.deadline)
+
+    def _note_experts(self, handle: DispatchHandle) -> None:
+        """Batches overlap, but for those of one source and micro-batch: each of these has a lane."""
+        self._spans.end(
+            "experts",
+            handle.began_ns,
+            f"{handle.source.peer}, micro-batch {handle.tag.micro_batch}",
+            layer=handle.tag.layer,
+            micro_batch=handle.tag.micro_batch,
+            rows=handle.rows.shape[0],
+            batch=handle.number,
+        )
 
     def _give_up(self, handle: DispatchHandle, reason: str) -> None:
         """The batch cannot be completed: its attention shard is told, late answers will be ignored."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from actors.batch_spans import BatchSpan
@@ -27,6 +28,7 @@ from actors.model.heap import trim
 from actors.model.parallel import READERS
 from actors.model.weights import Checkpoint
 from actors.settings import ModelSettings
+from actors.span_log import Recorded, SpanLog
 from actors.stats import WireTraffic, traffic
 from actors.stopwatch import Stopwatch
 from actors.trace_context import Trace
@@ -58,7 +60,7 @@ class ExpertStats:
     wires: tuple[WireTraffic, ...]
 
 
-class ExpertShard:
+class ExpertShard(Recorded):
     """One expert shard. After ``listen`` it serves every wire that connects, until ``stop``, with what ``load`` and
     ``keep`` have given it: both may be called while it serves. Over NCCL a wire is served from ``join`` on."""
 
@@ -74,6 +76,7 @@ class ExpertShard:
         self._loaded_bytes = 0
         self._rows = self._pairs = 0
         self._busy = Stopwatch(model.torch_device)
+        self._spans = SpanLog()
         self._loop = LoopThread(name, self._on_frame, self._on_gone, threads=model.thread_count)
         self._lobby = Lobby()
         self._groups = Groups(name, model.torch_device, model.step_timeout_s)
@@ -171,6 +174,7 @@ class ExpertShard:
 
     def _on_frame(self, wire: Wire, frame: Frame) -> None:
         deadline = time.monotonic() + self._model.step_timeout_s
+        began_ns, before = self._spans.begin(), self._rows
         try:
             out = self._compute(frame)
         except Exception as error:  # whatever a request brings, it ends that request alone
@@ -180,7 +184,25 @@ class ExpertShard:
             wire.send(Kind.FAILED, frame.tag, told, deadline)
             return
         took = encode_seconds(self._busy.last_s)
+        if began_ns:
+            self._note_batch(began_ns, frame.tag, self._rows - before, out.shape[0])
         wire.send(Kind.RESULTS, frame.tag, [tensor_part(out, wire), took], deadline)
+
+    def _note_batch(self, began_ns: int, tag: FrameTag, rows: int, pairs: int) -> None:
+        """A recorded batch is waited for: a GPU may just have been told to compute it."""
+        device = self._model.torch_device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        self._spans.end(
+            "compute",
+            began_ns,
+            layer=tag.layer,
+            micro_batch=tag.micro_batch,
+            rows=rows,
+            pairs=pairs,
+            epoch=tag.epoch,
+            batch=tag.step,
+        )
 
     def _compute(self, frame: Frame) -> Tensor:
         """Unweighted outputs [P, D] of a DISPATCH frame."""

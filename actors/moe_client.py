@@ -11,6 +11,7 @@ from torch import Tensor
 
 from actors.messages import Kind, expect_parts, failure_text, tensor_bytes, tensor_from, times_from
 from actors.scratch import ScratchPool
+from actors.span_log import ROWS_OUT, WAIT, SpanLog
 from actors.transport.base import Buffer, Frame, FrameTag, ProtocolError, TransportError, Wire
 
 _TRACED_LAYERS = 16
@@ -61,6 +62,7 @@ class MoEClient:
         d_model: int,
         step_timeout_s: float,
         moe_layers: Sequence[int],
+        spans: SpanLog | None = None,
     ) -> None:
         self.wire = wire
         self.batches = 0
@@ -80,6 +82,7 @@ class MoEClient:
         self._early: dict[FrameTag, Tensor] = {}  # answers that came while another was waited for
         self._lent: Tensor | None = None  # of these, the one that was handed out last
         self._scratch = ScratchPool(dtype, device)
+        self._spans = spans or SpanLog()
 
     def begin_step(self, traceparent: str = "") -> None:
         """A new step: answers that belong to an earlier one are stale from now on.
@@ -103,12 +106,15 @@ class MoEClient:
         numbered. Raises MoEUnavailable."""
         sent = RowsSent(FrameTag(0, self._step, micro_batch, layer), rows.shape[0], time.perf_counter())
         trace = self._trace if layer in self._traced_layers else []
+        began_ns = self._spans.begin()
         try:
             self.wire.send(Kind.ROWS, sent.tag, [tensor_bytes(rows.contiguous()), *trace], self._deadline)
         except TransportError as error:
             raise self._unavailable(error) from error
         self._sent[sent.tag] = sent
         self.batches += 1
+        if began_ns:
+            self._spans.end(ROWS_OUT, began_ns, layer=layer, micro_batch=micro_batch, rows=rows.shape[0])
         return sent
 
     def finish(self, sent: object) -> Tensor:
@@ -117,7 +123,7 @@ class MoEClient:
         self._take_back()
         while sent.tag not in self._early:
             try:
-                came, rows = self._receive()
+                came, rows = self._receive(sent.tag)
             except TransportError as error:
                 raise self._unavailable(error) from error
             if came is sent:
@@ -127,10 +133,11 @@ class MoEClient:
         self._lent = self._early.pop(sent.tag)
         return self._lent
 
-    def _receive(self) -> tuple[RowsSent, Tensor]:
-        """The next answer, to whatever was sent. Raises MoEUnavailable for a failure that is told."""
+    def _receive(self, wanted: FrameTag) -> tuple[RowsSent, Tensor]:
+        """The next answer, to whatever was sent, while ``wanted`` is waited for. Raises MoEUnavailable for a failure
+        that is told."""
         was_here = self.wire.ready() or self._used_wait()
-        frame = self._wait()
+        frame = self._wait(wanted)
         if frame.kind == Kind.FAILED:
             raise MoEUnavailable(failure_text(frame))
         sent = self._sent.pop(frame.tag, None)
@@ -154,12 +161,14 @@ class MoEClient:
         work()
         return self.wire.ready()
 
-    def _wait(self) -> Frame:
-        began = time.perf_counter()
+    def _wait(self, tag: FrameTag) -> Frame:
+        began, began_ns = time.perf_counter(), self._spans.begin()
         try:
             return self.wire.recv(self._deadline)
         finally:
             self.waited_s += time.perf_counter() - began
+            if began_ns:
+                self._spans.end(WAIT, began_ns, layer=tag.layer, micro_batch=tag.micro_batch)
 
     def _take_back(self) -> None:
         if self._lent is not None:

@@ -28,6 +28,7 @@ from actors.model.gate import Gate
 from actors.model.weights import Checkpoint
 from actors.routes import ExpertRoutes
 from actors.settings import ModelSettings
+from actors.span_log import Recorded, SpanLog
 from actors.stats import WireTraffic, traffic
 from actors.transport.base import (
     Address,
@@ -69,7 +70,7 @@ class RouterStats:
     wires: tuple[WireTraffic, ...]
 
 
-class Router:
+class Router(Recorded):
     """One router. ``load``, then ``prepare`` and ``commit`` a map; attention shards connect to it."""
 
     def __init__(self, name: str, model: ModelSettings, make_endpoint: EndpointFactory) -> None:
@@ -84,6 +85,7 @@ class Router:
         self._committed = threading.Event()
         self._losses = Losses(f"router {name}")
         self._loaded_bytes = 0
+        self._spans = SpanLog()
         self._loop = LoopThread(
             name, self._on_frame, self._on_gone, model.thread_count, self._next_deadline, self._on_tick
         )
@@ -97,6 +99,7 @@ class Router:
             model.step_timeout_s,
             self._loop.drop,
             self._tell_loss,
+            self._spans,
         )
         self._groups = Groups(name, model.torch_device, model.step_timeout_s)
         self._endpoint = make_endpoint(name, self._loop.add)
@@ -285,13 +288,19 @@ class Router:
         assert self._gate is not None  # the loop starts after the weights are read
         (part,), trace = traced_parts(frame, 1)
         began_ns = time.time_ns() if trace else 0
+        came_ns = self._spans.begin()
         rows = tensor_from(part, self._model.torch_dtype, self._spec.d_model, self._model.torch_device)
         if self._data.routes is None:
             self._data.fail(source, frame.tag, f"router {self.name} has no expert map yet")
             return
         chosen, weight = self._gate.route(frame.tag.layer, rows)
         span = None if trace is None else DispatchSpan(self.name, trace, frame.tag.layer, len(rows), began_ns)
+        layer, micro_batch = frame.tag.layer, frame.tag.micro_batch
+        if came_ns:
+            self._spans.end("gate", came_ns, layer=layer, micro_batch=micro_batch, rows=len(rows))
         self._data.dispatch(source, frame.tag, rows, chosen, weight, span)
+        if came_ns:
+            self._spans.end("dispatch", came_ns, layer=layer, micro_batch=micro_batch, rows=len(rows))
 
     def _on_gone(self, wire: Wire, error: PeerGone) -> None:
         self._data.lose_source(wire)

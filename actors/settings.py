@@ -9,7 +9,6 @@ from typing import cast
 
 import torch
 
-from actors.engine.admission import SchedulerLimits
 from actors.quant_kind import QuantKind
 
 
@@ -77,16 +76,3 @@ class EngineSettings:
     max_gap: float = 2.2
     batch_patience_s: float = 60.0
     micro_batches: int = 0
-
-    @property
-    def scheduler_limits(self) -> SchedulerLimits:
-        """Those of the scheduler."""
-        return SchedulerLimits(
-            self.context_length,
-            self.max_running,
-            self.token_budget,
-            self.max_waiting,
-            prefix_cache=self.prefix_cache,
-            max_gap=self.max_gap,
-            batch_patience_s=self.batch_patience_s,
-        )

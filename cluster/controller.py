@@ -39,6 +39,7 @@ from cluster.repairs import Repairs
 from cluster.roster import Member, Roster, Stopping
 from cluster.settings import check_shards
 from cluster.supervisor import Supervisor
+from cluster.tracer import Tracer
 from cluster.view import cluster_view
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class Controller:
         self._operating = threading.Lock()  # operators and the autoscaler, one after the other; taken before _changing
         self._changing = threading.Lock()  # whoever changes a fleet or a map: not while waiting for room or processes
         self._queue = threading.BoundedSemaphore(_MOST_CHANGES)
+        self._tracer = Tracer(self._roster.all, fleet.node_id, config.gateway.max_message)
         self._progress = Progress()
         self._asked: dict[str, Future[int]] = {}
         self._loaded: dict[str, int] = {}
@@ -205,6 +207,14 @@ class Controller:
                 self._deployment.cordoned = cordoned
                 raise
             return pb.DrainResponse(stopped=leaving.names, started=started).SerializeToString()
+
+    def trace(self, steps: int, timeout_s: float, caller: str) -> bytes:
+        """What every actor does in the next steps. Holds no change up. Raises BadOperation, TraceRunning."""
+        return self._tracer.trace(steps, timeout_s, caller).SerializeToString()
+
+    def stop_trace(self, caller: str) -> None:
+        """Nobody waits for the trace of ``caller`` any more."""
+        self._tracer.stop(caller)
 
     # -- the steps of start ---------------------------------------------------------------------------------------
 

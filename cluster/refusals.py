@@ -19,5 +19,9 @@ class ChangeFailed(RuntimeError):
     """A change could not be completed; what was in force stays, and the text says why."""
 
 
+class TraceRunning(RuntimeError):
+    """There is one trace at a time, and it is being recorded."""
+
+
 class Busy(RuntimeError):
     """Too many changes are asked for at a time; nothing was done."""

@@ -13,9 +13,9 @@ from grpc_status import rpc_status
 from cluster.cli.connection import TOKEN_VARIABLE, ClientTls, Connection
 
 
-def open_channel(connection: Connection) -> grpc.Channel:
+def open_channel(connection: Connection, options: Sequence[tuple[str, int]] = ()) -> grpc.Channel:
     """A channel whose calls carry the connection's token. Close it, or use it as a context manager."""
-    options = _options(connection)
+    options = [*options, *_options(connection)]
     if connection.tls is None:
         channel = grpc.insecure_channel(connection.target, options)
     else:

@@ -153,6 +153,22 @@ def watch(connection: Connection) -> int:
 
 
 @app.command()
+@connecting
+def trace(
+    connection: Connection,
+    steps: Annotated[int, typer.Option(metavar="N", help="Of each attention shard, 1 to 1000.")] = 10,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE.json", help="For ui.perfetto.dev; overwritten.")
+    ] = Path("trace.json"),
+    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds to wait for the steps, up to 600.")] = 30.0,
+) -> int:
+    """Record what every actor does in the next steps, as a timeline on one clock."""
+    from cluster.cli.trace import run_trace
+
+    return run_trace(connection, steps, timeout, output)
+
+
+@app.command()
 def inspect(
     model: Annotated[
         str, typer.Argument(help="A checkpoint's folder, a config.json, ORG/NAME[@REVISION] of the hub, or 'default'.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
@@ -10,6 +11,7 @@ import grpc
 from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1 import control_pb2_grpc
 
+from cluster.calls import log_failure
 from cluster.fleet import ActorHandle, ActorUnreachable
 from cluster.gateway.errors import (
     CHANGES_WAITING,
@@ -22,7 +24,7 @@ from cluster.gateway.errors import (
 )
 from cluster.gateway.status import abort
 from cluster.gateway.watch import ClusterWatch
-from cluster.refusals import BadOperation, Busy, ChangeFailed
+from cluster.refusals import BadOperation, Busy, ChangeFailed, TraceRunning
 from cluster.roster import Stopping
 from placement.bundles import NoRoom
 
@@ -77,6 +79,16 @@ class ControlService(control_pb2_grpc.ControlServicer):
         """A shard, or a node, out of service."""
         return pb.DrainResponse.FromString(await self._ask(context, "drain", request.actor, request.node, request.undo))
 
+    async def Trace(self, request: pb.TraceRequest, context: grpc.aio.ServicerContext) -> pb.TraceResponse:
+        """Some steps of every actor. Unlike a change it ends with its caller."""
+        caller = uuid.uuid4().hex
+        try:
+            answer = await self._ask(context, "trace", request.steps, request.timeout_s, caller)
+        except asyncio.CancelledError:
+            self._controller.begin("stop_trace", caller).add_done_callback(log_failure)
+            raise
+        return pb.TraceResponse.FromString(answer)
+
     def close(self) -> None:
         """The gateway ends."""
         self._watch.close()
@@ -100,6 +112,8 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoRetur
             await abort(context, FailedPrecondition(str(error), "NO_ROOM"))
         case ChangeFailed():
             await abort(context, FailedPrecondition(str(error), "CHANGE_FAILED"))
+        case TraceRunning():
+            await abort(context, FailedPrecondition(str(error), "TRACE_RUNNING"))
         case Busy():
             await abort(context, Overloaded(CHANGES_WAITING))
         case Stopping():

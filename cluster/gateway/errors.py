@@ -114,7 +114,7 @@ class Conflict(ServiceError):
 
 class FailedPrecondition(ServiceError):
     """The request is well formed, but the state it relies on is not there. ``reason`` is from a closed set, in
-    UPPER_SNAKE_CASE (``NO_ROOM``, ``CHANGE_FAILED``), or empty."""
+    UPPER_SNAKE_CASE (``NO_ROOM``, ``CHANGE_FAILED``, ``TRACE_RUNNING``), or empty."""
 
     def __init__(self, description: str, reason: str = "") -> None:
         super().__init__(description)

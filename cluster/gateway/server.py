@@ -13,10 +13,12 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+from actors.engine.request import TokenEvent
 from actors.loop import LoopThread
 from actors.losses import Known, Losses
 from actors.messages import Kind
 from actors.model.families import load_spec
+from actors.span_log import Recorded, SpanLog
 from actors.token_frames import decode_tokens
 from actors.transport.base import Address, EndpointFactory, Frame, Medium, PeerGone, ProtocolError, Wire
 from cluster.config import ConfigError
@@ -54,7 +56,7 @@ class GatewayStats:
     replays: int
 
 
-class Gateway:
+class Gateway(Recorded):
     """One gateway. ``load``, ``connect`` to the attention shards, ``serve``; ``stop`` drains first.
 
     While it serves, attention shards come by ``attach`` and go by ``retire``, or when their wire ends.
@@ -66,6 +68,7 @@ class Gateway:
         self._streams = Streams(name, settings.recovery_timeout_s)
         self._wires: dict[str, Wire] = {}
         self._retired: set[str] = set()
+        self._spans = SpanLog()
         self._losses = Losses(f"gateway {name}")
         self._model: ServedModel | None = None
         self._inference: Inference | None = None
@@ -158,6 +161,12 @@ class Gateway:
 
     # -- the event loop -------------------------------------------------------------------------------------------
 
+    def _deliver(self, events: Sequence[TokenEvent]) -> None:
+        began_ns = self._spans.begin()
+        self._streams.deliver(events)
+        if began_ns:
+            self._spans.end("deliver", began_ns, events=len(events))
+
     async def _serve(self) -> Doors:
         assert self._model is not None
         assert self._controller is not None
@@ -221,7 +230,7 @@ class Gateway:
     def _on_frame(self, wire: Wire, frame: Frame) -> None:
         if frame.kind != Kind.TOKENS:
             raise ProtocolError(f"gateway {self.name}: unexpected frame of kind {frame.kind} from {wire.peer}")
-        self._loop.call_soon_threadsafe(self._streams.deliver, decode_tokens(frame))
+        self._loop.call_soon_threadsafe(self._deliver, decode_tokens(frame))
 
     def _on_gone(self, wire: Wire, error: PeerGone) -> None:
         if wire.peer in self._retired:
