@@ -165,25 +165,28 @@ class AttentionShard:
         self._loop.add(wire)
         self._loop.start()
 
-    def submit(self, request: GenerationRequest) -> Refusal | None:
-        """Admit a request, or say why not. From then on its tokens and its end go to ``request.gateway``.
+    def submit(self, requests: tuple[GenerationRequest, ...]) -> Refusal | None:
+        """Admit requests of one gateway, the choices of one client's request, all or none; or say why not. From then on
+        their tokens and their ends go to it.
 
         A gateway that has just connected may be quicker here than its wire, which is waited for a moment.
         """
         if self._moe is None or self._loop.failure is not None:
             return Refusal(Refusal.UNAVAILABLE, "the attention shard has no router", retry_after_s=1.0)
+        gateway = requests[0].gateway
         with self._lock:
-            if not self._gateway_came.wait_for(lambda: request.gateway in self._gateways, _GATEWAY_WAIT_S):
-                return Refusal(Refusal.UNAVAILABLE, f"no wire to gateway {request.gateway}", retry_after_s=1.0)
+            if not self._gateway_came.wait_for(lambda: gateway in self._gateways, _GATEWAY_WAIT_S):
+                return Refusal(Refusal.UNAVAILABLE, f"no wire to gateway {gateway}", retry_after_s=1.0)
             now = Instant.now()
             try:
-                self._scheduler.add(request, now.clock_s)
+                self._scheduler.add_all(requests, now.clock_s)
             except NeverFits as error:
                 return Refusal(Refusal.INVALID, str(error), field=error.field)
             except QueueFull as error:
                 return Refusal(Refusal.FULL, str(error), retry_after_s=error.retry_after_s)
-            self._owner[request.request_id] = request.gateway
-            self._observer.admit(request, now)
+            for request in requests:
+                self._owner[request.request_id] = gateway
+                self._observer.admit(request, now)
         self._loop.wake()
         return None
 

@@ -96,6 +96,20 @@ class Scheduler:
         self._lineup.join(Sequence(request, self._n_arrived, deadline))
         self._n_arrived += 1
 
+    def add_all(self, requests: SequenceOf[GenerationRequest], now: float) -> None:
+        """Admit all of them, in order, or none. Errors: as ``add``."""
+        added: list[str] = []
+        try:
+            for request in requests:
+                self.add(request, now)
+                added.append(request.request_id)
+        except AdmissionError:
+            for request_id in added:
+                sequence = self._lineup.get(request_id)
+                assert sequence is not None
+                self._lineup.remove(sequence)
+            raise
+
     def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED, message: str = "") -> bool:
         """End a request now, between any two calls; False when there is none of this id.
 

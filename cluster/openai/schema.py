@@ -22,7 +22,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from cluster.gateway.validation import MAX_MESSAGES, MAX_STOPS
+from cluster.gateway.sampling import MAX_IDS
+from cluster.gateway.stopping import MAX_STOPS
+from cluster.gateway.validation import MAX_MESSAGES
 
 UINT32 = 2**32 - 1
 MAX_FIELDS = 128

@@ -59,7 +59,7 @@ class Gateway:
             for index in range(count):
                 self.now += step_s
                 first = {"queue_s": 0.125, "prefill_s": 0.25} if index == 0 else {}
-                observed.arrived(TokenEvent("", index, 7, **first))
+                observed.arrived(TokenEvent("", index, 7, **first), 0)
             usage = pb.Usage(prompt_tokens=3, completion_tokens=count)
             finished = pb.Finished(reason=pb.FINISH_REASON_LENGTH, stop=MARKER, usage=usage)
             observed.sent(pb.GenerateResponse(finished=finished, text=MARKER))
@@ -68,7 +68,7 @@ class Gateway:
         """One that ends with an error after its first token."""
         with observed:
             observed.validated(valid())
-            observed.arrived(TokenEvent("", 0, 7))
+            observed.arrived(TokenEvent("", 0, 7), 0)
             raise error
 
     @property
