@@ -15,8 +15,8 @@ from cluster.gateway.validation import ValidRequest
 class Answers:
     """An ``Answer`` for each choice. Pure: events in, messages out.
 
-    ``started`` comes once and first, with choice 0's first token, which alone knows the prompt's log-probabilities; what
-    others bring before that is held back. An error of one choice is the whole request's.
+    ``started`` comes once and first, with choice 0's first token, which alone knows the prompt's log-probabilities;
+    what others bring before that is held back. An error of one choice is the whole request's.
     """
 
     def __init__(self, request: ValidRequest, model: ServedModel) -> None:

@@ -1,4 +1,4 @@
-"""What several fields of a request are checked for. All raise InvalidRequest with the field, the value, what is allowed."""
+"""What several fields of a request are checked for. Each raises InvalidRequest."""
 
 from __future__ import annotations
 

@@ -16,9 +16,7 @@ class StreamGroup:
     Each goes its own way: has its own engine request, log and replays. They are admitted, aborted and closed together.
     """
 
-    def __init__(
-        self, caller: Caller, request: ValidRequest, deadline: float, recovery_s: float, watch: Watch
-    ) -> None:
+    def __init__(self, caller: Caller, request: ValidRequest, deadline: float, recovery_s: float, watch: Watch) -> None:
         self.client = (caller.tenant, request.request_id)
         self.request = request
         self.streams = tuple(

@@ -12,8 +12,8 @@ from expertmesh.v1 import inference_pb2 as pb
 from cluster.gateway.answers import Answers
 from cluster.gateway.arrivals import Arrivals
 from cluster.gateway.call import Call
-from cluster.gateway.served_model import ServedModel
 from cluster.gateway.group import StreamGroup
+from cluster.gateway.served_model import ServedModel
 from cluster.gateway.stream import Watch
 from cluster.gateway.streams import Streams
 from cluster.gateway.validation import is_request_id, random_request_id, validate

@@ -39,10 +39,7 @@ def sampling_params(
     Lists of ids are in rising order without duplicates, so that equal requests are equal. Raises InvalidRequest.
     """
     sent = request.sampling
-    single: dict[str, Any] = {
-        name: getattr(sent if sent.HasField(name) else defaults, name)
-        for name in _SINGLE
-    }
+    single: dict[str, Any] = {name: getattr(sent if sent.HasField(name) else defaults, name) for name in _SINGLE}
     _check_single(**single)
     check_ids("sampling.allowed_token_ids", sent.allowed_token_ids, vocab_size, MAX_IDS)
     check_ids("sampling.banned_token_ids", sent.banned_token_ids, vocab_size, MAX_IDS)

@@ -1,4 +1,4 @@
-"""One open stream: one answer to a request, the log of its tokens, and the run on an attention shard that continues it."""
+"""One open stream: an answer to a request, the log of its tokens, and the run on an attention shard that goes on."""
 
 from __future__ import annotations
 

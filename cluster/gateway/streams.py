@@ -4,7 +4,8 @@ goes on elsewhere when its shard is lost. A request has a stream for each of its
 A stream that was admitted is never refused afterwards. When its shard's wire ends, when the shard ends it with
 UNAVAILABLE, or when the shard retires, the stream is *adrift*; the call that waits for its tokens then submits it
 anew: prompt and tokens so far, under a fresh engine id. Draws are keyed by seed, choice and index, so the tokens that
-follow are those that would have followed. No task works for a stream but its own call's: nothing is left when that ends.
+follow are those that would have followed. No task works for a stream but its own call's: nothing is left when that
+ends.
 """
 
 from __future__ import annotations
@@ -288,9 +289,7 @@ class Streams:
             return None
         return self._answered(runs, answer)
 
-    def _begin(
-        self, stream: Stream, engine_id: str, peer: AttentionPeer, admission: Future[Refusal | None]
-    ) -> Run:
+    def _begin(self, stream: Stream, engine_id: str, peer: AttentionPeer, admission: Future[Refusal | None]) -> Run:
         """From now on the shard's events under this id are the stream's."""
         run = Run(engine_id, stream, peer, admission, asyncio.get_running_loop().create_future())
         stream.run, stream.runs = run, stream.runs + 1

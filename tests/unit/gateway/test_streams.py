@@ -670,7 +670,9 @@ def test_a_stream_that_goes_on_elsewhere_is_logged_with_its_request(caplog: pyte
     @in_virtual_time
     async def whole(place: Place) -> None:
         a, _ = await place.shard("a"), await place.shard("b")
-        stream = await place.streams.open(request("r-7"), None, EVERYBODY, Watch(TRACEPARENT, lambda event, choice: None))
+        stream = await place.streams.open(
+            request("r-7"), None, EVERYBODY, Watch(TRACEPARENT, lambda event, choice: None)
+        )
         a.send(a.jobs[0].request_id, 0, finish=DOWN, message="void")
         place.streams.close(stream)
 
