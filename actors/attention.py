@@ -122,9 +122,7 @@ class AttentionShard(Recorded):
         settings = self._settings
         cache, blocks = allocate_cache(self._spec, settings, self._limits)
         runner = StepRunner(self._model, cache, MicroBatchTuner(self._limits.micro_batches), settings.torch_device)
-        self._engine = AttentionEngine(
-            self.name, _limits(self._limits), blocks, runner, self._spans, self._tell
-        )
+        self._engine = AttentionEngine(self.name, _limits(self._limits), blocks, runner, self._spans, self._tell)
         wire = self._endpoint.connect(router, time.monotonic() + timeout_s, medium)
         self._moe = MoEClient(
             wire,

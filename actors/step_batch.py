@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from actors.engine.plan import Chunk, StepPlan
+from actors.engine.plan import Chunk
 from actors.engine.sampling import sample
 from actors.model.batch import Segment, StepBatch
 
@@ -79,6 +79,6 @@ def step_batch(chunks: Sequence[Chunk], device: torch.device) -> StepBatch:
     )
 
 
-def sample_plan(plan: StepPlan, logits: Tensor) -> list[int | None]:
-    """One token per chunk that samples, from ``logits`` [S, V]; None where a row's logits are not finite."""
-    return sample(logits, [c.draw for c in plan.chunks if c.draw])
+def sample_chunks(chunks: Sequence[Chunk], logits: Tensor) -> list[int | None]:
+    """One token per chunk that draws, from ``logits`` [S, V]; None where a row's logits are not finite."""
+    return sample(logits, [c.draw for c in chunks if c.draw])

@@ -21,33 +21,48 @@ from cluster.batch.seeds import row_seed
 from cluster.batch.tally import Tally
 from cluster.gateway.errors import InvalidRequest
 from cluster.openai.errors import HttpError, from_rpc_error, http_error
+from cluster.openai.logprobs import spelled_as_id
 from cluster.openai.requests import Parsed, parse_request
 from cluster.openai.responses import Answer
 
 
 class _Attempts:
-    """One row on its way; its answer grows over all attempts as if a single one gave it."""
+    """One row on its way; its answer grows over all attempts as if a single one gave it.
+
+    Only one answer can be resumed: several are made anew in each attempt, and what earlier ones gave is forgotten.
+    """
 
     def __init__(self, parsed: Parsed) -> None:
         self.parsed = parsed
-        self.answer = Answer(parsed, int(time.time()))
-        self.finished: pb.Finished | None = None
         self.failed = 0
         self.backoff = Backoff()
+        self._created = int(time.time())
+        self._resumes = parsed.message.n <= 1
+        self._answer = self._new_answer()
+
+    def begin(self) -> None:
+        """Another attempt."""
+        if not self._resumes:
+            self._answer = self._new_answer()
 
     def take(self, message: pb.GenerateResponse) -> None:
         """One more message. What was taken is not asked for again, and a row that gets on is not a failing one."""
-        if message.token_ids:
-            self.failed, self.backoff = 0, Backoff()
-        self.answer.push(message)
-        self.parsed.message.next_index = message.next_index
-        if message.HasField("finished"):
-            self.finished = message.finished
+        self._answer.push(message)
+        if self._resumes:
+            self.parsed.message.next_index = message.next_index
+            if message.token_ids:
+                self.failed, self.backoff = 0, Backoff()
 
-    def result(self, finished: pb.Finished) -> Result:
-        """The complete answer."""
-        usage = finished.usage
-        return Result((200, self.answer.body()), None, usage.prompt_tokens, usage.completion_tokens)
+    def result(self) -> Result | None:
+        """The complete answer, None while it is not."""
+        if not self._answer.finished:
+            return None
+        usage = self._answer.usage
+        return Result((200, self._answer.body()), None, usage.prompt_tokens, usage.completion_tokens)
+
+    def _new_answer(self) -> Answer:
+        # token ids for their texts: the tokenizer is at the gateway
+        return Answer(self.parsed, self._created, spelled_as_id)
 
 
 class Sender:
@@ -89,7 +104,7 @@ class Sender:
             opening = await self._door.enter()
             self._patience.calm()
             try:
-                return attempts.result(await self._stream(attempts))
+                return await self._stream(attempts)
             except grpc.RpcError as error:
                 told = from_rpc_error(error, attempts.parsed)
                 result = self._weigh(error, told, attempts, opening)
@@ -103,12 +118,15 @@ class Sender:
         if parsed.stream:
             raise InvalidRequest("stream", "is true; allowed in a batch is false: its answers are whole")
         parsed.message.request_id = self.request_id(row)
+        if parsed.message.priority == pb.PRIORITY_UNSPECIFIED:
+            parsed.message.priority = pb.PRIORITY_BATCH
         if not parsed.message.sampling.HasField("seed"):
             parsed.message.sampling.seed = row_seed(self._manifest.seed, row.custom_id)
         return parsed
 
-    async def _stream(self, attempts: _Attempts) -> pb.Finished:
+    async def _stream(self, attempts: _Attempts) -> Result:
         """One attempt, from the first token that is missing. Raises grpc.RpcError and BatchError."""
+        attempts.begin()
         async with aclosing(self._gateway.generate(attempts.parsed.message)) as messages:
             async for message in messages:
                 self._check_model(message)
@@ -116,9 +134,10 @@ class Sender:
                 if message.token_ids or message.HasField("finished"):
                     self._patience.progress()
                 self._tally.streamed += len(message.token_ids)
-        if attempts.finished is None:
+        result = attempts.result()
+        if result is None:
             raise BatchError("the gateway ended a stream without its last message; is it of another version?")
-        return attempts.finished
+        return result
 
     def _check_model(self, message: pb.GenerateResponse) -> None:
         """The probe asks only when the gateway was away; another one may have come without being missed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from cluster.cli.connection import Connection
-from cluster.cli.generate import Sampling, run_generate
+from cluster.cli.generate import run_generate
 from cluster.cli.serve import Stopped, StopSignals, expected_errors, ready_cluster, weight_bytes
 from cluster.cli.status import run_status
 from cluster.cli.terminal import complain
@@ -22,7 +22,7 @@ def run_demo(text: str) -> int:
             connection = Connection(doors.grpc)
             signals.interrupting = True
             print(f"\n> {text}", flush=True)
-            status = run_generate(text, connection, True, None, Sampling(None, None, None, None), [])
+            status = run_generate(text, connection)
             print()
             status |= run_status(connection)  # after the answer: the rows and bytes that it took are in it
             signals.interrupting = False

@@ -1,8 +1,9 @@
-"""``expertmesh generate``: one answer, streamed to the terminal."""
+"""``expertmesh generate``: one answer, streamed to the terminal, or several, one after the other."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import grpc
@@ -16,28 +17,50 @@ from cluster.cli.terminal import complain
 
 @dataclass(frozen=True)
 class Sampling:
-    """Only what was given on the command line is sent."""
+    """As the API's ``SamplingParameters``; only what was given on the command line is sent."""
 
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    seed: int | None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """As the API's ``StoppingParameters``."""
+
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: Sequence[str] = ()
+
+
+NEUTRAL, UNLIMITED = Sampling(), Stopping()
 
 
 def run_generate(
-    text: str, connection: Connection, chat: bool, max_tokens: int | None, sampling: Sampling, stop: list[str]
+    text: str,
+    connection: Connection,
+    chat: bool = True,
+    sampling: Sampling = NEUTRAL,
+    stopping: Stopping = UNLIMITED,
+    n: int | None = None,
+    priority: str | None = None,
 ) -> int:
-    """Stream the answer to stdout; the exit status."""
+    """Stream the answer to stdout, several of them when all are there; the exit status. ``priority``: interactive or
+    batch."""
     try:
-        request = _request(text, chat, max_tokens, sampling, stop)
+        request = _request(text, chat, sampling, stopping)
+        request.MergeFrom(pb.GenerateRequest(n=n, priority=priority and f"PRIORITY_{priority.upper()}"))
     except (ValueError, OverflowError, TypeError) as error:
         return complain(str(error))
     with open_channel(connection) as channel:
         call = InferenceStub(channel).Generate(request)
         try:
-            for message in call:
-                sys.stdout.write(message.text)
-                sys.stdout.flush()
+            _show(call, request.n)
         except grpc.RpcError as error:
             _end_line()
             return complain(explain(error, connection))
@@ -49,11 +72,22 @@ def run_generate(
     return 0
 
 
-def _request(text: str, chat: bool, max_tokens: int | None, sampling: Sampling, stop: list[str]) -> pb.GenerateRequest:
-    given = {name: value for name, value in asdict(sampling).items() if value is not None}
+def _show(messages: Iterable[pb.GenerateResponse], n: int) -> None:
+    """One answer as it comes; several, which come at the same time, under their numbers in the end."""
+    texts: dict[int, str] = {}
+    for message in messages:
+        if n > 1:
+            texts[message.choice] = texts.get(message.choice, "") + message.text
+        else:
+            sys.stdout.write(message.text)
+            sys.stdout.flush()
+    sys.stdout.write("\n".join(f"[{choice + 1}]\n{text}" for choice, text in sorted(texts.items())))
+
+
+def _request(text: str, chat: bool, sampling: Sampling, stopping: Stopping) -> pb.GenerateRequest:
     request = pb.GenerateRequest(
-        sampling=pb.SamplingParameters(**given),
-        stopping=pb.StoppingParameters(stop=stop, max_tokens=max_tokens),
+        sampling=pb.SamplingParameters(**asdict(sampling)),
+        stopping=pb.StoppingParameters(**asdict(stopping)),
     )
     if chat:
         request.messages.messages.add(role="user", content=text)

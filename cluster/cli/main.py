@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from cluster.cli.connection import Connection, connecting
+
+_UINT32 = 2**32 - 1
 
 app = typer.Typer(
     name="expertmesh",
@@ -50,18 +52,41 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="Render the chat template, or take the text as it is.")
     ] = True,
-    max_tokens: Annotated[int | None, typer.Option(help="At most this many tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, max=_UINT32, help="At most this many tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; unset: the model's default.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling; unset: the model's default.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens; 0: all.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes a sampled answer repeatable.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, max=_UINT32, help="Only the k most likely tokens; 0: all.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Leaves out tokens less likely than so much of the most likely one; 0 to 1.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Makes a sampled answer repeatable.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: fewer tokens of prompt and answer again; up to 2.")
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Above 0: fewer tokens of the answer again; -2 to 2.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="The same for each time that a token is there; -2 to 2.")
+    ] = None,
+    min_tokens: Annotated[int | None, typer.Option(min=0, max=_UINT32, help="At least this many tokens.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, max=16, help="So many answers, shown when all are there.")
+    ] = None,
+    priority: Annotated[
+        Literal["interactive", "batch"] | None, typer.Option(help="batch: after all interactive requests.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
 ) -> int:
-    """Stream one answer to the terminal."""
-    from cluster.cli.generate import Sampling, run_generate
+    """Stream one answer to the terminal, or show several."""
+    from cluster.cli.generate import Sampling, Stopping, run_generate
 
-    sampling = Sampling(temperature, top_p, top_k, seed)
-    return run_generate(text, connection, chat, max_tokens, sampling, stop or [])
+    penalties = (repetition_penalty, presence_penalty, frequency_penalty)
+    sampling = Sampling(temperature, top_p, top_k, seed, min_p, *penalties)
+    stopping = Stopping(max_tokens, min_tokens, stop or ())
+    return run_generate(text, connection, chat, sampling, stopping, n, priority)
 
 
 @batch.command("run")

@@ -1,4 +1,4 @@
-"""From one stream's token events to the messages that the client gets."""
+"""From one stream's token events to the messages of one choice that the client gets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from expertmesh.v1 import inference_pb2 as pb
 
-from actors.engine.request import FinishReason, TokenEvent
+from actors.engine.request import FinishReason, TokenEvent, TokenLogprobs
 from cluster.gateway.detokenize import IncrementalDetokenizer
 from cluster.gateway.errors import SHARDS_DOWN, Cancelled, DeadlineExceeded, Internal, ServiceError, Unavailable
 from cluster.gateway.served_model import ServedModel
@@ -21,32 +21,36 @@ _REASONS = {
 
 
 class Answer:
-    """The client's view of one request. Pure: events in, messages out.
+    """The client's view of one choice. Pure: events in, messages out. Choice 0 says that the request has started.
 
     Text is a function of the tokens alone, never of how they were grouped into messages; so a stream that is resumed
-    at ``next_index`` goes on with exactly the text that was not yet sent.
+    at ``next_index`` goes on with exactly the text that was not yet sent. ``started`` is the same each time it is sent,
+    the log-probabilities of the prompt included.
     """
 
-    def __init__(self, request: ValidRequest, model: ServedModel) -> None:
+    def __init__(self, request: ValidRequest, model: ServedModel, choice: int = 0) -> None:
         self._request = request
         self._model = model
+        self._choice = choice
         self._detokenizer = IncrementalDetokenizer(model.tokenizer, request.prompt_ids)
         self._stops = StopMatcher(request.stops)
         self._generated = 0
-        self._started = False
+        self._first: TokenEvent | None = None
+        self.started = choice > 0
         self.finished = False
 
     def push(self, events: Sequence[TokenEvent]) -> list[pb.GenerateResponse]:
         """Messages for what the events bring. Raises the ServiceError with which the call must end."""
         messages: list[pb.GenerateResponse] = []
-        tokens: list[int] = []
+        tokens: list[TokenEvent] = []
         texts: list[str] = []
         for event in events:
             stop = None
             if event.token is not None:
+                self._first = self._first or event
                 text, stop = self._take(event.token)
                 if self._generated > self._request.next_index:
-                    tokens.append(event.token)
+                    tokens.append(event)
                     texts.append(text)
             if stop is not None or event.finish is not None:
                 if stop is None:
@@ -69,23 +73,31 @@ class Answer:
         return (text, stop) if stop is not None else (text + self._stops.flush(), None)
 
     def _check(self, event: TokenEvent) -> None:
-        error = _failure(event)
+        error = failure_of(event)
         if error is not None:
             raise error
 
-    def _tokens(self, tokens: list[int], text: str) -> list[pb.GenerateResponse]:
-        if not tokens and not text:
+    def _tokens(self, events: list[TokenEvent], text: str) -> list[pb.GenerateResponse]:
+        if not events and not text:
             return []
-        return [*self._start(), self._message(token_ids=tokens, text=text)]
+        ids = [event.token for event in events]
+        logprobs = [
+            _logprobs(event.token, event.logprobs)
+            for event in events
+            if event.token is not None and event.logprobs is not None
+        ]
+        return [*self._start(), self._message(token_ids=ids, logprobs=logprobs, text=text)]
 
     def _start(self) -> list[pb.GenerateResponse]:
-        if self._started:
+        if self.started:
             return []
-        self._started = True
+        self.started = True
         started = pb.Started(
             model=self._model.name,
             prompt_tokens=len(self._request.prompt_ids),
             seed=self._request.sampling.seed,
+            cached_tokens=self._cached,
+            prompt_logprobs=self._prompt_logprobs(),
         )
         return [
             pb.GenerateResponse(
@@ -93,17 +105,42 @@ class Answer:
             )
         ]
 
+    def _prompt_logprobs(self) -> list[pb.TokenLogprobs]:
+        told = self._first.prompt_logprobs if self._first is not None else None
+        return [
+            _logprobs(token, logprobs)
+            for token, logprobs in zip(self._request.prompt_ids, told or (), strict=told is not None)
+            if logprobs is not None
+        ]
+
     def _end(self, reason: FinishReason | None, stop: str) -> pb.GenerateResponse:
         assert reason is not None
         self.finished = True
-        usage = pb.Usage(prompt_tokens=len(self._request.prompt_ids), completion_tokens=self._generated)
+        usage = pb.Usage(
+            prompt_tokens=len(self._request.prompt_ids),
+            completion_tokens=self._generated,
+            cached_tokens=self._cached,
+        )
         return self._message(finished=pb.Finished(reason=_REASONS[reason], stop=stop, usage=usage))
 
+    @property
+    def _cached(self) -> int:
+        """Of the prompt's tokens: what the run with the first token found when it began."""
+        return self._first.cached if self._first is not None else 0
+
     def _message(self, **parts: Any) -> pb.GenerateResponse:
-        return pb.GenerateResponse(request_id=self._request.request_id, next_index=self._generated, **parts)
+        return pb.GenerateResponse(
+            request_id=self._request.request_id, next_index=self._generated, choice=self._choice, **parts
+        )
 
 
-def _failure(event: TokenEvent) -> ServiceError | None:
+def _logprobs(token: int, told: TokenLogprobs) -> pb.TokenLogprobs:
+    top = [pb.TokenLogprob(token_id=other, logprob=logprob) for other, logprob in told.top]
+    return pb.TokenLogprobs(token_id=token, logprob=told.logprob, rank=told.rank, top=top)
+
+
+def failure_of(event: TokenEvent) -> ServiceError | None:
+    """The error that ends the call, if the event tells one."""
     match event.finish:
         case FinishReason.CANCELLED:
             return Cancelled()

@@ -54,6 +54,17 @@ class IncrementalDetokenizer:
         return text
 
 
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes | None:
+    """The bytes of one token that are the same whatever its neighbours are; None where those matter, or it has none."""
+    piece = tokenizer.piece(token_id)
+    if piece is None:
+        return None
+    if tokenizer.byte_level:
+        return _piece_bytes(piece)
+    byte = _BYTE_TOKEN.fullmatch(piece) if tokenizer.byte_fallback else None
+    return None if byte is None else bytes.fromhex(byte[1])
+
+
 class _ByteStream:
     """Byte-level BPE: a token is bytes, whatever its neighbours are."""
 

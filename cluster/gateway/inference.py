@@ -9,10 +9,12 @@ from functools import partial
 
 from expertmesh.v1 import inference_pb2 as pb
 
-from cluster.gateway.answer import Answer
+from cluster.gateway.answers import Answers
+from cluster.gateway.arrivals import Arrivals
 from cluster.gateway.call import Call
+from cluster.gateway.group import StreamGroup
 from cluster.gateway.served_model import ServedModel
-from cluster.gateway.stream import Stream, Watch
+from cluster.gateway.stream import Watch
 from cluster.gateway.streams import Streams
 from cluster.gateway.validation import is_request_id, random_request_id, validate
 from cluster.telemetry.request import RequestObserver
@@ -28,7 +30,7 @@ class Inference:
         self.requests = 0
 
     async def generate(self, request: pb.GenerateRequest, call: Call) -> AsyncGenerator[pb.GenerateResponse]:
-        """Validate, admit, and stream until the answer is finished. Whatever ends the call, also a caller that closes
+        """Validate, admit, and stream until all answers are finished. Whatever ends the call, also a caller that closes
         the iterator or is cancelled, frees the request.
 
         Raises the ServiceError with which the call has to end.
@@ -36,11 +38,10 @@ class Inference:
         self.requests += 1
         now = asyncio.get_running_loop().time
         deadline = math.inf if call.timeout_s is None else now() + call.timeout_s
-        tenant = call.caller.tenant
         # known before it is found valid, so that the record of a refusal has it as well
         request_id = request.request_id if is_request_id(request.request_id) else random_request_id()
         check = partial(validate, draw_request_id=lambda: request_id, cut_max_tokens=call.default_max_tokens)
-        stream: Stream | None = None
+        group: StreamGroup | None = None
         with self._observer.begin(request, request_id, call) as observed:
             try:
                 # rendering and tokenising a long prompt takes time: not in the loop that serves every other stream
@@ -48,12 +49,17 @@ class Inference:
                 observed.validated(valid)
                 watch = Watch(observed.traceparent, observed.arrived)
                 left = None if call.timeout_s is None else deadline - now()
-                stream = await self.streams.open(valid, left, tenant, watch)
-                answer = Answer(valid, self.model)
-                while not answer.finished:
-                    for message in answer.push(await self.streams.next_events(stream)):
-                        observed.sent(message)
-                        yield message
+                group = await self.streams.open(valid, left, call.caller, watch)
+                answers = Answers(valid, self.model)
+                async with Arrivals(self.streams, group) as arrivals:
+                    while not answers.finished:
+                        messages = answers.push(*await arrivals.next())
+                        for message in messages:
+                            if message.HasField("finished"):
+                                arrivals.stop(message.choice)
+                        for message in messages:
+                            observed.sent(message)
+                            yield message
             finally:
-                if stream is not None:
-                    self.streams.close(stream)
+                if group is not None:
+                    self.streams.close(group)

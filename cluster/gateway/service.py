@@ -24,7 +24,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
-        """The messages of one answer, or the status with which the call ends."""
+        """The messages of its answers, or the status with which the call ends."""
         metadata = {key: value for key, value in context.invocation_metadata() or () if key in TRACE_HEADERS}
         call = Call("grpc", operation_of(request), caller(), context.time_remaining(), metadata)
         try:
@@ -53,14 +53,20 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             chat=model.chat is not None,
             stop_token_ids=sorted(model.stop_ids),
             default_sampling=pb.SamplingParameters(
-                temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty,
+                presence_penalty=sampling.presence_penalty,
+                frequency_penalty=sampling.frequency_penalty,
             ),
         )
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         """End a running request of the caller's tenant by the client's id."""
         streams = self._inference.streams
-        stream = streams.find(request.request_id, caller().tenant)
-        if stream is not None:
-            streams.abort(stream)
-        return pb.AbortResponse(aborted=stream is not None)
+        group = streams.find(request.request_id, caller().tenant)
+        if group is not None:
+            streams.abort(group)
+        return pb.AbortResponse(aborted=group is not None)

@@ -1,4 +1,4 @@
-"""One open stream: what was asked, the log of its tokens, and the run on an attention shard that continues it."""
+"""One open stream: an answer to a request, the log of its tokens, and the run on an attention shard that goes on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from actors.attention import Refusal
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
+from cluster.access import Caller
 from cluster.gateway.errors import ServiceError
 from cluster.gateway.peers import AttentionPeer
 from cluster.gateway.search import Search
@@ -18,14 +19,14 @@ from cluster.gateway.validation import ValidRequest
 
 @dataclass(frozen=True)
 class Watch:
-    """Whoever observes a stream: its trace context (W3C) or "", and who is told of each event as it comes. ``arrived``
-    raises nothing: it is called in the middle of a step's events for all streams."""
+    """Whoever observes a request: its trace context (W3C) or "", and who is told of each choice's events as they come.
+    ``arrived`` raises nothing: it is called in the middle of a step's events for all streams."""
 
     traceparent: str
-    arrived: Callable[[TokenEvent], None]
+    arrived: Callable[[TokenEvent, int], None]
 
 
-UNWATCHED = Watch("", lambda event: None)
+UNWATCHED = Watch("", lambda event, choice: None)
 
 
 @dataclass(eq=False)
@@ -37,28 +38,26 @@ class Run:
     stream: Stream
     peer: AttentionPeer
     admission: Future[Refusal | None]
+    """Of all streams that were submitted together."""
     over: asyncio.Future[None]
     """Done when the stream has left this run, whatever the shard may still say."""
 
 
 class Stream:
-    """One request that was let in. It outlives its runs: ``log`` has every token that any of them gave, by index.
+    """One answer to a request that was let in. It outlives its runs: ``log`` has every token that any of them gave, by
+    index.
 
-    ``deadline`` is the client's in event-loop time (seconds), infinite without one. ``client`` is (tenant, request id).
-    ``watch`` is told of every event.
+    ``choice`` numbers the answers of ``request``, from 0. ``deadline`` is the client's in event-loop time (seconds),
+    infinite without one. ``watch`` is told of every event.
     """
 
     def __init__(
-        self,
-        client: tuple[str, str],
-        request: ValidRequest,
-        deadline: float,
-        recovery_s: float,
-        watch: Watch = UNWATCHED,
+        self, caller: Caller, request: ValidRequest, choice: int, deadline: float, recovery_s: float, watch: Watch
     ) -> None:
-        self.client = client
+        self.caller = caller
         self.watch = watch
         self.request = request
+        self.choice = choice
         self.deadline = deadline
         self.log: list[int] = []
         self.run: Run | None = None
@@ -90,23 +89,17 @@ class Stream:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.log) >= self.request.max_tokens else None
 
-    def same_body(self, other: ValidRequest) -> bool:
-        """True if ``other`` asks for what this stream gives, perhaps from a later token on."""
-        seed = self.request.sampling.seed if not other.seed_given else other.sampling.seed
-        other = replace(other, next_index=0, seed_given=False, sampling=replace(other.sampling, seed=seed))
-        return other == replace(self.request, next_index=0, seed_given=False)
+    def job(self, engine_id: str, gateway: str, now: float, leader: str = "") -> GenerationRequest:
+        """What a shard is asked for: the tokens that come after the log.
 
-    def with_own_seed(self, other: ValidRequest) -> ValidRequest:
-        """``other``, which has the same body, drawing as this stream does."""
-        return replace(other, sampling=self.request.sampling)
-
-    def job(self, engine_id: str, gateway: str, now: float) -> GenerationRequest:
-        """What a shard is asked for: the tokens that come after the log."""
-        request = self.request
+        The log-probabilities of the prompt come with the first token of the first choice, and of that alone: whoever
+        wants them has its whole prompt computed.
+        """
+        request, first = self.request, self.choice == 0 and not self.log
         return GenerationRequest(
             request_id=engine_id,
             prompt_ids=request.prompt_ids,
-            sampling=request.sampling,
+            sampling=replace(request.sampling, choice=self.choice),
             max_tokens=request.max_tokens,
             stop_ids=request.stop_ids,
             timeout_s=None if self.deadline == math.inf else self.deadline - now,
@@ -114,6 +107,11 @@ class Stream:
             generated_ids=tuple(self.log),
             replay=self.admitted or self.doubtful,
             traceparent=self.watch.traceparent,
+            priority=request.priority,
+            tenant=self.caller.tenant,
+            share=self.caller.share,
+            leader=leader,
+            prompt_logprobs=request.prompt_logprobs if first else None,
         )
 
     def push(self, event: TokenEvent) -> None:
@@ -127,7 +125,7 @@ class Stream:
         self.ended = self.ended or event.finish is not None
         self._events.append(event)
         self.wake()
-        self.watch.arrived(event)
+        self.watch.arrived(event, self.choice)
 
     def fail(self, error: ServiceError) -> None:
         """It ends here: the call that waits gets ``error``, after the tokens that are there."""

@@ -1,10 +1,11 @@
 """All open streams: which runs on which attention shard, how its tokens find the call that waits for them, and how it
-goes on elsewhere when its shard is lost.
+goes on elsewhere when its shard is lost. A request has a stream for each of its answers (``group.py``).
 
 A stream that was admitted is never refused afterwards. When its shard's wire ends, when the shard ends it with
 UNAVAILABLE, or when the shard retires, the stream is *adrift*; the call that waits for its tokens then submits it
-anew: prompt and tokens so far, under a fresh engine id. Draws are keyed by seed and index, so the tokens that follow
-are those that would have followed. No task works for a stream but its own call: nothing is left when that ends.
+anew: prompt and tokens so far, under a fresh engine id. Draws are keyed by seed, choice and index, so the tokens that
+follow are those that would have followed. No task works for a stream but its own call's: nothing is left when that
+ends.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from actors.attention import Refusal
 from actors.engine.request import FinishReason, TokenEvent
 from actors.log_fields import fields, trace_ids
+from cluster.access import Caller
 from cluster.fleet import ActorUnreachable
 from cluster.gateway.errors import (
     DRAINING,
@@ -35,6 +37,7 @@ from cluster.gateway.errors import (
     ServiceError,
     Unavailable,
 )
+from cluster.gateway.group import StreamGroup
 from cluster.gateway.notice import Notice
 from cluster.gateway.peers import AttentionPeer, OnlyShard, Peers
 from cluster.gateway.stream import UNWATCHED, Run, Stream, Watch
@@ -54,8 +57,8 @@ class Streams:
         self._recovery_timeout_s = recovery_timeout_s
         self._changed = Notice()
         self._peers = Peers(self._changed)
-        self._open: set[Stream] = set()
-        self._by_client: dict[tuple[str, str], Stream] = {}
+        self._open: set[StreamGroup] = set()
+        self._by_client: dict[tuple[str, str], StreamGroup] = {}
         self._runs: dict[str, Run] = {}
         self._numbers = itertools.count()
         self._draining = False
@@ -63,6 +66,7 @@ class Streams:
         """Times that a shard took over a stream, since the start."""
 
     def __len__(self) -> int:
+        """Of requests, however many answers each has."""
         return len(self._open)
 
     # -- the shards -----------------------------------------------------------------------------------------------
@@ -119,9 +123,10 @@ class Streams:
         until = _now() + timeout_s
         while self._open and _now() < until:
             await self._changed.wait(until)
-        for stream in self._open:
-            self._quit(stream)
-            stream.fail(Unavailable(DRAINING))
+        for group in self._open:
+            for stream in group.streams:
+                self._quit(stream)
+            group.fail(Unavailable(DRAINING))
 
     def deliver(self, events: Sequence[TokenEvent]) -> None:
         """Hand the events of one step to their streams; those of runs that are over are dropped."""
@@ -133,9 +138,9 @@ class Streams:
     # -- the calls ------------------------------------------------------------------------------------------------
 
     async def open(
-        self, request: ValidRequest, timeout_s: float | None, tenant: str, watch: Watch = UNWATCHED
-    ) -> Stream:
-        """Admit ``request`` on the shard with the fewest streams.
+        self, request: ValidRequest, timeout_s: float | None, caller: Caller, watch: Watch = UNWATCHED
+    ) -> StreamGroup:
+        """Admit ``request``, all of its answers or none, on the shard with the fewest streams.
 
         A request with the id and body of a running one of the same tenant takes its place: the client has come back
         before its broken connection was noticed. Raises Conflict for the same id with another body, InvalidRequest,
@@ -143,19 +148,19 @@ class Streams:
         """
         if self._draining:
             raise Unavailable(DRAINING)
-        client = (tenant, request.request_id)
-        request = self._supplant(client, request)
+        request = self._supplant((caller.tenant, request.request_id), request)
         deadline = math.inf if timeout_s is None else _now() + timeout_s
-        stream = Stream(client, request, deadline, self._recovery_timeout_s, watch)
-        self._open.add(stream)
-        self._by_client[client] = stream
+        group = StreamGroup(caller, request, deadline, self._recovery_timeout_s, watch)
+        self._open.add(group)
+        self._by_client[group.client] = group
         try:
-            await self._admit(stream)
-            await self._place(stream)
+            await self._admit(group)
+            for stream in group.streams:
+                await self._place(stream)
         except BaseException:
-            self.close(stream)
+            self.close(group)
             raise
-        return stream
+        return group
 
     async def next_events(self, stream: Stream) -> list[TokenEvent]:
         """At least one event, and whatever else is there already; to be called until one tells the end.
@@ -173,26 +178,32 @@ class Streams:
                 await stream.wait()
         return stream.take()
 
-    def abort(self, stream: Stream) -> None:
-        """End a stream from outside of its call: the engine frees it, its call ends with CANCELLED."""
-        if not stream.ended:
-            self._end(stream, FinishReason.CANCELLED)
-
-    def find(self, request_id: str, tenant: str) -> Stream | None:
-        """The running stream of a client's request id."""
-        return self._by_client.get((tenant, request_id))
-
-    def close(self, stream: Stream) -> None:
-        """The call is over. If the engine still works on it, that ends within two steps. Idempotent."""
+    def stop(self, stream: Stream) -> None:
+        """Nobody wants more of this one answer. If the engine still works on it, that ends within two steps."""
         self._quit(stream)
         stream.ended = True
-        self._open.discard(stream)
-        if self._by_client.get(stream.client) is stream:
-            del self._by_client[stream.client]
+
+    def abort(self, group: StreamGroup) -> None:
+        """End a request from outside of its call: the engine frees it, its call ends with CANCELLED."""
+        for stream in group.streams:
+            if not stream.ended:
+                self._end(stream, FinishReason.CANCELLED)
+
+    def find(self, request_id: str, tenant: str) -> StreamGroup | None:
+        """The streams of a client's running request."""
+        return self._by_client.get((tenant, request_id))
+
+    def close(self, group: StreamGroup) -> None:
+        """The call is over. If the engine still works on it, that ends within two steps. Idempotent."""
+        for stream in group.streams:
+            self.stop(stream)
+        self._open.discard(group)
+        if self._by_client.get(group.client) is group:
+            del self._by_client[group.client]
         self._changed.give()
 
     def _supplant(self, client: tuple[str, str], request: ValidRequest) -> ValidRequest:
-        """End the client's earlier stream of this id, if there is one; its seed is the new one's."""
+        """End the client's earlier request of this id, if there is one; its seed is the new one's."""
         earlier = self._by_client.get(client)
         if earlier is None:
             return request
@@ -203,16 +214,16 @@ class Streams:
 
     # -- a stream's way to a shard ----------------------------------------------------------------------------------
 
-    async def _admit(self, stream: Stream) -> None:
-        """The first submission: what every shard refuses is told to the client.
+    async def _admit(self, group: StreamGroup) -> None:
+        """The first submission, of all streams at once: what every shard refuses is told to the client.
 
-        Returns as soon as some shard may have taken it. That of a shard which died meanwhile is in doubt; then the
-        stream counts as one that was admitted, and goes elsewhere.
+        Returns as soon as some shard may have taken them. Those of a shard which died meanwhile are in doubt; then they
+        count as admitted, and go elsewhere.
         """
-        retry_s = RETRY_S
-        while (peer := self._peers.best(self._load(), excluding=stream.search.tried)) is not None:
-            refusal = await self._submit(stream, peer)
-            if refusal is None or stream.ended:
+        retry_s, first = RETRY_S, group.streams[0]
+        while (peer := self._peers.best(self._load(), excluding=first.search.tried)) is not None:
+            refusal = await self._submit(group.streams, peer)
+            if refusal is None or group.ended:
                 return
             if refusal.kind != Refusal.UNAVAILABLE:
                 raise _refused(refusal)
@@ -227,7 +238,7 @@ class Streams:
             peer = await self._find_peer(stream)
             if peer is None:
                 return
-            refusal = await self._submit(stream, peer)
+            refusal = await self._submit((stream,), peer)
             if refusal is not None and refusal.kind == Refusal.INVALID:
                 if stream.admitted:
                     raise Internal(f"attention shard {peer.name} does not take over what another took: {refusal}")
@@ -252,37 +263,54 @@ class Streams:
             await self._changed.wait(min(stream.deadline, search.give_up_at, resume_at))
         return None
 
-    async def _submit(self, stream: Stream, peer: AttentionPeer) -> Refusal | None:
-        """Ask a shard to run the stream. None if it does, or if that ended before its answer came: see ``adrift``."""
-        engine_id = f"{self._gateway}/{next(self._numbers)}"
-        job = stream.job(engine_id, self._gateway, _now())
-        over = asyncio.get_running_loop().create_future()
-        run = Run(engine_id, stream, peer, peer.handle.begin("submit", job), over)
-        stream.run, stream.runs = run, stream.runs + 1
-        self._runs[engine_id] = run
+    async def _submit(self, streams: Sequence[Stream], peer: AttentionPeer) -> Refusal | None:
+        """Ask a shard to run streams, all or none: one, or all of a new request, the first of which leads the others.
+
+        None if it does, or if that ended before its answer came: see ``adrift``.
+        """
+        ids = [f"{self._gateway}/{next(self._numbers)}" for _ in streams]
+        leaders = ["", *ids[:1] * (len(ids) - 1)]
+        now = _now()
+        jobs = tuple(
+            stream.job(engine_id, self._gateway, now, leader)
+            for stream, engine_id, leader in zip(streams, ids, leaders, strict=True)
+        )
+        admission = peer.handle.begin("submit", jobs)
+        runs = [self._begin(stream, engine_id, peer, admission) for stream, engine_id in zip(streams, ids, strict=True)]
         # Not awaited itself: a call that was sent is carried out even if nobody waits for it any more (see
         # _abort_engine), and whether a lost node's shard took it may be known only long after its wire was lost.
-        answer = asyncio.wrap_future(run.admission)
+        answer = asyncio.wrap_future(admission)
         answer.add_done_callback(_forget)
-        await asyncio.wait((answer, over), return_when=asyncio.FIRST_COMPLETED)
+        while not answer.done() and (left := [run.over for run in runs if not run.over.done()]):
+            await asyncio.wait((answer, *left), return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
-            stream.doubtful = True
+            for stream in streams:
+                stream.doubtful = True
             return None
-        return self._answered(run, answer)
+        return self._answered(runs, answer)
 
-    def _answered(self, run: Run, answer: asyncio.Future[Refusal | None]) -> Refusal | None:
+    def _begin(self, stream: Stream, engine_id: str, peer: AttentionPeer, admission: Future[Refusal | None]) -> Run:
+        """From now on the shard's events under this id are the stream's."""
+        run = Run(engine_id, stream, peer, admission, asyncio.get_running_loop().create_future())
+        stream.run, stream.runs = run, stream.runs + 1
+        self._runs[engine_id] = run
+        return run
+
+    def _answered(self, runs: Sequence[Run], answer: asyncio.Future[Refusal | None]) -> Refusal | None:
         """Take the shard's answer to a submission in."""
-        stream, unreachable = run.stream, isinstance(answer.exception(), ActorUnreachable)
+        unreachable = isinstance(answer.exception(), ActorUnreachable)
         refusal = None if unreachable else answer.result()
-        if refusal is None and not unreachable:
-            stream.admitted = True
-            self.replays += stream.runs > 1
-        elif stream.run is run:
-            stream.doubtful = stream.doubtful or unreachable
-            stream.search.failed(run.peer.name)
-            if unreachable or (refusal is not None and refusal.kind == Refusal.UNAVAILABLE):
-                self._peers.suspect(run.peer.name)
-            self._leave(run)
+        for run in runs:
+            stream = run.stream
+            if refusal is None and not unreachable:
+                stream.admitted = True
+                self.replays += stream.runs > 1
+            elif stream.run is run:
+                stream.doubtful = stream.doubtful or unreachable
+                stream.search.failed(run.peer.name)
+                if unreachable or (refusal is not None and refusal.kind == Refusal.UNAVAILABLE):
+                    self._peers.suspect(run.peer.name)
+                self._leave(run)
         return refusal
 
     # -- a stream's runs ------------------------------------------------------------------------------------------

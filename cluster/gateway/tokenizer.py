@@ -93,6 +93,10 @@ class Tokenizer:
         its neighbours are: a special one, or one that the vocabulary does not have."""
         return None if token_id in self.special_ids else self._backend.id_to_token(token_id)
 
+    def special_piece(self, token_id: int) -> str | None:
+        """The spelling of a special token, or None for any other id."""
+        return self._backend.id_to_token(token_id) if token_id in self.special_ids else None
+
     def id_of(self, piece: str) -> int | None:
         """The id of a token by its own spelling, or None where the vocabulary does not have it."""
         return self._backend.token_to_id(piece)

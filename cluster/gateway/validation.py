@@ -13,28 +13,35 @@ from dataclasses import dataclass
 
 from expertmesh.v1 import inference_pb2 as pb
 
-from actors.engine.request import SamplingParams
+from actors.engine.request import Priority, SamplingParams
+from cluster.gateway.checks import check_chars, check_ids, check_range, refuse_nul
 from cluster.gateway.errors import FailedPrecondition, InvalidRequest, UnknownModel
+from cluster.gateway.sampling import check_drawable, likeliest, sampling_params
 from cluster.gateway.served_model import ServedModel
+from cluster.gateway.stopping import all_stop_ids, stop_strings, token_limit
 
 MAX_CHARS_PER_CONTEXT_TOKEN = 32
 """Text with more characters than so many times the context is refused without being tokenised."""
 MAX_MESSAGES = 4096
-MAX_STOPS = 16
-MAX_STOP_CHARS = 1000
+MAX_CHOICES = 16
 MAX_REQUEST_ID_CHARS = 128
-MAX_TEMPERATURE = 2.0
-MAX_TOP_K = 2**31 - 1
 ROLES = ("system", "user", "assistant")
 
 _SEED_BITS = 53
 """Drawn seeds survive JSON, whose numbers are doubles."""
 
+_PRIORITIES = {
+    pb.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
+    pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
+    pb.PRIORITY_BATCH: Priority.BATCH,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class ValidRequest:
     """A request that can be served as it is. ``stop_ids`` holds the model's own too, unless the client
-    ignores them."""
+    ignores them. ``n`` answers are wanted, ``sampling`` is that of the first; ``prompt_logprobs`` is as in
+    ``GenerationRequest``."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -44,6 +51,9 @@ class ValidRequest:
     stop_ids: frozenset[int]
     stops: tuple[str, ...]
     next_index: int
+    n: int = 1
+    priority: Priority = Priority.INTERACTIVE
+    prompt_logprobs: int | None = None
 
 
 def random_seed() -> int:
@@ -80,17 +90,20 @@ def validate(
     if request.model and request.model != model.name:
         raise UnknownModel(request.model, model.name)
     _check_request_id(request)
-    sampling = _sampling(request.sampling, model.default_sampling, draw_seed)
+    n, priority = _choices(request), _priority(request.priority)
+    sampling = sampling_params(request, model.default_sampling, model.vocab_size, draw_seed)
+    prompt_logprobs = likeliest("prompt_logprobs", request)
     seed_given = request.sampling.HasField("seed")
     if request.next_index and sampling.temperature > 0 and not seed_given:
         raise FailedPrecondition(
             f"next_index is {request.next_index} for a sampled request without sampling.seed; send the seed "
             "told in the first message of the stream"
         )
-    stops = _stop_strings(request.stopping.stop)
-    stop_ids = _stop_ids(request.stopping, model)
+    stops = stop_strings(request.stopping.stop)
+    stop_ids = all_stop_ids(request.stopping, model.stop_ids, model.vocab_size)
+    check_drawable(sampling, stop_ids, model.vocab_size)
     prompt_ids = _prompt_ids(request, model)
-    max_tokens = _max_tokens(request.stopping, len(prompt_ids), model.context_length, cut_max_tokens)
+    max_tokens = token_limit(request.stopping, len(prompt_ids), model.context_length, cut_max_tokens)
     if request.next_index > max_tokens:
         raise InvalidRequest(
             "next_index", f"is {request.next_index}; allowed is up to the {max_tokens} tokens of this request"
@@ -104,6 +117,9 @@ def validate(
         stop_ids=stop_ids,
         stops=stops,
         next_index=request.next_index,
+        n=n,
+        priority=priority,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -121,41 +137,22 @@ def _check_request_id(request: pb.GenerateRequest) -> None:
         )
 
 
-def _sampling(
-    parameters: pb.SamplingParameters, defaults: SamplingParams, draw_seed: Callable[[], int]
-) -> SamplingParams:
-    """Client's values over the model's defaults. Comparisons are written so that NaN fails them."""
-    temperature = parameters.temperature if parameters.HasField("temperature") else defaults.temperature
-    if not 0 <= temperature <= MAX_TEMPERATURE:
-        raise InvalidRequest("sampling.temperature", f"is {temperature:.7g}; allowed is 0 to {MAX_TEMPERATURE:g}")
-    top_p = parameters.top_p if parameters.HasField("top_p") else defaults.top_p
-    if not 0 < top_p <= 1:
-        raise InvalidRequest("sampling.top_p", f"is {top_p:.7g}; allowed is above 0 to 1")
-    top_k = parameters.top_k if parameters.HasField("top_k") else defaults.top_k
-    if top_k > MAX_TOP_K:
-        raise InvalidRequest("sampling.top_k", f"is {top_k}; allowed is 0 (all) to {MAX_TOP_K}")
-    seed = parameters.seed if parameters.HasField("seed") else draw_seed()
-    return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+def _choices(request: pb.GenerateRequest) -> int:
+    n = request.n if request.HasField("n") else 1
+    check_range("n", n, 1, MAX_CHOICES)
+    if n > 1 and request.next_index:
+        raise InvalidRequest(
+            "next_index", f"is {request.next_index} for n {n}; allowed is 0: only a request for one answer is resumed"
+        )
+    return n
 
 
-def _stop_strings(stops: Sequence[str]) -> tuple[str, ...]:
-    if len(stops) > MAX_STOPS:
-        raise InvalidRequest("stopping.stop", f"has {len(stops)} strings; allowed are up to {MAX_STOPS}")
-    for index, stop in enumerate(stops):
-        field = f"stopping.stop[{index}]"
-        if not 1 <= len(stop) <= MAX_STOP_CHARS:
-            raise InvalidRequest(field, f"has {len(stop)} characters; allowed are 1 to {MAX_STOP_CHARS}")
-        _refuse_nul(field, stop)
-    return tuple(stops)
-
-
-def _stop_ids(stopping: pb.StoppingParameters, model: ServedModel) -> frozenset[int]:
-    ids = stopping.stop_token_ids
-    if len(ids) > MAX_STOPS:
-        raise InvalidRequest("stopping.stop_token_ids", f"has {len(ids)} ids; allowed are up to {MAX_STOPS}")
-    _check_ids("stopping.stop_token_ids", ids, model.vocab_size)
-    own = frozenset[int]() if stopping.ignore_eos else model.stop_ids
-    return own | frozenset(ids)
+def _priority(sent: int) -> Priority:
+    found = _PRIORITIES.get(sent)  # type: ignore[call-overload]
+    if found is None:
+        names = ", ".join(pb.Priority.keys())
+        raise InvalidRequest("priority", f"is {sent}; allowed are {names} (0 to {len(_PRIORITIES) - 1})")
+    return Priority(found)
 
 
 def _prompt_ids(request: pb.GenerateRequest, model: ServedModel) -> tuple[int, ...]:
@@ -179,7 +176,7 @@ def _prompt_ids(request: pb.GenerateRequest, model: ServedModel) -> tuple[int, .
             f"has {len(ids)} tokens; allowed are up to {model.context_length - 1}, so that one more fits the "
             f"context of {model.context_length}",
         )
-    _check_ids(field, ids, model.vocab_size)
+    check_ids(field, ids, model.vocab_size)
     return tuple(ids)
 
 
@@ -189,8 +186,8 @@ def _prompt_text(request: pb.GenerateRequest, model: ServedModel) -> str:
         return _rendered(request.messages.messages, model, max_chars)
     if not request.prompt:
         raise InvalidRequest("prompt", "is empty; allowed is text of 1 token on")
-    _check_chars("prompt", len(request.prompt), max_chars)
-    _refuse_nul("prompt", request.prompt)
+    check_chars("prompt", len(request.prompt), max_chars)
+    refuse_nul("prompt", request.prompt)
     return request.prompt
 
 
@@ -199,39 +196,10 @@ def _rendered(messages: Sequence[pb.ChatMessage], model: ServedModel, max_chars:
         raise InvalidRequest("messages", f"chat is not available for model {model.name!r}; allowed: prompt, token_ids")
     if not 1 <= len(messages) <= MAX_MESSAGES:
         raise InvalidRequest("messages", f"has {len(messages)} messages; allowed are 1 to {MAX_MESSAGES}")
-    _check_chars("messages", sum(len(message.content) for message in messages), max_chars)
+    check_chars("messages", sum(len(message.content) for message in messages), max_chars)
     for index, message in enumerate(messages):
         field = f"messages.messages[{index}]"
         if message.role not in ROLES:
             raise InvalidRequest(f"{field}.role", f"is {message.role[:32]!a}; allowed are {', '.join(ROLES)}")
-        _refuse_nul(f"{field}.content", message.content)
+        refuse_nul(f"{field}.content", message.content)
     return model.chat.render([{"role": m.role, "content": m.content} for m in messages], max_chars)
-
-
-def _max_tokens(stopping: pb.StoppingParameters, prompt_tokens: int, context_length: int, cut: bool) -> int:
-    room = context_length - prompt_tokens
-    if not stopping.HasField("max_tokens") or (cut and stopping.max_tokens > room):
-        return room
-    if not 1 <= stopping.max_tokens <= room:
-        raise InvalidRequest(
-            "stopping.max_tokens",
-            f"is {stopping.max_tokens} after a prompt of {prompt_tokens} tokens; allowed is 1 to {room}, so "
-            f"that both fit the context of {context_length}",
-        )
-    return stopping.max_tokens
-
-
-def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
-    for index, token_id in enumerate(ids):
-        if token_id >= vocab_size:
-            raise InvalidRequest(f"{field}[{index}]", f"is token id {token_id}; allowed is 0 to {vocab_size - 1}")
-
-
-def _check_chars(field: str, chars: int, max_chars: int) -> None:
-    if chars > max_chars:
-        raise InvalidRequest(field, f"has {chars} characters; allowed are up to {max_chars} for this model's context")
-
-
-def _refuse_nul(field: str, text: str) -> None:
-    if "\0" in text:
-        raise InvalidRequest(field, f"has a NUL at character {text.index(chr(0))}; allowed is text without NUL")

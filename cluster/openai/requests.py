@@ -28,6 +28,12 @@ _SEED_MASK = 2**64 - 1
 _PARTS_JOINT = "\n"
 """Between the text parts of one message, as in vLLM."""
 
+_PRIORITIES = {
+    None: pb.PRIORITY_UNSPECIFIED,
+    "interactive": pb.PRIORITY_INTERACTIVE,
+    "batch": pb.PRIORITY_BATCH,
+}
+
 _PARAMS = {
     "sampling": "",
     "stopping": "",
@@ -80,7 +86,13 @@ def _chat(body: ChatBody) -> Parsed:
     sent_as = {}
     if body.max_completion_tokens is not None:
         sent_as["stopping.max_tokens"] = "max_completion_tokens"
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest("top_logprobs", f"is {body.top_logprobs} without logprobs; allowed is with logprobs true")
+    if body.logprobs:
+        sent_as["logprobs"] = "top_logprobs"
     message = _message(body, body.max_tokens or body.max_completion_tokens)
+    if body.logprobs:
+        message.logprobs = body.top_logprobs or 0
     message.messages.SetInParent()
     for one in body.messages:
         role = "system" if one.role == "developer" else one.role
@@ -96,7 +108,11 @@ def _content(message: Message) -> str:
 def _completion(body: CompletionBody) -> Parsed:
     prompt: Any = body.prompt
     sent_as = {}
+    if body.best_of not in (None, body.n or 1):
+        raise InvalidRequest("best_of", f"is not supported here; allowed is {body.n or 1} or to leave it out")
     message = _message(body, body.max_tokens or DEFAULT_COMPLETION_TOKENS)
+    if body.logprobs is not None:
+        message.logprobs = body.logprobs
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         sent_as = {"prompt": "prompt[0]", "token_ids.ids": "prompt[0]"}
         (prompt,) = prompt
@@ -114,13 +130,28 @@ def _message(body: Body, max_tokens: int | None) -> pb.GenerateRequest:
     top_k = 0 if body.top_k == -1 else body.top_k  # vLLM's word for all
     return pb.GenerateRequest(
         model=body.model or "",
-        sampling=pb.SamplingParameters(temperature=body.temperature, top_p=body.top_p, top_k=top_k, seed=seed),
+        sampling=pb.SamplingParameters(
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=top_k,
+            min_p=body.min_p,
+            seed=seed,
+            repetition_penalty=body.repetition_penalty,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            logit_bias=body.logit_bias or {},
+            allowed_token_ids=body.allowed_token_ids or (),
+        ),
         stopping=pb.StoppingParameters(
             max_tokens=max_tokens,
             stop=[body.stop] if isinstance(body.stop, str) else body.stop or (),
             stop_token_ids=body.stop_token_ids or (),
             ignore_eos=body.ignore_eos,
+            min_tokens=body.min_tokens,
         ),
+        n=body.n,
+        prompt_logprobs=body.prompt_logprobs,
+        priority=_PRIORITIES[body.priority],
     )
 
 
@@ -129,6 +160,10 @@ def _parsed(endpoint: Endpoint, body: Body, message: pb.GenerateRequest, sent_as
     options = body.stream_options
     if options is not None and not body.stream:
         raise InvalidRequest("stream_options", "is given without stream; allowed is with stream true")
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidRequest(
+            "prompt_logprobs", "is given with stream; allowed is without: a stream has no place for them"
+        )
     include_usage = options is not None and bool(options.include_usage)
     if isinstance(body.stop, str):
         sent_as = {**sent_as, "stopping.stop[0]": "stop"}

@@ -1,90 +1,96 @@
-"""From the messages of one answer to OpenAI's JSON: whole, or chunk by chunk."""
+"""From the messages of a request's answers to OpenAI's JSON: whole, or chunk by chunk."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from expertmesh.v1 import inference_pb2 as pb
 
+from cluster.openai.choice import Choice
+from cluster.openai.logprobs import Json, Spell, prompt_logprobs
 from cluster.openai.requests import Endpoint, Parsed
 
 _PREFIX = {Endpoint.CHAT: "chatcmpl-", Endpoint.COMPLETIONS: "cmpl-"}
 _WHOLE = {Endpoint.CHAT: "chat.completion", Endpoint.COMPLETIONS: "text_completion"}
 _CHUNK = {Endpoint.CHAT: "chat.completion.chunk", Endpoint.COMPLETIONS: "text_completion"}
-_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
-
-Json = dict[str, Any]
 
 
 class Answer:
-    """One answer, fed message by message in the order of the stream; a stream that was resumed goes on with the
-    messages of the next call.
+    """What one request gets, fed message by message in the order of the stream; a stream that was resumed goes on with
+    the messages of the next call.
 
-    ``created`` is in seconds since 1970. ``push`` gives the chunks of a message, ``body`` what they make up together,
-    unless the request is for a stream: of that no text is kept.
+    ``created`` is in seconds since 1970, ``spell`` is for lists of tokens. ``push`` gives the chunks of a message,
+    ``body`` what they make up together, unless the request is for a stream: of that no text is kept.
     """
 
-    def __init__(self, parsed: Parsed, created: int) -> None:
+    def __init__(self, parsed: Parsed, created: int, spell: Spell) -> None:
         self._endpoint = parsed.endpoint
         self._stream = parsed.stream
         self._include_usage = parsed.include_usage
         self._created = created
+        self._spell = spell
+        self._spell_choices = spell if parsed.message.HasField("logprobs") else None
+        self._n = parsed.message.n or 1
+        self._choices: list[Choice] = []  # once it started: until then n may be any number
+        self._wants_prompt = parsed.message.HasField("prompt_logprobs")
+        self._prompt: list[Json | None] = []
         self._id = ""
         self._model = ""
-        self._texts: list[str] = []
-        self._finished: pb.Finished | None = None
 
     def push(self, message: pb.GenerateResponse) -> list[Json]:
-        """Chunks for one message; most give one, the first of a text completion none."""
+        """Chunks for one message of a stream; most give one, the first of a text completion none."""
         if message.HasField("started"):
-            begins = not self._id
-            self._id = _PREFIX[self._endpoint] + message.request_id
-            self._model = message.started.model
-            return [self._chunk({"role": "assistant", "content": ""})] if begins and self._is_chat else []
-        if message.HasField("finished"):
-            self._finished = message.finished
-            return [self._last_chunk(), *([self._usage_chunk()] if self._include_usage else [])]
-        if not message.text:  # tokens whose text is not complete yet
-            return []
-        if not self._stream:
-            self._texts.append(message.text)
-        return [self._chunk({"content": message.text} if self._is_chat else message.text)]
+            return self._begin(message)
+        chunks = [self._chunk(piece) for piece in self._choices[message.choice].push(message)]
+        if message.HasField("finished") and self.finished and self._include_usage:
+            chunks.append(self._object(_CHUNK, [], {"usage": self._usage()}))
+        return chunks
 
     @property
     def finished(self) -> bool:
-        """True once its last message is there."""
-        return self._finished is not None
+        """True once the last message of each choice is there."""
+        return bool(self._choices) and all(choice.finished for choice in self._choices)
+
+    @property
+    def usage(self) -> pb.Usage:
+        """Of all choices together: the prompt counts once, the cache as the first choice found it. RuntimeError before
+        their last messages."""
+        if not self.finished:
+            raise RuntimeError("the answer is not finished")
+        ended = [choice.finished.usage for choice in self._choices if choice.finished is not None]
+        total = pb.Usage()
+        total.CopyFrom(ended[0])
+        total.completion_tokens = sum(usage.completion_tokens for usage in ended)
+        return total
 
     def body(self) -> Json:
         """The whole answer. RuntimeError before its last message, and for a stream."""
         if self._stream:
             raise RuntimeError("the answer is a stream")
-        if self._finished is None:
+        if not self.finished:
             raise RuntimeError("the answer is not finished")
-        text, reason = "".join(self._texts), _REASONS[self._finished.reason]
-        if self._is_chat:
-            given: Json = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        else:
-            given = {"text": text}
-        choice = {"index": 0, **given, "logprobs": None, "finish_reason": reason}
-        return self._object(_WHOLE, [choice], {"usage": _usage(self._finished.usage)})
+        choices = [choice.whole() for choice in self._choices]
+        rest: Json = {"usage": self._usage()}
+        if self._wants_prompt and self._is_chat:
+            rest["prompt_logprobs"] = self._prompt
+        elif self._wants_prompt:
+            choices = [{**choice, "prompt_logprobs": self._prompt} for choice in choices]
+        return self._object(_WHOLE, choices, rest)
 
     @property
     def _is_chat(self) -> bool:
         return self._endpoint == Endpoint.CHAT
 
-    def _chunk(self, delta: Json | str, reason: str | None = None) -> Json:
-        key = "delta" if self._is_chat else "text"
-        choice = {"index": 0, key: delta, "logprobs": None, "finish_reason": reason}
-        return self._object(_CHUNK, [choice], {"usage": None} if self._include_usage else {})
+    def _begin(self, message: pb.GenerateResponse) -> list[Json]:
+        if self._choices:  # a stream that was resumed
+            return []
+        self._choices = [Choice(self._endpoint, index, self._stream, self._spell_choices) for index in range(self._n)]
+        self._id = _PREFIX[self._endpoint] + message.request_id
+        self._model = message.started.model
+        if self._wants_prompt:
+            self._prompt = prompt_logprobs(message.started.prompt_logprobs, self._spell)
+        return [self._chunk(piece) for choice in self._choices for piece in choice.begin()]
 
-    def _last_chunk(self) -> Json:
-        assert self._finished is not None
-        return self._chunk({} if self._is_chat else "", _REASONS[self._finished.reason])
-
-    def _usage_chunk(self) -> Json:
-        assert self._finished is not None
-        return self._object(_CHUNK, [], {"usage": _usage(self._finished.usage)})
+    def _chunk(self, piece: Json) -> Json:
+        return self._object(_CHUNK, [piece], {"usage": None} if self._include_usage else {})
 
     def _object(self, kinds: dict[Endpoint, str], choices: list[Json], rest: Json) -> Json:
         return {
@@ -97,10 +103,11 @@ class Answer:
             **rest,
         }
 
-
-def _usage(usage: pb.Usage) -> Json:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
+    def _usage(self) -> Json:
+        usage = self.usage
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        }

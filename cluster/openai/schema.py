@@ -22,7 +22,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from cluster.gateway.validation import MAX_MESSAGES, MAX_STOPS
+from cluster.gateway.sampling import MAX_BIAS, MAX_IDS
+from cluster.gateway.stopping import MAX_STOPS
+from cluster.gateway.validation import MAX_MESSAGES
 
 UINT32 = 2**32 - 1
 MAX_FIELDS = 128
@@ -30,6 +32,7 @@ MAX_FIELDS = 128
 MAX_PARTS = 4096
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
 _Count = Annotated[int, Field(ge=1, le=UINT32)]
 _Id = Annotated[int, Field(ge=0, le=UINT32)]
@@ -94,6 +97,19 @@ _Texts = Annotated[list[_Text], Field(fail_fast=True)]
 _Ids = Annotated[list[_Id], Field(fail_fast=True)]
 
 
+def _biases(value: Any) -> Any:
+    """OpenAI's form, {"id": number}, with the ids as numbers. Only the first thing that is wrong is looked for."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > MAX_IDS:
+        raise PydanticCustomError("biases", f"has {len(value)} ids; allowed are up to {MAX_IDS}")
+    if not all(_TOKEN_ID.fullmatch(key) and int(key) <= UINT32 for key in value):
+        raise PydanticCustomError("bias_id", 'has a key that is no token id; allowed are whole numbers, as "17"')
+    if not all(type(bias) in (int, float) and abs(bias) <= MAX_BIAS for bias in value.values()):
+        raise PydanticCustomError("bias", f"has a bias that is not allowed; allowed is {-MAX_BIAS:g} to {MAX_BIAS:g}")
+    return {int(token_id): float(bias) for token_id, bias in value.items()}
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -143,7 +159,11 @@ class Body(_Section):
     max_tokens: _Count | None = None
     temperature: _Finite | None = None
     top_p: _Finite | None = None
+    frequency_penalty: _Finite | None = None
+    presence_penalty: _Finite | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
+    n: _Count | None = None
     stop: (
         Annotated[
             Annotated[_Text, Tag("<text>")] | Annotated[_Texts, Field(max_length=MAX_STOPS), Tag("<list>")],
@@ -158,9 +178,13 @@ class Body(_Section):
     top_k: Annotated[int, Field(ge=-1, le=UINT32)] | None = None
     stop_token_ids: Annotated[_Ids, Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
-    min_p: Annotated[Any, _neutral(0)] = None
-    min_tokens: Annotated[Any, _neutral(0)] = None
-    repetition_penalty: Annotated[Any, _neutral(1)] = None
+    min_p: _Finite | None = None
+    min_tokens: _Id | None = None
+    repetition_penalty: _Finite | None = None
+    allowed_token_ids: Annotated[_Ids, Field(max_length=MAX_IDS)] | None = None
+    prompt_logprobs: _Id | None = None
+
+    priority: Literal["interactive", "batch"] | None = None  # vLLM's are numbers
 
     # without effect on the answer
     user: str | None = None
@@ -168,11 +192,6 @@ class Body(_Section):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
-
-    n: Annotated[Any, _neutral(1)] = None
-    frequency_penalty: Annotated[Any, _neutral(0)] = None
-    presence_penalty: Annotated[Any, _neutral(0)] = None
-    logit_bias: Annotated[Any, _neutral({})] = None
 
 
 class CompletionBody(Body):
@@ -185,9 +204,9 @@ class CompletionBody(Body):
         | Annotated[list[_Ids], BeforeValidator(_one), Tag("<lists>")],
         Discriminator(_kind_of_prompt),
     ]
-    best_of: Annotated[Any, _neutral(1)] = None
+    logprobs: _Id | None = None
+    best_of: _Count | None = None
     echo: Annotated[Any, _neutral(False)] = None
-    logprobs: Annotated[Any, _neutral()] = None
     suffix: Annotated[Any, _neutral("")] = None
 
 
@@ -196,6 +215,8 @@ class ChatBody(Body):
 
     messages: Annotated[list[Message], Field(fail_fast=True, max_length=MAX_MESSAGES)]
     max_completion_tokens: _Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: _Id | None = None
 
     # without effect on the answer
     parallel_tool_calls: bool | None = None
@@ -203,7 +224,6 @@ class ChatBody(Body):
     audio: Annotated[Any, _neutral()] = None
     function_call: Annotated[Any, _neutral("none", "auto")] = None
     functions: Annotated[Any, _neutral([])] = None
-    logprobs: Annotated[Any, _neutral(False)] = None
     modalities: Annotated[Any, _neutral(["text"])] = None
     moderation: Annotated[Any, _neutral()] = None
     prediction: Annotated[Any, _neutral()] = None
@@ -214,6 +234,5 @@ class ChatBody(Body):
     store: Annotated[Any, _neutral(False)] = None
     tool_choice: Annotated[Any, _neutral("none", "auto")] = None
     tools: Annotated[Any, _neutral([])] = None
-    top_logprobs: Annotated[Any, _neutral(0)] = None
     verbosity: Annotated[Any, _neutral("medium")] = None
     web_search_options: Annotated[Any, _neutral()] = None

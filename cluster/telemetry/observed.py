@@ -35,6 +35,14 @@ _ROUTES = {"chat": Endpoint.CHAT, "text_completion": Endpoint.COMPLETIONS}
 _access = logging.getLogger("expertmesh.access")
 
 
+class _Progress:
+    """Of one choice: when its first and its last token came (seconds of the clock), and how many did."""
+
+    def __init__(self, first: float) -> None:
+        self.first = self.last = first
+        self.tokens = 1
+
+
 class ObservedRequest:
     """From a request's arrival to its end: ``with`` ends it, by whatever ends the block. Made by ``RequestObserver``.
 
@@ -60,10 +68,9 @@ class ObservedRequest:
         self._labels = dict(labels)
         self._began = clock()
         self._first: float | None = None
-        self._last = self._began
-        self._tokens = 0
+        self._choices: dict[int, _Progress] = {}
         self._request: ValidRequest | None = None
-        self._finished: pb.Finished | None = None
+        self._finished: dict[int, pb.Finished] = {}
 
     def __enter__(self) -> ObservedRequest:
         return self
@@ -105,15 +112,15 @@ class ObservedRequest:
             self._describe(request)
             self._metrics.prompt_tokens.add(len(request.prompt_ids), self._labels)
 
-    def arrived(self, event: TokenEvent) -> None:
-        """An attention shard has sent this, whether or not the client is ready to take it."""
+    def arrived(self, event: TokenEvent, choice: int) -> None:
+        """An attention shard has sent this of an answer, whether or not the client is ready to take it."""
         with self._guard:
-            self._count(event)
+            self._count(event, choice)
 
     def sent(self, message: pb.GenerateResponse) -> None:
         """The client gets this."""
         if message.HasField("finished"):
-            self._finished = message.finished
+            self._finished[message.choice] = message.finished
 
     def _describe(self, request: ValidRequest) -> None:
         sampling = request.sampling
@@ -127,33 +134,39 @@ class ObservedRequest:
                 "gen_ai.usage.input_tokens": len(request.prompt_ids),
                 # a trace's integers are signed
                 "gen_ai.request.seed": sampling.seed if sampling.seed < 2**63 else str(sampling.seed),
+                **({"gen_ai.request.choice.count": request.n} if request.n > 1 else {}),
             }
         )
 
-    def _count(self, event: TokenEvent) -> None:
-        if event.queue_s is not None:
-            self._metrics.queue.record(event.queue_s, self._labels)
-        if event.prefill_s is not None:
-            self._metrics.prefill.record(event.prefill_s, self._labels)
+    def _count(self, event: TokenEvent, choice: int) -> None:
+        if choice == 0:  # for its prompt: the others find it computed
+            self._count_prefill(event)
         if event.token is None:
             return
         now = self._clock()
-        self._tokens += 1
         if self._first is None:
             self._first = now
             self._span.add_event("first_token")
             self._metrics.first_token.record(now - self._began, self._labels)
+        progress = self._choices.get(choice)
+        if progress is None:
+            self._choices[choice] = _Progress(now)
         else:
             # with every token, in the event loop: without labels, which take longer than all the rest
-            self._metrics.between_tokens.record(now - self._last)
-        self._last = now
+            self._metrics.between_tokens.record(now - progress.last)
+            progress.last = now
+            progress.tokens += 1
+
+    def _count_prefill(self, event: TokenEvent) -> None:
+        if event.queue_s is not None:
+            self._metrics.queue.record(event.queue_s, self._labels)
+        if event.prefill_s is not None:
+            self._metrics.prefill.record(event.prefill_s, self._labels)
 
     @property
     def _reason(self) -> str:
-        """As the conventions name it: without the prefix of ours."""
-        if self._finished is None:
-            return "none"
-        return pb.FinishReason.Name(self._finished.reason).removeprefix("FINISH_REASON_").lower()
+        """Of the first choice."""
+        return _reason(self._finished[0]) if 0 in self._finished else "none"
 
     @property
     def _ids(self) -> dict[str, str | None]:
@@ -167,7 +180,9 @@ class ObservedRequest:
 
     @property
     def _output_tokens(self) -> int:
-        return self._tokens if self._finished is None else self._finished.usage.completion_tokens
+        """What the client got of each answer that ended, and what came for the others."""
+        ended = {choice: finished.usage.completion_tokens for choice, finished in self._finished.items()}
+        return sum(({choice: progress.tokens for choice, progress in self._choices.items()} | ended).values())
 
     def _measure(self, now: float, error: str, outcome: str) -> None:
         metrics, labels, tokens = self._metrics, self._labels, self._output_tokens
@@ -175,15 +190,16 @@ class ObservedRequest:
         metrics.finished.add(
             1, {"door": self._call.door, "operation": labels["gen_ai.operation.name"], "reason": outcome}
         )
-        metrics.generated_tokens.add(self._tokens, labels)
+        metrics.generated_tokens.add(sum(progress.tokens for progress in self._choices.values()), labels)
         if self._request is not None:
             prompt = len(self._request.prompt_ids)
             metrics.usage.record(prompt, {**labels, "gen_ai.token.type": "input"})
             metrics.usage.record(tokens, {**labels, "gen_ai.token.type": "output"})
         if self._first is not None:
             metrics.decode.record(now - self._first, labels)
-            if self._tokens > 1:
-                metrics.output_token.record((self._last - self._first) / (self._tokens - 1), labels)
+        for progress in self._choices.values():
+            if progress.tokens > 1:
+                metrics.output_token.record((progress.last - progress.first) / (progress.tokens - 1), labels)
 
     def _measure_call(self, duration_s: float, code: grpc.StatusCode) -> None:
         """For HTTP that is the door's own business: only it knows what status it sent."""
@@ -219,7 +235,8 @@ class ObservedRequest:
             span.set_attribute("rpc.response.status_code", code.name)
         if error is None:
             span.set_attribute("gen_ai.response.model", self._labels["gen_ai.request.model"])
-            span.set_attribute("gen_ai.response.finish_reasons", [outcome])
+            reasons = [_reason(finished) for _, finished in sorted(self._finished.items())]
+            span.set_attribute("gen_ai.response.finish_reasons", reasons)
         else:
             span.set_attribute("error.type", outcome)
             if isinstance(error, Internal):
@@ -227,6 +244,11 @@ class ObservedRequest:
             # not the error's text: that of a bug may quote anything
             span.set_status(Status(StatusCode.ERROR, outcome))
         span.end()
+
+
+def _reason(finished: pb.Finished) -> str:
+    """As the conventions name it: without the prefix of ours."""
+    return pb.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower()
 
 
 def _ending(error: BaseException) -> tuple[grpc.StatusCode, str]:

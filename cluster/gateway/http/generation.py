@@ -19,6 +19,7 @@ from cluster.gateway.errors import DRAINING, Unavailable
 from cluster.gateway.http.body import ClientGone, read_json_body
 from cluster.gateway.http.edge import error_response
 from cluster.gateway.inference import Inference
+from cluster.gateway.spelling import spelled
 from cluster.openai.errors import http_error
 from cluster.openai.paths import Endpoint
 from cluster.openai.requests import Parsed, parse_json, parse_request
@@ -68,7 +69,7 @@ class Generation:
             default_max_tokens=parsed.default_max_tokens,
             client_id=state["client_id"],
         )
-        answer, events = Answer(parsed, int(time.time())), EventStream(send)
+        answer, events = Answer(parsed, int(time.time()), self._spell), EventStream(send)
         try:
             await self._while_wanted(self._generate(parsed, call, answer, events), receive)
             if answer.finished and not parsed.stream:
@@ -81,6 +82,9 @@ class Generation:
                 await events.end()
             else:
                 await error_response(told)(scope, receive, send)
+
+    def _spell(self, token_id: int) -> tuple[str, bytes]:
+        return spelled(self._inference.model.tokenizer, token_id)
 
     async def _generate(self, parsed: Parsed, call: Call, answer: Answer, events: EventStream) -> None:
         """Take the answer in, and tell a stream. Before the first message nothing is sent: until then an error has its

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.engine.plan import Chunk, StepPlan
+from actors.engine.plan import Chunk
 from actors.engine.request import Draw, SamplingParams
 from actors.messages import CPU
-from actors.step_batch import sample_plan, split_chunks, step_batch
+from actors.step_batch import sample_chunks, split_chunks, step_batch
 
 BLOCK = 4
 
@@ -94,4 +94,4 @@ def test_rows_are_packed_and_those_that_draw_come_before_those_with_targets() ->
 
 def test_one_token_is_sampled_for_each_chunk_that_draws() -> None:
     logits = torch.eye(4, 9)
-    assert sample_plan(StepPlan(MIXED, ()), logits) == [0, 1, 2, 3]
+    assert sample_chunks(MIXED, logits) == [0, 1, 2, 3]

@@ -36,17 +36,21 @@ def refusal(error: ServiceError) -> AioRpcError:
     return AioRpcError(status.code, Metadata(), trailing, status.details)
 
 
-def messages(tokens: Iterable[int], first: int = 0, model: str = "tiny", end: bool = True) -> list[pb.GenerateResponse]:
+def messages(
+    tokens: Iterable[int], first: int = 0, model: str = "tiny", end: bool = True, choice: int = 0
+) -> list[pb.GenerateResponse]:
     """A stream from index ``first`` on: each token's text is its number."""
     made = [pb.GenerateResponse(request_id="id", next_index=first, started=pb.Started(model=model, prompt_tokens=3))]
     index = first
     for token in tokens:
         index += 1
-        made.append(pb.GenerateResponse(request_id="id", next_index=index, token_ids=[token], text=f"{token} "))
+        made.append(
+            pb.GenerateResponse(request_id="id", next_index=index, token_ids=[token], text=f"{token} ", choice=choice)
+        )
     if end:
         usage = pb.Usage(prompt_tokens=3, completion_tokens=index)
         finished = pb.Finished(reason=pb.FINISH_REASON_LENGTH, usage=usage)
-        made.append(pb.GenerateResponse(request_id="id", next_index=index, finished=finished))
+        made.append(pb.GenerateResponse(request_id="id", next_index=index, finished=finished, choice=choice))
     return made
 
 

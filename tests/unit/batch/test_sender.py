@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import pytest
+from expertmesh.v1 import inference_pb2 as pb
 
 from cluster.batch.answers import Result
 from cluster.batch.door import Door
@@ -92,6 +93,38 @@ async def test_a_broken_stream_is_resumed_where_it_was() -> None:
     assert requests[0] == requests[1] == requests[2]
     assert sending.tally.streamed == 5
     assert sending.tally.repeated == 2
+
+
+async def test_several_answers_are_made_anew_and_not_doubled() -> None:
+    first, second = messages([5, 6], end=False), messages([7], choice=1)[1:]
+    whole = [*messages([5, 6]), *messages([7], choice=1)[1:]]
+    sending = Sending([*first, *second, lost()], [*first, lost()], whole)
+    result = await sending.answer(n=2)
+    assert result.response is not None
+    assert [choice["text"] for choice in result.response[1]["choices"]] == ["5 6 ", "7 "]
+    assert (result.prompt_tokens, result.completion_tokens) == (3, 3)
+    assert [request.next_index for request in sending.gateway.requests] == [0, 0, 0]
+
+
+async def test_several_answers_that_never_get_to_their_end_are_given_up() -> None:
+    broken = [*messages([5, 6], end=False), lost()]
+    sending = Sending(broken, broken, broken, retries=2)
+    assert (await sending.answer(n=2)).error is not None
+
+
+async def test_rows_come_after_interactive_requests_unless_they_say_otherwise() -> None:
+    sending = Sending(messages([5]), messages([5]))
+    await sending.answer()
+    await sending.answer(priority="interactive")
+    assert [r.priority for r in sending.gateway.requests] == [pb.PRIORITY_BATCH, pb.PRIORITY_INTERACTIVE]
+
+
+async def test_without_a_tokenizer_tokens_are_told_by_their_ids() -> None:
+    given = messages([5])
+    given[1].logprobs.add(token_id=5, logprob=-1.0, rank=1)
+    result = await Sending(given).answer(logprobs=0)
+    assert result.response is not None
+    assert result.response[1]["choices"][0]["logprobs"]["tokens"] == ["token_id:5"]
 
 
 async def test_only_the_last_message_was_lost() -> None:

@@ -60,6 +60,7 @@ class FakeShard(ActorHandle):
     def __init__(self, streams: Streams, name: str) -> None:
         self.name = name
         self.jobs: list[GenerationRequest] = []
+        self.submissions: list[int] = []
         self.times: list[float] = []
         self.aborted: list[str] = []
         self.answers: list[Any] = []
@@ -74,7 +75,10 @@ class FakeShard(ActorHandle):
             future.set_exception(ActorUnreachable("nobody waits for this"))
             return future
         assert method == "submit"
-        self.jobs.append(args[0])
+        (jobs,) = args
+        assert isinstance(jobs, tuple)
+        self.jobs += jobs
+        self.submissions.append(len(jobs))
         self.times.append(asyncio.get_running_loop().time())
         answer = self.answers.pop(0) if self.answers else None
         if answer is self.HANG:
@@ -106,6 +110,12 @@ def unavailable(retry_after_s: float = 1.0) -> Refusal:
 
 
 def request(
-    request_id: str = "r", max_tokens: int = 8, stop_ids: frozenset[int] = frozenset(), seed: int = 5
+    request_id: str = "r",
+    max_tokens: int = 8,
+    stop_ids: frozenset[int] = frozenset(),
+    seed: int = 5,
+    n: int = 1,
+    **fields: Any,
 ) -> ValidRequest:
-    return ValidRequest(request_id, (1, 2, 3), SamplingParams(seed=seed), True, max_tokens, stop_ids, (), 0)
+    sampling = SamplingParams(seed=seed)
+    return ValidRequest(request_id, (1, 2, 3), sampling, True, max_tokens, stop_ids, (), 0, n, **fields)

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.engine.request import SamplingParams
+from actors.engine.request import Priority, SamplingParams
 from cluster.gateway.chat import ChatTemplate
 from cluster.gateway.errors import FailedPrecondition, InvalidRequest, ServiceError, UnknownModel
 from cluster.gateway.served_model import ServedModel
@@ -140,7 +140,56 @@ def test_a_doors_own_limit_is_cut_to_the_room(prompt: int, asked: int, cut: int)
         validate(request, MODEL, cut_max_tokens=True)
 
 
+def test_all_sampling_parameters_are_taken() -> None:
+    valid = check(
+        sampling={
+            "min_p": 0.25,
+            "repetition_penalty": 1.5,
+            "presence_penalty": -0.5,
+            "frequency_penalty": 0.75,
+            "logit_bias": {9: -100.0, 2: 1.5},
+            "allowed_token_ids": [9, 2, 9, 4],
+            "banned_token_ids": [4, 3],
+            "seed": 1,
+        },
+        stopping={"min_tokens": 2, "max_tokens": 2},
+        n=16,
+        logprobs=0,
+        prompt_logprobs=20,
+        priority=pb.PRIORITY_BATCH,
+    )
+    assert valid.sampling == SamplingParams(
+        seed=1,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.75,
+        logit_bias=((2, 1.5), (9, -100.0)),
+        allowed_ids=(2, 4, 9),
+        banned_ids=(3, 4),
+        min_tokens=2,
+        logprobs=0,
+    )
+    assert (valid.n, valid.prompt_logprobs, valid.priority) == (16, 20, Priority.BATCH)
+    usual = check()
+    assert (usual.n, usual.prompt_logprobs, usual.priority, usual.sampling.logprobs) == (1, None, 0, None)
+
+
+def test_an_answer_may_be_any_as_long_as_one_token_may_come() -> None:
+    assert check(sampling={"allowed_token_ids": [265]}).sampling.allowed_ids == (265,), "held back by nothing"
+    assert check(sampling={"allowed_token_ids": [265, 1]}, stopping={"min_tokens": 1}).sampling.min_tokens == 1
+    assert check(
+        sampling={"allowed_token_ids": [265]}, stopping={"min_tokens": 1, "ignore_eos": True}
+    ).sampling.min_tokens
+    assert check(sampling={"banned_token_ids": range(WIDTH - 1)}).sampling.banned_ids
+    wide = dataclasses.replace(MODEL, stop_ids=frozenset({WIDTH + 5}))  # an id that the model cannot give
+    assert check(model=wide, stopping={"min_tokens": 1}).stop_ids == {WIDTH + 5}
+
+
 def test_limits_are_allowed() -> None:
+    edge = {"min_p": 1, "repetition_penalty": 2, "presence_penalty": -2, "frequency_penalty": 2}
+    assert check(sampling={**edge, "logit_bias": {0: 100}}).sampling.presence_penalty == -2
+    assert check(logprobs=20, stopping={"min_tokens": CONTEXT - 3}).sampling.min_tokens == CONTEXT - 3
     assert check(token_ids={"ids": [1] * (CONTEXT - 1)}).max_tokens == 1
     assert check(token_ids={"ids": [1] * 10}, stopping={"max_tokens": CONTEXT - 10}).max_tokens == CONTEXT - 10
     assert check(request_id="!" + "~" * 127).request_id == "!" + "~" * 127
@@ -188,6 +237,55 @@ def test_limits_are_allowed() -> None:
         ({"request_id": "é"}, "request_id", "is '\\xe9' of 1 characters"),
         ({"request_id": "a\n"}, "request_id", "is 'a\\n'"),
         ({"request_id": "a\x7f"}, "request_id", "printable ASCII"),
+        *(
+            ({"sampling": {name: value}}, f"sampling.{name}", f"allowed is {allowed}")
+            for name, allowed, values in [
+                ("min_p", "0 to 1", (-0.1, 1.001, math.nan)),
+                ("repetition_penalty", "above 0 to 2", (0, -1, 2.001, math.nan, math.inf)),
+                ("presence_penalty", "-2 to 2", (-2.001, 2.001, math.nan)),
+                ("frequency_penalty", "-2 to 2", (-2.001, 2.001, -math.inf)),
+            ]
+            for value in values
+        ),
+        ({"sampling": {"logit_bias": {7: 100.5}}}, "sampling.logit_bias[7]", "is 100.5; allowed is -100 to 100"),
+        ({"sampling": {"logit_bias": {7: math.nan}}}, "sampling.logit_bias[7]", "is nan; allowed"),
+        ({"sampling": {"logit_bias": {WIDTH: 1}}}, "sampling.logit_bias", f"has token id {WIDTH}; allowed is 0 to 299"),
+        (
+            {"sampling": {"logit_bias": dict.fromkeys(range(1025), 1)}},
+            "sampling.logit_bias",
+            "has 1025 ids; allowed are up to 1024",
+        ),
+        ({"sampling": {"allowed_token_ids": [1] * 1025}}, "sampling.allowed_token_ids", "allowed are up to 1024"),
+        ({"sampling": {"banned_token_ids": [1] * 1025}}, "sampling.banned_token_ids", "allowed are up to 1024"),
+        ({"sampling": {"allowed_token_ids": [WIDTH]}}, "sampling.allowed_token_ids[0]", "allowed is 0 to 299"),
+        ({"sampling": {"banned_token_ids": [1, WIDTH]}}, "sampling.banned_token_ids[1]", "allowed is 0 to 299"),
+        (
+            {"sampling": {"allowed_token_ids": [1, 2], "banned_token_ids": [2, 1]}},
+            "sampling.allowed_token_ids",
+            "at least one is needed that is not banned",
+        ),
+        (
+            {
+                "sampling": {"allowed_token_ids": [1, 2, 265], "banned_token_ids": [2]},
+                "stopping": {"min_tokens": 1, "stop_token_ids": [1]},
+            },
+            "sampling.allowed_token_ids",
+            "is neither banned nor a stop id, which min_tokens 1 holds back",
+        ),
+        ({"sampling": {"banned_token_ids": range(WIDTH)}}, "sampling.banned_token_ids", "of the vocabulary"),
+        (
+            {"sampling": {"banned_token_ids": [i for i in range(WIDTH) if i != 265]}, "stopping": {"min_tokens": 1}},
+            "sampling.banned_token_ids",
+            "neither banned nor a stop id",
+        ),
+        ({"stopping": {"min_tokens": 5, "max_tokens": 4}}, "stopping.min_tokens", "is 5; allowed is 0 to max_tokens"),
+        ({"stopping": {"min_tokens": CONTEXT - 2}}, "stopping.min_tokens", "which is 29"),
+        ({"n": 0}, "n", "is 0; allowed is 1 to 16"),
+        ({"n": 2**32 - 1}, "n", "is 4294967295; allowed is 1 to 16"),
+        ({"n": 2, "next_index": 1, "request_id": "r"}, "next_index", "is 1 for n 2; allowed is 0"),
+        ({"logprobs": 21}, "logprobs", "is 21; allowed is 0 to 20"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "is 21; allowed is 0 to 20"),
+        ({"priority": 3}, "priority", "is 3; allowed are PRIORITY_UNSPECIFIED, PRIORITY_INTERACTIVE, PRIORITY_BATCH"),
         ({"next_index": 1}, "request_id", "is needed to resume at next_index 1"),
         ({"next_index": 30, "request_id": "r"}, "next_index", "is 30; allowed is up to the 29 tokens"),
     ],
@@ -258,10 +356,16 @@ def test_no_error_quotes_the_prompt() -> None:
 WHOLE = pb.GenerateRequest(
     model="tiny",
     messages=pb.ChatMessages(messages=chat(("system", "be"), ("user", "hi"))["messages"]),
-    sampling=pb.SamplingParameters(temperature=0.5, top_p=0.5, top_k=3, seed=1),
-    stopping=pb.StoppingParameters(max_tokens=3, stop=["a"], stop_token_ids=[1], ignore_eos=True),
+    sampling=pb.SamplingParameters(
+        temperature=0.5, top_p=0.5, top_k=3, seed=1, min_p=0.5, logit_bias={1: 1}, allowed_token_ids=[1, 2]
+    ),
+    stopping=pb.StoppingParameters(max_tokens=3, min_tokens=1, stop=["a"], stop_token_ids=[1], ignore_eos=True),
     request_id="r",
     next_index=2,
+    n=1,
+    logprobs=1,
+    prompt_logprobs=1,
+    priority=pb.PRIORITY_BATCH,
 ).SerializeToString()
 
 

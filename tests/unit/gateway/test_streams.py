@@ -9,10 +9,12 @@ import pytest
 
 from actors.attention import Refusal
 from actors.engine.request import FinishReason, TokenEvent
+from cluster.access import EVERYBODY, Caller
 from cluster.fleet import ActorUnreachable
 from cluster.gateway.errors import Conflict, DeadlineExceeded, Internal, InvalidRequest, Overloaded, Unavailable
+from cluster.gateway.group import StreamGroup
 from cluster.gateway.peers import OnlyShard
-from cluster.gateway.stream import Stream, Watch
+from cluster.gateway.stream import Watch
 from cluster.gateway.streams import Streams
 from tests.span_recorder import PARENT_ID, TRACE_ID, TRACEPARENT
 from tests.unit.gateway.fake_shards import FakeShard, request, run, settle, unavailable
@@ -22,7 +24,7 @@ LENGTH, STOP, DOWN = FinishReason.LENGTH, FinishReason.STOP, FinishReason.UNAVAI
 
 
 class Place:
-    """A gateway's streams with some shards; ``tokens`` reads as a call does."""
+    """A gateway's streams with some shards, of requests for one answer; ``tokens`` reads as a call does."""
 
     def __init__(self) -> None:
         self.streams = Streams("gateway-0", RECOVERY_S)
@@ -32,18 +34,24 @@ class Place:
         await self.streams.add_peer(shard.peer)
         return shard
 
-    async def open(self, tenant: str = "", timeout_s: float | None = None, **fields: object) -> Stream:
-        return await self.streams.open(request(**fields), timeout_s, tenant)  # type: ignore[arg-type]
+    async def open(self, tenant: str = "", timeout_s: float | None = None, **fields: object) -> StreamGroup:
+        caller = Caller(tenant, "user", 1.0)
+        return await self.streams.open(request(**fields), timeout_s, caller)  # type: ignore[arg-type]
 
-    async def rest(self, stream: Stream) -> list[TokenEvent]:
+    async def news(self, group: StreamGroup) -> list[TokenEvent]:
+        """What comes next."""
+        (stream,) = group.streams
+        return await self.streams.next_events(stream)
+
+    async def rest(self, stream: StreamGroup) -> list[TokenEvent]:
         """Every event up to the end."""
         events: list[TokenEvent] = []
         while not events or events[-1].finish is None:
-            events += await self.streams.next_events(stream)
+            events += await self.news(stream)
         self.streams.close(stream)
         return events
 
-    async def tokens(self, stream: Stream) -> tuple[list[int | None], FinishReason | None]:
+    async def tokens(self, stream: StreamGroup) -> tuple[list[int | None], FinishReason | None]:
         events = await self.rest(stream)
         return [event.token for event in events if event.token is not None], events[-1].finish
 
@@ -103,7 +111,7 @@ async def test_tokens_that_the_call_has_not_read_yet_are_in_the_replay(place: Pl
     stream = await place.open()
     a.give(10, 11, 12)
     place.streams.lose_peer("a")
-    assert [event.token for event in await place.streams.next_events(stream)] == [10, 11, 12]
+    assert [event.token for event in await place.news(stream)] == [10, 11, 12]
     reading = asyncio.create_task(place.tokens(stream))
     await settle()
     b.give(13, finish=LENGTH)
@@ -294,7 +302,7 @@ async def test_shards_that_take_a_stream_and_fail_are_not_tried_for_ever(place: 
     reading = asyncio.create_task(place.tokens(stream))
     while not reading.done():
         await asyncio.sleep(7.0)
-        if not stream.adrift:
+        if not stream.streams[0].adrift:
             a.send(a.jobs[-1].request_id, 0, finish=DOWN)
     with pytest.raises(Unavailable):
         await reading
@@ -496,7 +504,8 @@ async def test_a_retired_shard_gets_nothing_new_and_may_finish(place: Place) -> 
 async def test_a_retired_shards_last_streams_are_moved(place: Place) -> None:
     a, b = await place.shard("a"), await place.shard("b")
     streams = [await place.open(request_id=f"{n}") for n in range(4)]
-    on_a = [stream for stream in streams if stream.run is not None and stream.run.peer.name == "a"]
+    runs = [group.streams[0].run for group in streams]
+    on_a = [run for run in runs if run is not None and run.peer.name == "a"]
     reading = [asyncio.create_task(place.tokens(stream)) for stream in streams]
     for job in range(2):
         a.give(10 + job, job=job)
@@ -592,7 +601,7 @@ async def test_drain_refuses_the_new_and_replays_the_old(place: Place) -> None:
 async def test_what_a_drain_leaves_ends_with_unavailable(place: Place) -> None:
     a = await place.shard("a")
     streams = [await place.open(), await place.open(request_id="another")]
-    calls = [asyncio.create_task(place.streams.next_events(stream)) for stream in streams]
+    calls = [asyncio.create_task(place.news(stream)) for stream in streams]
     await settle()
     await place.streams.drain(5.0)
     for stream, call in zip(streams, calls, strict=True):
@@ -639,9 +648,9 @@ async def test_a_stream_is_not_asked_for_more_than_its_end(place: Place) -> None
     a = await place.shard("a")
     stream = await place.open()
     a.give(10, finish=LENGTH)
-    await place.streams.next_events(stream)
+    await place.news(stream)
     with pytest.raises(RuntimeError, match="the end of request 'r' was taken before"):
-        await place.streams.next_events(stream)
+        await place.news(stream)
     place.streams.close(stream)
 
 
@@ -649,18 +658,21 @@ async def test_a_stream_is_not_asked_for_more_than_its_end(place: Place) -> None
 async def test_who_watches_is_told_when_the_call_has_the_token_already(place: Place) -> None:
     a = await place.shard("a")
     seen: list[tuple[list[int], bool]] = []
-    stream = await place.open()
-    stream.watch = Watch("", lambda event: seen.append((list(stream.log), stream.has_news)))
+    group = await place.open()
+    (stream,) = group.streams
+    stream.watch = Watch("", lambda event, choice: seen.append((list(stream.log), stream.has_news)))
     a.give(10, 11, finish=LENGTH)
     assert seen == [([10], True), ([10, 11], True)]
-    assert await place.tokens(stream) == ([10, 11], LENGTH)
+    assert await place.tokens(group) == ([10, 11], LENGTH)
 
 
 def test_a_stream_that_goes_on_elsewhere_is_logged_with_its_request(caplog: pytest.LogCaptureFixture) -> None:
     @in_virtual_time
     async def whole(place: Place) -> None:
         a, _ = await place.shard("a"), await place.shard("b")
-        stream = await place.streams.open(request("r-7"), None, "", Watch(TRACEPARENT, lambda event: None))
+        stream = await place.streams.open(
+            request("r-7"), None, EVERYBODY, Watch(TRACEPARENT, lambda event, choice: None)
+        )
         a.send(a.jobs[0].request_id, 0, finish=DOWN, message="void")
         place.streams.close(stream)
 

@@ -48,12 +48,39 @@ def test_every_parameter_finds_its_place() -> None:
         stream=True,
         stream_options={"include_usage": True},
         user="somebody",
+        n=3,
+        logprobs=2,
+        min_p=0.25,
+        min_tokens=4,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.25,
+        logit_bias={"7": -100, "9": 1.5},
+        allowed_token_ids=[7, 9],
+        priority="batch",
+        best_of=3,
     )
     assert parsed.message == pb.GenerateRequest(
         model="m",
         prompt="hi",
-        sampling=pb.SamplingParameters(temperature=1, top_p=0.5, top_k=40, seed=3),
-        stopping=pb.StoppingParameters(max_tokens=7, stop=["a", "b"], stop_token_ids=[1, 2], ignore_eos=True),
+        sampling=pb.SamplingParameters(
+            temperature=1,
+            top_p=0.5,
+            top_k=40,
+            seed=3,
+            min_p=0.25,
+            repetition_penalty=1.5,
+            presence_penalty=-0.5,
+            frequency_penalty=0.25,
+            logit_bias={7: -100, 9: 1.5},
+            allowed_token_ids=[7, 9],
+        ),
+        stopping=pb.StoppingParameters(
+            max_tokens=7, min_tokens=4, stop=["a", "b"], stop_token_ids=[1, 2], ignore_eos=True
+        ),
+        n=3,
+        logprobs=2,
+        priority=pb.PRIORITY_BATCH,
     )
     assert (parsed.stream, parsed.include_usage) == (True, True)
 
@@ -115,11 +142,28 @@ def test_a_negative_seed_keeps_its_bits_and_top_k_may_be_all() -> None:
     assert chat(top_k=-1).message.sampling.top_k == 0
 
 
+def test_log_probabilities_of_both_endpoints_and_of_the_prompt() -> None:
+    assert not chat(logprobs=False, top_logprobs=0).message.HasField("logprobs")
+    assert chat(logprobs=True).message.logprobs == 0
+    assert chat(logprobs=True).message.HasField("logprobs")
+    assert chat(logprobs=True, top_logprobs=5).message.logprobs == 5
+    assert not completion(logprobs=None).message.HasField("logprobs")
+    assert completion(logprobs=0).message.HasField("logprobs")
+    assert chat(prompt_logprobs=0).message.HasField("prompt_logprobs")
+    assert completion(prompt_logprobs=3).message.prompt_logprobs == 3
+
+
+def test_which_come_first() -> None:
+    assert chat().message.priority == pb.PRIORITY_UNSPECIFIED
+    assert chat(priority="interactive").message.priority == pb.PRIORITY_INTERACTIVE
+    assert chat(priority="batch").message.priority == pb.PRIORITY_BATCH
+
+
 NEUTRAL: list[dict[str, Any]] = [
-    {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "logprobs": False, "top_logprobs": 0},
+    {"logit_bias": {}, "logprobs": False, "top_logprobs": 0, "allowed_token_ids": []},
     {"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "functions": [], "function_call": "auto"},
     {"response_format": {"type": "text"}, "modalities": ["text"], "store": False, "metadata": {"a": "b"}},
-    {"service_tier": "auto", "repetition_penalty": 1.0, "min_p": 0, "min_tokens": 0, "reasoning_effort": "none"},
+    {"service_tier": "auto", "reasoning_effort": "none"},
 ]
 
 
@@ -131,13 +175,6 @@ def test_neutral_values_change_nothing(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("n", True),
-        ("presence_penalty", 0.1),
-        ("frequency_penalty", -1),
-        ("logit_bias", {"5": 1}),
-        ("logprobs", True),
-        ("top_logprobs", 1),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
@@ -148,8 +185,6 @@ def test_neutral_values_change_nothing(fields: dict[str, Any]) -> None:
         ("reasoning_effort", "low"),
         ("store", True),
         ("web_search_options", {}),
-        ("min_p", 0.1),
-        ("repetition_penalty", 1.1),
     ],
 )
 def test_what_would_change_the_answer_is_refused_by_name(field: str, value: Any) -> None:
@@ -158,7 +193,7 @@ def test_what_would_change_the_answer_is_refused_by_name(field: str, value: Any)
     assert description.startswith("is not supported here; allowed is ")
 
 
-@pytest.mark.parametrize(("field", "value"), [("best_of", 2), ("echo", True), ("suffix", "x"), ("logprobs", 0)])
+@pytest.mark.parametrize(("field", "value"), [("best_of", 2), ("echo", True), ("suffix", "x")])
 def test_so_it_is_with_text_completions(field: str, value: Any) -> None:
     assert refused(Endpoint.COMPLETIONS, {**TEXT, field: value})[0] == field
 
@@ -181,6 +216,29 @@ def test_so_it_is_with_text_completions(field: str, value: Any) -> None:
         ({"stream": 1}, "stream", "is 1; allowed is true or false"),
         ({"stop_token_ids": [1, -1]}, "stop_token_ids[1]", "is -1; allowed is 0 or more"),
         ({"stream_options": {}}, "stream_options", "is given without stream; allowed is with stream true"),
+        ({"n": 0}, "n", "is 0; allowed is 1 or more"),
+        ({"n": True}, "n", "is true; allowed is a whole number"),
+        ({"min_p": "a"}, "min_p", "is a string; allowed is a number"),
+        ({"presence_penalty": float("inf")}, "presence_penalty", "is inf; allowed is a finite number"),
+        ({"logprobs": 1}, "logprobs", "is 1; allowed is true or false"),
+        ({"top_logprobs": 2}, "top_logprobs", "is 2 without logprobs; allowed is with logprobs true"),
+        ({"logit_bias": []}, "logit_bias", "is a list; allowed is an object"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", 'has a key that is no token id; allowed are whole numbers, as "17"'),
+        (
+            {"logit_bias": {"4294967296": 1}},
+            "logit_bias",
+            'has a key that is no token id; allowed are whole numbers, as "17"',
+        ),
+        ({"logit_bias": {"07": 1}}, "logit_bias", 'has a key that is no token id; allowed are whole numbers, as "17"'),
+        ({"logit_bias": {"7": 101}}, "logit_bias", "has a bias that is not allowed; allowed is -100 to 100"),
+        ({"logit_bias": {"7": True}}, "logit_bias", "has a bias that is not allowed; allowed is -100 to 100"),
+        ({"logit_bias": {"7": float("nan")}}, "logit_bias", "has a bias that is not allowed; allowed is -100 to 100"),
+        ({"priority": 1}, "priority", 'is 1; allowed is "interactive" or "batch"'),
+        (
+            {"stream": True, "prompt_logprobs": 1},
+            "prompt_logprobs",
+            "is given with stream; allowed is without: a stream has no place for them",
+        ),
         ({"no_such_thing": 1}, "no_such_thing", "is no parameter that is known here"),
         ({"<text>": 1, "<x": 1}, "body", "is no parameter that is known here"),
     ],
@@ -243,6 +301,9 @@ BOMBS: list[tuple[Endpoint, dict[str, Any], str]] = [
     (Endpoint.CHAT, {**CHAT, **FIELDS_WITHOUT_END}, "body"),
     (Endpoint.CHAT, {**CHAT, "metadata": FIELDS_WITHOUT_END}, "metadata"),
     (Endpoint.CHAT, {**CHAT, "stream_options": FIELDS_WITHOUT_END}, "stream_options"),
+    (Endpoint.CHAT, {**CHAT, "logit_bias": FIELDS_WITHOUT_END}, "logit_bias"),
+    (Endpoint.CHAT, {**CHAT, "logit_bias": dict.fromkeys(map(str, range(1024)))}, "logit_bias"),
+    (Endpoint.CHAT, {**CHAT, "allowed_token_ids": [1] * MANY}, "allowed_token_ids"),
     (Endpoint.CHAT, {**CHAT, "stop": [1] * MANY}, "stop[0]"),
     (Endpoint.CHAT, {**CHAT, "stop": ["a"] * MANY}, "stop"),
     (Endpoint.CHAT, {**CHAT, "stop_token_ids": [-1] * MANY}, "stop_token_ids[0]"),
@@ -294,6 +355,13 @@ def test_no_text_of_the_client_is_quoted() -> None:
         (chat(max_completion_tokens=1), "stopping.max_tokens", "max_completion_tokens"),
         (chat(), "messages.messages[0].role", "messages[0].role"),
         (chat(), "messages", "messages"),
+        (chat(logprobs=True, top_logprobs=30), "logprobs", "top_logprobs"),
+        (chat(prompt_logprobs=30), "prompt_logprobs", "prompt_logprobs"),
+        (completion(logprobs=30), "logprobs", "logprobs"),
+        (completion(n=30), "n", "n"),
+        (chat(), "sampling.allowed_token_ids[3]", "allowed_token_ids[3]"),
+        (chat(), "sampling.logit_bias[7]", "logit_bias[7]"),
+        (chat(), "stopping.min_tokens", "min_tokens"),
         (completion(), "prompt", "prompt"),
         (completion(prompt=["a"]), "prompt", "prompt[0]"),
         (completion(prompt=[1]), "token_ids.ids[3]", "prompt[3]"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from expertmesh.v1 import inference_pb2 as pb
 from openai.types import Completion
@@ -26,17 +28,24 @@ def stream(*texts: str, reason: int = pb.FINISH_REASON_STOP) -> list[pb.Generate
     ]
 
 
-def answer(endpoint: Endpoint, streams: bool, include_usage: bool = False) -> Answer:
-    return Answer(Parsed(endpoint, pb.GenerateRequest(), streams, include_usage), CREATED)
+def spell(token_id: int) -> tuple[str, bytes]:
+    """Every third token is half a character."""
+    return ("\ufffd", b"\xc3") if token_id % 3 == 0 else (f"<{token_id}>", f"<{token_id}>".encode())
 
 
-def chunks(endpoint: Endpoint, messages: list[pb.GenerateResponse], include_usage: bool = False) -> list[Json]:
-    told = answer(endpoint, True, include_usage)
+def answer(endpoint: Endpoint, streams: bool, include_usage: bool = False, **request: Any) -> Answer:
+    return Answer(Parsed(endpoint, pb.GenerateRequest(**request), streams, include_usage), CREATED, spell)
+
+
+def chunks(
+    endpoint: Endpoint, messages: list[pb.GenerateResponse], include_usage: bool = False, **request: Any
+) -> list[Json]:
+    told = answer(endpoint, True, include_usage, **request)
     return [chunk for one in messages for chunk in told.push(one)]
 
 
-def whole(endpoint: Endpoint, messages: list[pb.GenerateResponse]) -> Json:
-    told = answer(endpoint, False)
+def whole(endpoint: Endpoint, messages: list[pb.GenerateResponse], **request: Any) -> Json:
+    told = answer(endpoint, False, **request)
     for one in messages:
         told.push(one)
     return told.body()
@@ -58,7 +67,12 @@ def test_a_whole_chat() -> None:
                 "finish_reason": "stop",
             }
         ],
-        "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
+        "usage": {
+            "prompt_tokens": 5,
+            "completion_tokens": 3,
+            "total_tokens": 8,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
     assert ChatCompletion.model_validate(body, strict=True).choices[0].message.content == "Hello"
 
@@ -98,7 +112,13 @@ def test_usage_comes_last_and_alone(endpoint: Endpoint) -> None:
     *others, last = chunks(endpoint, stream("a", "b"), include_usage=True)
     assert [chunk["usage"] for chunk in others] == [None] * len(others)
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+    details = {"cached_tokens": 0}
+    assert last["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 2,
+        "total_tokens": 7,
+        "prompt_tokens_details": details,
+    }
 
 
 def test_a_stream_that_was_resumed_is_one_answer() -> None:
@@ -124,3 +144,163 @@ def test_a_stream_keeps_no_text() -> None:
     assert "a secret" not in repr(vars(told))
     with pytest.raises(RuntimeError, match="a stream"):
         told.body()
+
+
+# -- several answers ---------------------------------------------------------------------------------------------------
+
+
+def several(*pieces: tuple[int, str], reasons: tuple[int, ...], cached: int = 0) -> list[pb.GenerateResponse]:
+    """Messages of as many choices as there are reasons, each of whose pieces is a token."""
+    counts = [sum(choice == index for choice, _ in pieces) for index in range(len(reasons))]
+    usages = [
+        pb.Usage(prompt_tokens=5, completion_tokens=count, cached_tokens=cached + index)
+        for index, count in enumerate(counts)
+    ]
+    return [
+        message(started=pb.Started(model="tiny", prompt_tokens=5, seed=1)),
+        *(message(choice=choice, text=text, token_ids=[7]) for choice, text in pieces),
+        *(
+            message(choice=index, finished=pb.Finished(reason=reason, usage=usage))
+            for index, (reason, usage) in reversed(list(enumerate(zip(reasons, usages, strict=True))))
+        ),
+    ]
+
+
+PIECES = ((0, "a"), (1, "x"), (1, "y"), (0, "b"), (1, "z"))
+REASONS = (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH)
+
+
+def test_several_answers_are_told_in_order_and_counted_together() -> None:
+    body = whole(Endpoint.CHAT, several(*PIECES, reasons=REASONS, cached=3), n=2)
+    found = ChatCompletion.model_validate(body, strict=True)
+    assert [(c.index, c.message.content, c.finish_reason) for c in found.choices] == [
+        (0, "ab", "stop"),
+        (1, "xyz", "length"),
+    ]
+    assert found.usage is not None
+    assert found.usage.prompt_tokens_details is not None
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (5, 5, 10)
+    assert found.usage.prompt_tokens_details.cached_tokens == 3
+
+
+def test_the_chunks_of_several_answers() -> None:
+    found = chunks(Endpoint.CHAT, several(*PIECES, reasons=REASONS), include_usage=True, n=2)
+    *others, last = [ChatCompletionChunk.model_validate(chunk, strict=True) for chunk in found]
+    choices = [chunk.choices[0] for chunk in others]
+    assert [(c.index, c.delta.role) for c in choices[:2]] == [(0, "assistant"), (1, "assistant")]
+    assert [(c.index, c.delta.content) for c in choices[2:7]] == list(PIECES)
+    assert [(c.index, c.finish_reason) for c in choices[7:]] == [(1, "length"), (0, "stop")]
+    assert last.usage is not None
+    assert (last.choices, last.usage.completion_tokens) == ([], 5)
+
+
+def test_an_answer_is_finished_when_all_choices_are() -> None:
+    told = answer(Endpoint.COMPLETIONS, False, n=2)
+    *rest, last = several(*PIECES, reasons=REASONS)
+    assert not told.finished
+    for one in rest:
+        told.push(one)
+        assert not told.finished
+    with pytest.raises(RuntimeError, match="not finished"):
+        told.body()
+    told.push(last)
+    assert [choice["text"] for choice in told.body()["choices"]] == ["ab", "xyz"]
+
+
+def test_nothing_is_made_of_a_number_that_nobody_checked_yet() -> None:
+    assert not answer(Endpoint.CHAT, False, n=2**32 - 1).finished
+
+
+# -- log-probabilities -------------------------------------------------------------------------------------------------
+
+
+def logprobs(token_id: int, logprob: float, *top: tuple[int, float], rank: int = 1) -> pb.TokenLogprobs:
+    likeliest = [pb.TokenLogprob(token_id=other, logprob=value) for other, value in top]
+    return pb.TokenLogprobs(token_id=token_id, logprob=logprob, rank=rank, top=likeliest)
+
+
+FIRST = logprobs(1, -0.5, (1, -0.5), (2, -1.0))
+SECOND = logprobs(3, -2.0, (4, -0.25), (6, -1.5), rank=3)
+"""Its text is that of 6, which is likelier."""
+TOLD = [
+    message(started=pb.Started(model="tiny", prompt_tokens=3, prompt_logprobs=[SECOND, FIRST])),
+    message(text="<1>", token_ids=[1], logprobs=[FIRST]),
+    message(text="", token_ids=[3], logprobs=[SECOND]),
+    message(text="é", token_ids=[1], logprobs=[FIRST]),
+    message(finished=pb.Finished(reason=pb.FINISH_REASON_STOP, usage=pb.Usage(prompt_tokens=3, completion_tokens=3))),
+]
+
+
+def test_a_chats_log_probabilities() -> None:
+    body = whole(Endpoint.CHAT, TOLD, logprobs=2)
+    told = ChatCompletion.model_validate(body, strict=True).choices[0].logprobs
+    assert told is not None
+    assert told.content is not None
+    assert body["choices"][0]["logprobs"]["refusal"] is None
+    assert [(one.token, one.bytes, one.logprob) for one in told.content] == [
+        ("<1>", [60, 49, 62], -0.5),
+        ("\ufffd", [0xC3], -2.0),
+        ("<1>", [60, 49, 62], -0.5),
+    ]
+    assert [[(top.token, top.logprob) for top in one.top_logprobs] for one in told.content[:2]] == [
+        [("<1>", -0.5), ("<2>", -1.0)],
+        [("<4>", -0.25), ("\ufffd", -1.5)],
+    ]
+
+
+def test_a_texts_log_probabilities() -> None:
+    told = Completion.model_validate(whole(Endpoint.COMPLETIONS, TOLD, logprobs=2), strict=True).choices[0].logprobs
+    assert told is not None
+    assert told.tokens == ["<1>", "\ufffd", "<1>"]
+    assert told.token_logprobs == [-0.5, -2.0, -0.5]
+    assert told.text_offset == [0, 3, 4]
+    assert told.top_logprobs == [
+        {"<1>": -0.5, "<2>": -1.0},
+        {"<4>": -0.25, "\ufffd": -1.5},
+        {"<1>": -0.5, "<2>": -1.0},
+    ]
+
+
+def test_the_drawn_token_is_among_the_likeliest_of_a_text() -> None:
+    drawn = [TOLD[0], message(text="<5>", token_ids=[5], logprobs=[logprobs(5, -3.0, (1, -0.5))]), TOLD[-1]]
+    (told,) = whole(Endpoint.COMPLETIONS, drawn, logprobs=1)["choices"][0]["logprobs"]["top_logprobs"]
+    assert told == {"<1>": -0.5, "<5>": -3.0}
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_no_log_probability_is_lost_where_text_lags_behind(endpoint: Endpoint) -> None:
+    pieces = chunks(endpoint, TOLD, logprobs=2)
+    for piece in pieces if endpoint == Endpoint.CHAT else []:
+        ChatCompletionChunk.model_validate(piece, strict=True)
+    found = [piece["choices"][0] for piece in pieces]
+    told = [choice["logprobs"] for choice in found if choice["logprobs"]]
+    together = whole(endpoint, TOLD, logprobs=2)["choices"][0]["logprobs"]
+    for key, value in together.items():
+        if value is not None:
+            assert [entry for one in told for entry in one[key]] == value
+    begun = [True] if endpoint == Endpoint.CHAT else []
+    assert [choice["logprobs"] is None for choice in found] == [*begun, False, False, False, True]
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_the_prompts_log_probabilities_are_as_vllm_tells_them(endpoint: Endpoint) -> None:
+    body = whole(endpoint, TOLD, prompt_logprobs=2)
+    told = (body if endpoint == Endpoint.CHAT else body["choices"][0])["prompt_logprobs"]
+    assert told == [
+        None,
+        {
+            "3": {"logprob": -2.0, "rank": 3, "decoded_token": "\ufffd"},
+            "4": {"logprob": -0.25, "rank": 1, "decoded_token": "<4>"},
+            "6": {"logprob": -1.5, "rank": 2, "decoded_token": "\ufffd"},
+        },
+        {
+            "1": {"logprob": -0.5, "rank": 1, "decoded_token": "<1>"},
+            "2": {"logprob": -1.0, "rank": 2, "decoded_token": "<2>"},
+        },
+    ]
+    assert body["choices"][0]["logprobs"] is None
+
+
+def test_a_stream_that_was_resumed_keeps_its_log_probabilities() -> None:
+    body = whole(Endpoint.COMPLETIONS, [*TOLD[:2], TOLD[0], *TOLD[2:]], logprobs=2)
+    assert body == whole(Endpoint.COMPLETIONS, TOLD, logprobs=2)

@@ -120,16 +120,16 @@ def test_results_of_the_wrong_shape_are_an_error_not_wrong_tokens(
 def test_an_error_in_the_engine_ends_the_step_alone(
     checkpoint: tuple[Path, Any], local: Local, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import actors.attention
+    import actors.step_runner
 
-    broken, honest = threading.Event(), actors.attention.sample_plan
+    broken, honest = threading.Event(), actors.step_runner.sample_chunks
 
-    def sample_plan(*args: Any) -> Any:
+    def sample_chunks(*args: Any) -> Any:
         if broken.is_set():
             raise RuntimeError("a bug")
         return honest(*args)
 
-    monkeypatch.setattr(actors.attention, "sample_plan", sample_plan)
+    monkeypatch.setattr(actors.step_runner, "sample_chunks", sample_chunks)
     with running_cluster(local(checkpoint[0])) as doors, Client(doors.grpc) as client:
         broken.set()
         with pytest.raises(grpc.RpcError) as caught:
@@ -144,18 +144,18 @@ def test_logits_that_are_not_finite_end_their_request_alone(
     checkpoint: tuple[Path, Any], local: Local, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of two requests of a batch gets a NaN; the other's tokens are as ever."""
-    import actors.attention
+    import actors.step_runner
 
-    honest = actors.attention.sample_plan
+    honest = actors.step_runner.sample_chunks
 
-    def sample_plan(plan: Any, logits: torch.Tensor) -> Any:
+    def sample_chunks(chunks: Any, logits: torch.Tensor) -> Any:
         poisoned = logits.clone()
-        for row, chunk in enumerate(plan.sampled):
+        for row, chunk in enumerate(chunks):
             if chunk.draw.sampling.top_k == 1:
                 poisoned[row, 5] = float("nan")
-        return honest(plan, poisoned)
+        return honest(chunks, poisoned)
 
-    monkeypatch.setattr(actors.attention, "sample_plan", sample_plan)
+    monkeypatch.setattr(actors.step_runner, "sample_chunks", sample_chunks)
     with running_cluster(local(checkpoint[0])) as doors, Client(doors.grpc) as client:
         sound = client.inference.Generate(ids_request(PROMPT, 100))
         next(sound)

@@ -15,7 +15,7 @@ from expertmesh.v1 import control_pb2 as pb
 from opentelemetry.sdk.trace import Span
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-import actors.attention
+import actors.step_runner
 from actors import batch_spans, request_spans
 from actors.log_fields import fields_of
 from actors.request_spans import RequestSpans
@@ -85,7 +85,7 @@ def test_an_internal_error_is_logged_with_its_request(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(actors.attention, "sample_plan", Mock(side_effect=RuntimeError("a bug")))
+    monkeypatch.setattr(actors.step_runner, "sample_chunks", Mock(side_effect=RuntimeError("a bug")))
     with running_cluster(local(checkpoint[0])) as doors, Client(doors.grpc) as client:
         with pytest.raises(grpc.RpcError):
             traced(client)

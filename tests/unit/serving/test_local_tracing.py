@@ -53,9 +53,9 @@ def tracing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """``tracing(traceparent)``: from now on requests with TRACED tokens come with it, all others with none."""
     honest, given = AttentionShard.submit, [""]
 
-    def submit(shard: AttentionShard, request: GenerationRequest) -> Refusal | None:
-        mark = given[0] if len(request.prompt_ids) == TRACED else ""
-        return honest(shard, dataclasses.replace(request, traceparent=mark))
+    def submit(shard: AttentionShard, requests: tuple[GenerationRequest, ...]) -> Refusal | None:
+        mark = given[0] if len(requests[0].prompt_ids) == TRACED else ""
+        return honest(shard, tuple(dataclasses.replace(request, traceparent=mark) for request in requests))
 
     monkeypatch.setattr(AttentionShard, "submit", submit)
     monkeypatch.setattr(request_spans, "BETWEEN_STEPS_S", 0.0)

@@ -206,7 +206,7 @@ def test_a_request_may_come_before_the_wire_of_its_gateway(
         ThreadPoolExecutor() as pool,
         closing(actors.twin("gateway-0", "late")._endpoint) as endpoint,
     ):
-        submission = pool.submit(shard.submit, request)
+        submission = pool.submit(shard.submit, (request,))
         until(lambda: bool(shard._gateway_came._waiters))
         with closing(endpoint.connect(peer.address, time.monotonic() + 5, Medium.LOCAL)) as wire:
             assert submission.result(30) is None
@@ -214,6 +214,6 @@ def test_a_request_may_come_before_the_wire_of_its_gateway(
             assert frame.kind == Kind.TOKENS
             assert decode_tokens(frame)[0].request_id == "late/0"
         monkeypatch.setattr("actors.attention._GATEWAY_WAIT_S", 0.01)
-        refusal = shard.submit(GenerationRequest("x/0", (1,), SamplingParams(), max_tokens=2, gateway="nobody"))
+        refusal = shard.submit((GenerationRequest("x/0", (1,), SamplingParams(), max_tokens=2, gateway="nobody"),))
         assert refusal is not None
         assert (refusal.kind, refusal.message) == (Refusal.UNAVAILABLE, "no wire to gateway nobody")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -59,7 +60,7 @@ class Gateway:
             for index in range(count):
                 self.now += step_s
                 first = {"queue_s": 0.125, "prefill_s": 0.25} if index == 0 else {}
-                observed.arrived(TokenEvent("", index, 7, **first))
+                observed.arrived(TokenEvent("", index, 7, **first), 0)
             usage = pb.Usage(prompt_tokens=3, completion_tokens=count)
             finished = pb.Finished(reason=pb.FINISH_REASON_LENGTH, stop=MARKER, usage=usage)
             observed.sent(pb.GenerateResponse(finished=finished, text=MARKER))
@@ -68,7 +69,7 @@ class Gateway:
         """One that ends with an error after its first token."""
         with observed:
             observed.validated(valid())
-            observed.arrived(TokenEvent("", 0, 7))
+            observed.arrived(TokenEvent("", 0, 7), 0)
             raise error
 
     @property
@@ -132,6 +133,59 @@ def test_counters_of_a_known_run_are_exact(gateway: Gateway) -> None:
     for kind, tokens in (("input", 9), ("output", 15)):
         assert gateway.value("gen_ai_client_token_usage_sum", gen_ai_token_type=kind, **known) == tokens
     assert gateway.value("rpc_server_call_duration_seconds_count", rpc_response_status_code="OK") == 3
+
+
+def serve_two(gateway: Gateway, observed: ObservedRequest) -> None:
+    """A request for two answers of 3 and 2 tokens: one step of half a second brings one of each."""
+    with observed:
+        observed.validated(dataclasses.replace(valid(3), n=2))
+        for index in range(3):
+            gateway.now += 0.5
+            times = {"queue_s": 0.125, "prefill_s": 0.25} if index == 0 else {}
+            for choice in (0, 1):
+                if index < 3 - choice:
+                    observed.arrived(TokenEvent("", index, 7, **times), choice)
+        for choice, reason in ((1, pb.FINISH_REASON_STOP), (0, pb.FINISH_REASON_LENGTH)):
+            usage = pb.Usage(prompt_tokens=3, completion_tokens=3 - choice)
+            observed.sent(pb.GenerateResponse(choice=choice, finished=pb.Finished(reason=reason, usage=usage)))
+
+
+def test_several_answers_are_one_request(gateway: Gateway) -> None:
+    serve_two(gateway, gateway.begin("tiny"))
+
+    assert gateway.value("expertmesh_prompt_tokens_total") == 3
+    assert gateway.value("expertmesh_generated_tokens_total") == 5
+    assert gateway.value("expertmesh_requests_finished_total") == 1
+    assert gateway.value("expertmesh_requests_finished_total", reason="length") == 1
+    counts = {
+        "gen_ai_server_request_duration_seconds": (1, 1.5),
+        "gen_ai_server_time_to_first_token_seconds": (1, 0.5),
+        "gen_ai_server_time_per_output_token_seconds": (2, 1.0),
+        "expertmesh_request_queue_seconds": (1, 0.125),
+        "expertmesh_request_prefill_seconds": (1, 0.25),
+        "expertmesh_request_decode_seconds": (1, 1.0),
+        "expertmesh_token_interval_seconds": (3, 1.5),
+    }
+    for name, (count, total) in counts.items():
+        assert gateway.value(f"{name}_count") == count, name
+        assert gateway.value(f"{name}_sum") == pytest.approx(total), name
+    for kind, tokens in (("input", 3), ("output", 5)):
+        assert gateway.value("gen_ai_client_token_usage_sum", gen_ai_token_type=kind) == tokens
+    (span,) = gateway.spans
+    assert attributes(span)["gen_ai.request.choice.count"] == 2
+    assert attributes(span)["gen_ai.response.finish_reasons"] == ("length", "stop")
+    assert attributes(span)["gen_ai.usage.output_tokens"] == 5
+    assert [event.name for event in span.events] == ["first_token"]
+
+
+def test_tokens_of_answers_that_did_not_end_count_as_they_came(gateway: Gateway) -> None:
+    with gateway.begin("tiny") as observed:
+        observed.validated(dataclasses.replace(valid(3), n=2))
+        for choice in (0, 0, 1, 1, 1):
+            observed.arrived(TokenEvent("", 0, 7), choice)
+        usage = pb.Usage(prompt_tokens=3, completion_tokens=1)  # a stop string
+        observed.sent(pb.GenerateResponse(choice=0, finished=pb.Finished(usage=usage)))
+    assert gateway.value("gen_ai_client_token_usage_sum", gen_ai_token_type="output") == 4
 
 
 def test_a_span_says_what_was_asked_and_how_it_ended(gateway: Gateway) -> None:
