@@ -105,9 +105,9 @@ def test_a_preempted_request_goes_on_before_another_tenant_begins() -> None:
     scheduler = make_scheduler(max_running=1)
     cache = FakeCache(scheduler.blocks)
     scheduler.add(make_request("greedy", 9, 6, tenant="a", priority=Priority.BATCH), 0.0)
-    step(scheduler, cache)
-    for name, tenant, priority in (("chat", "c", Priority.INTERACTIVE), ("modest", "b", Priority.BATCH)):
-        scheduler.add(make_request(name, 1, 1, tenant=tenant, priority=priority), 0.0)
+    scheduler.add(make_request("modest", 1, 1, tenant="b", priority=Priority.BATCH), 0.0)
+    assert step(scheduler, cache) == ["greedy"]
+    scheduler.add(make_request("chat", 1, 1), 0.0)
     ends = [event.request_id for event in drain(scheduler, cache) if event.finish]
     assert ends == ["chat", "greedy", "modest"]
 
