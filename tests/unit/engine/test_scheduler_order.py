@@ -75,6 +75,16 @@ def test_cached_tokens_cost_their_tenant_nothing() -> None:
     assert order.count("a") >= 7
 
 
+def test_what_is_computed_again_costs_nothing() -> None:
+    scheduler = make_scheduler(n_blocks=6, max_running=3, prefix_cache=False)
+    scheduler.add(make_request("old", 3, 20, tenant="a"), 0.0)
+    scheduler.add(make_request("young", 2, 20, tenant="b"), 0.0)
+    drain(scheduler, FakeCache(scheduler.blocks))
+    assert scheduler.n_preempted == 1
+    counters = scheduler._lineup.waiting._lines[Priority.INTERACTIVE].counters
+    assert (counters["a"], counters["b"]) == (23.0, 22.0)
+
+
 def test_batch_gives_way_to_interactive_and_goes_on_after_it() -> None:
     scheduler = make_scheduler(max_running=2)
     cache = FakeCache(scheduler.blocks)
@@ -89,6 +99,17 @@ def test_batch_gives_way_to_interactive_and_goes_on_after_it() -> None:
     events = drain(scheduler, cache)
     ends = [event.request_id for event in events if event.finish]
     assert ends == ["chat", "batch0", "batch1", "batch2"]
+
+
+def test_a_preempted_request_goes_on_before_another_tenant_begins() -> None:
+    scheduler = make_scheduler(max_running=1)
+    cache = FakeCache(scheduler.blocks)
+    scheduler.add(make_request("greedy", 9, 6, tenant="a", priority=Priority.BATCH), 0.0)
+    scheduler.add(make_request("modest", 1, 1, tenant="b", priority=Priority.BATCH), 0.0)
+    assert step(scheduler, cache) == ["greedy"]
+    scheduler.add(make_request("chat", 1, 1), 0.0)
+    ends = [event.request_id for event in drain(scheduler, cache) if event.finish]
+    assert ends == ["chat", "greedy", "modest"]
 
 
 def test_interactive_takes_blocks_from_batch_but_not_in_vain() -> None:
@@ -149,6 +170,7 @@ def test_no_one_is_overtaken_for_want_of_blocks() -> None:
     scheduler.add(make_request("big", 16, 2), 0.0)
     scheduler.add(make_request("small", 2, 2), 0.0)
     scheduler.add(make_request("batch", 2, 2, priority=Priority.BATCH), 0.0)
+    assert step(scheduler, cache) == ["a"]
     ends = [event.request_id for event in drain(scheduler, cache) if event.finish]
     assert ends.index("a") < ends.index("big")
     assert scheduler.idle
@@ -186,6 +208,22 @@ def test_a_prefill_beside_a_stream_follows_the_times_of_steps() -> None:
     assert paced[0] == 8
     assert 20 <= max(paced) <= 24  # 1.2 * 20 ms at 1 ms a token
     assert max(pieces(Priority.BATCH)) == 127
+
+
+def test_a_prompt_that_is_long_by_the_cache_begins_small_beside_a_stream() -> None:
+    scheduler = make_scheduler(n_blocks=2000, context_length=4000, token_budget=256)
+    cache = FakeCache(scheduler.blocks)
+    scheduler.add(make_request("first", prompt := tuple(range(2000)), 1), 0.0)
+    drain(scheduler, cache)
+    scheduler.add(make_request("stream", 5, 400), 0.0)
+    for _ in range(5):
+        step(scheduler, cache, elapsed_s=1.0)
+    scheduler.add(make_request("short", 200, 1), 0.0)
+    while len(step(scheduler, cache, elapsed_s=1.2)) > 1:
+        pass
+    scheduler.add(make_request("long", (*prompt, *range(100)), 1), 0.0)
+    plan = scheduler.schedule(0.0)
+    assert [(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks][1:] == [(2000, 8)]
 
 
 def test_penalties_see_what_they_look_at_and_stop_ids_wait_for_min_tokens() -> None:

@@ -35,8 +35,8 @@ class Run:
     def ends_as_alone(self, *requests: GenerationRequest) -> None:
         self.events += drain(self.scheduler, self.cache)
         for request in requests:
-            told = [replace(e, cached=0) for e in self.events if e.request_id == request.request_id]
-            assert told == lone_run(request, 64)
+            first, *others = [event for event in self.events if event.request_id == request.request_id]
+            assert [replace(first, cached=0), *others] == lone_run(request, 64)
 
     def cached(self, name: str) -> int:
         return next(event.cached for event in self.events if event.request_id == name)
@@ -167,6 +167,19 @@ def test_an_interactive_request_does_not_wait_for_a_batch_prefill() -> None:
     assert run.step() == [("chat", 0, 8)]
 
 
+def test_a_hold_outlasts_a_batch_prefill_that_an_interactive_one_overtook() -> None:
+    run = Run(token_budget=8, max_running=3)
+    run.add(make_request("batch", PROMPT, priority=Priority.BATCH))
+    run.step()
+    run.add(chat := make_request("chat", PROMPT))
+    assert run.step() == [("chat", 0, 8)]
+    run.scheduler.abort("batch")
+    run.add(third := make_request("third", PROMPT))
+    assert run.step() == [("chat", 8, 4)]
+    run.ends_as_alone(chat, third)
+    assert run.cached("third") == 11
+
+
 def choices(n: int, prompt: tuple[int, ...] = PROMPT, **fields: object) -> list[GenerationRequest]:
     first = make_request("c0", prompt, **fields)  # type: ignore[arg-type]
     return [first, *(replace(first, request_id=f"c{i}", leader="c0") for i in range(1, n))]
@@ -194,18 +207,22 @@ def test_a_fork_late_in_the_answer_takes_no_token_of_it() -> None:
     run.ends_as_alone(leader, follower, blocker)
 
 
-@pytest.mark.parametrize("fate", ["ended", "unknown", "another prompt", "circle"])
+@pytest.mark.parametrize("fate", ["ended", "unknown", "another prompt", "another tenant", "batch", "circle"])
 def test_without_a_leader_a_choice_is_an_ordinary_request(fate: str) -> None:
     run = Run(prefix_cache=False)
     leader, follower = choices(2)
     if fate == "another prompt":
         leader = replace(leader, prompt_ids=PROMPT[:-1])
+    if fate == "another tenant":
+        leader = replace(leader, tenant="b")
+    if fate == "batch":
+        leader = replace(leader, priority=Priority.BATCH)
     if fate == "circle":
         leader = replace(leader, leader="c1")
     run.add(*((follower,) if fate == "unknown" else (leader, follower)))
     if fate == "ended":
         run.scheduler.abort("c0")
-    run.ends_as_alone(*((leader, follower) if fate in ("another prompt", "circle") else (follower,)))
+    run.ends_as_alone(*((follower,) if fate in ("ended", "unknown") else (leader, follower)))
     assert run.cached("c1") == (11 if fate == "circle" else 0)
 
 

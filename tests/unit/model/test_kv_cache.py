@@ -52,6 +52,20 @@ def test_planes_are_read_singly_and_written_together() -> None:
         cache.write(0, slots, *planes[:2])
 
 
+@pytest.mark.parametrize("spec", [GLM, V3, V32])
+def test_blocks_are_copied_in_order_in_every_layer(spec: object) -> None:
+    cache = KVCache(spec, n_blocks=4, block_size=4, dtype=torch.float32)
+    slots = torch.arange(16)
+    written = [[torch.randn(16, *shape) for shape in spec.attn.kv_planes] for _ in range(spec.n_layers)]
+    for layer, planes in enumerate(written):
+        cache.write(layer, slots, *planes)
+    cache.copy_blocks(((3, 1), (1, 0), (2, 3)))
+    for layer, planes in enumerate(written):
+        for got, plane in zip(cache.read(layer, slots), planes, strict=True):
+            blocks = plane.unflatten(0, (4, 4))
+            assert torch.equal(got.unflatten(0, (4, 4)), blocks[[3, 3, 2, 2]])
+
+
 @pytest.mark.parametrize(("blocks", "size"), [(0, 4), (4, 0), (-1, 4)])
 def test_impossible_sizes(blocks: int, size: int) -> None:
     with pytest.raises(ValueError, match=f"n_blocks is {blocks}, block_size is {size}"):
