@@ -106,7 +106,7 @@ class _Bucket:
         few, many = sorted(costs)
         self.in_force = many if costs[many] < (1 - MARGIN) * costs[few] else few
         if self.in_force == tried:
-            self._recent = deque(self._trial, maxlen=_RECENT)
+            self._recent.clear()
         self._trial, self.tried = [], None
         self._pause = self._left = min(PAUSE, 2 * self._pause)
 

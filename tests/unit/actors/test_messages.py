@@ -7,12 +7,17 @@ import torch
 from opentelemetry.trace import get_current_span
 
 from actors.messages import (
+    BatchTimes,
     Kind,
+    encode_seconds,
+    encode_times,
     expect_parts,
     indices_from,
+    seconds_from,
     tensor_bytes,
     tensor_from,
     tensor_part,
+    times_from,
     traced_parts,
 )
 from actors.transport.base import Frame, FrameTag, Medium, ProtocolError
@@ -99,3 +104,14 @@ def test_a_tensor_of_bytes_is_read_like_memory(count: int) -> None:
         tensor_from(torch.zeros(7, dtype=torch.uint8), torch.bfloat16, 3)
     with pytest.raises(ProtocolError, match="belongs in host memory"):
         indices_from(came)
+
+
+def test_times_travel_as_they_are_and_anything_else_is_refused() -> None:
+    times = BatchTimes(1 / 3, 2e-9)
+    assert times_from(memoryview(encode_times(times))) == times
+    assert seconds_from(memoryview(encode_seconds(1 / 3))) == 1 / 3
+    for read, size in ((times_from, 8), (seconds_from, 16), (seconds_from, 0)):
+        with pytest.raises(ProtocolError, match=f"a part of {size} bytes holds no times"):
+            read(memoryview(bytes(size)))
+    with pytest.raises(ProtocolError, match="it belongs in host memory"):
+        times_from(torch.zeros(2, dtype=torch.float64))

@@ -138,6 +138,7 @@ def test_what_waited_of_a_void_step_is_forgotten(pair: tuple[MoEClient, Wire]) -
     with pytest.raises(MoEUnavailable, match="no memory"):
         client.finish(sent[1])
     client.abandon()
+    assert not client._sent
     answer(router, frames[1])
     client.begin_step()
     layer(client, router, 1)

@@ -111,6 +111,8 @@ def test_logits_of_some_rows_are_those_of_all(checkpoint_of: CheckpointOf) -> No
     assert wanted.shape == (23, 203)
     for rows in (slice(0, 1), slice(5, 17), slice(22, 23)):
         assert torch.equal(runner.model.head(hidden[0][rows]), wanted[rows])
+    batch.output_rows = torch.tensor([22, 4])
+    assert torch.equal(runner.model.forward(batch, runner.cache, runner.moe), wanted[[22, 4]])
 
 
 @pytest.mark.parametrize("what", ["s", "f", "done"])
