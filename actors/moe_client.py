@@ -101,7 +101,10 @@ class MoEClient:
         """The combined rows [T, D] for what ``start`` sent; valid until the next call. Raises MoEUnavailable."""
         assert isinstance(sent, RowsSent)
         try:
-            frame = self._wait(sent.tag)
+            began_ns = self._spans.begin()
+            frame = self._wait()
+            if began_ns:
+                self._spans.end(WAIT, began_ns, layer=sent.tag.layer, micro_batch=sent.tag.micro_batch)
             if frame.kind == Kind.FAILED:
                 raise MoEUnavailable(failure_text(frame))
             if frame.kind != Kind.ROWS_DONE or frame.tag != sent.tag:
@@ -114,11 +117,9 @@ class MoEClient:
             raise MoEUnavailable(f"router {self.wire.peer}: {rows.shape[0]} rows came back of {sent.count}")
         return rows
 
-    def _wait(self, tag: FrameTag) -> Frame:
-        began, began_ns = time.perf_counter(), self._spans.begin()
+    def _wait(self) -> Frame:
+        began = time.perf_counter()
         try:
             return self.wire.recv(self._deadline)
         finally:
             self.waited_s += time.perf_counter() - began
-            if began_ns:
-                self._spans.end(WAIT, began_ns, layer=tag.layer, micro_batch=tag.micro_batch)
