@@ -19,7 +19,7 @@ from actors.engine.scheduler import Scheduler, SchedulerLimits
 from actors.log_fields import fields
 from actors.moe_client import MoEClient, MoEUnavailable
 from actors.observer import ShardObserver
-from actors.span_log import SpanLog
+from actors.span_log import PUBLISH, SpanLog
 from actors.step_runner import StepRunner
 from actors.timeline import Instant
 
@@ -191,7 +191,7 @@ class AttentionEngine:
             began_ns = self._spans.begin()
             self._tell(self._runner.logprobs.complete(events))
             if began_ns:
-                self._spans.end("publish", began_ns, events=len(events))
+                self._spans.end(PUBLISH, began_ns, events=len(events))
 
     def _about(self, plan: StepPlan) -> dict[str, Any]:
         """For the log: whose step it was."""

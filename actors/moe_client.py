@@ -137,7 +137,10 @@ class MoEClient:
         """The next answer, to whatever was sent, while ``wanted`` is waited for. Raises MoEUnavailable for a failure
         that is told."""
         was_here = self.wire.ready() or self._used_wait()
-        frame = self._wait(wanted)
+        began_ns = self._spans.begin()
+        frame = self._wait()
+        if began_ns:
+            self._spans.end(WAIT, began_ns, layer=wanted.layer, micro_batch=wanted.micro_batch)
         if frame.kind == Kind.FAILED:
             raise MoEUnavailable(failure_text(frame))
         sent = self._sent.pop(frame.tag, None)
@@ -161,14 +164,12 @@ class MoEClient:
         work()
         return self.wire.ready()
 
-    def _wait(self, tag: FrameTag) -> Frame:
-        began, began_ns = time.perf_counter(), self._spans.begin()
+    def _wait(self) -> Frame:
+        began = time.perf_counter()
         try:
             return self.wire.recv(self._deadline)
         finally:
             self.waited_s += time.perf_counter() - began
-            if began_ns:
-                self._spans.end(WAIT, began_ns, layer=tag.layer, micro_batch=tag.micro_batch)
 
     def _take_back(self) -> None:
         if self._lent is not None:

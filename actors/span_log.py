@@ -20,8 +20,8 @@ from typing import NamedTuple
 LOOP = "loop"
 """The lane of what an actor's data-plane thread does."""
 
-ROWS_OUT, WAIT = "rows out", "wait for experts"
-"""An attention shard's exchanges with the experts: see ``cluster/compute_spans.py``."""
+FORWARD, ROWS_OUT, WAIT, HEAD, SAMPLE, PUBLISH = "forward", "rows out", "wait for experts", "head", "sample", "publish"
+"""What an attention shard tells of a step; what lies between is computing: see ``cluster/compute_spans.py``."""
 
 _CAPACITY = 200_000
 

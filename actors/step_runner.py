@@ -14,7 +14,7 @@ from actors.micro_batches import MicroBatchTuner
 from actors.model.decoder import AttentionModel
 from actors.model.kv_cache import KVCache
 from actors.moe_client import MoEClient
-from actors.span_log import SpanLog
+from actors.span_log import FORWARD, HEAD, SAMPLE, SpanLog
 from actors.step_batch import sample_chunks, split_chunks, step_batch
 
 
@@ -54,7 +54,11 @@ class StepRunner:
             tell_last()
             drawn.update(self._draw(parts[number], hidden, spans))
 
-        self._model.run([step_batch(part, self._device) for part in parts], self._cache, moe, done)
+        batches = [step_batch(part, self._device) for part in parts]
+        began_ns = spans.begin()
+        self._model.run(batches, self._cache, moe, done)
+        if began_ns:
+            spans.end(FORWARD, began_ns)
         step_s = time.perf_counter() - began
         attention_s = step_s - moe.waited_s - self._head_s
         self._tuner.observe(rows, count, step_s, attention_s, moe.experts_s, moe.transfer_s)
@@ -67,11 +71,11 @@ class StepRunner:
         logits = self._model.head(hidden[: len(drawing)])
         self.logprobs.note_prompts(chunks, hidden[len(drawing) :], self._model.head)
         if began_ns:
-            spans.end("head", began_ns, rows=len(hidden))
+            spans.end(HEAD, began_ns, rows=len(hidden))
             began_ns = spans.begin()
         tokens = sample_chunks(drawing, logits)
         self.logprobs.note_drawn(drawing, logits, tokens)
         if began_ns:
-            spans.end("sample", began_ns, rows=len(drawing))
+            spans.end(SAMPLE, began_ns, rows=len(drawing))
         self._head_s += time.perf_counter() - began
         return {chunk.request_id: token for chunk, token in zip(drawing, tokens, strict=True)}
