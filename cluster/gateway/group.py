@@ -31,8 +31,7 @@ class StreamGroup:
     def fail(self, error: ServiceError) -> None:
         """It ends here: the call that waits gets ``error``, after the tokens that are there."""
         for stream in self.streams:
-            if not stream.ended:
-                stream.fail(error)
+            stream.fail(error)
 
     def same_body(self, other: ValidRequest) -> bool:
         """True if ``other`` asks for what these streams give, perhaps from a later token on."""

@@ -68,7 +68,7 @@ def check_drawable(sampling: SamplingParams, stop_ids: frozenset[int], vocab_siz
 
     Stop ids may not while ``min_tokens`` have not come. Raises InvalidRequest.
     """
-    held_back = {token_id for token_id in stop_ids if token_id < vocab_size} if sampling.min_tokens else set[int]()
+    held_back = stop_ids if sampling.min_tokens else frozenset[int]()
     banned = set(sampling.banned_ids)
     allowed = set(sampling.allowed_ids) or range(vocab_size)
     if not any(token_id not in banned for token_id in allowed):

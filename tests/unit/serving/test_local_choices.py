@@ -77,6 +77,11 @@ def in_use(client: Client) -> int:
     return sum(load.running + load.waiting for load in loads)
 
 
+def published(client: Client) -> int:
+    (shard,) = client.load(control_pb2.ROLE_ATTENTION)
+    return int(shard.attention.tokens)
+
+
 def test_the_choices_of_a_seed_are_always_the_same(client: Client) -> None:
     first, again = [client.generate(drawn(3)).messages for _ in range(2)]
     choices = tokens_of(first, 3)
@@ -105,6 +110,21 @@ def test_a_stop_ends_its_choice_alone(client: Client) -> None:
     reasons = {m.choice: m.finished.reason for m in messages if m.HasField("finished")}
     assert reasons == {0: pb.FINISH_REASON_LENGTH, 1: pb.FINISH_REASON_STOP}
     assert at > 2
+
+
+def test_a_stop_string_frees_its_choice_at_once(client: Client) -> None:
+    request = drawn(2, count=400)
+    texts = ["", ""]
+    for message in client.generate(request).messages:
+        texts[message.choice] += message.text
+    stop = next(texts[1][at : at + 2] for at in range(100) if texts[1][at : at + 2] not in texts[0])
+    request.stopping.stop.append(stop)
+    before = published(client)
+    messages = client.generate(request).messages
+    reasons = {m.choice: m.finished.reason for m in messages if m.HasField("finished")}
+    assert reasons == {0: pb.FINISH_REASON_LENGTH, 1: pb.FINISH_REASON_STOP}
+    assert "".join(m.text for m in messages if m.choice == 1) == texts[1][: texts[1].index(stop)]
+    assert published(client) - before < 600, "nothing is computed for nobody"
 
 
 def test_whoever_leaves_ends_all_choices(client: Client) -> None:

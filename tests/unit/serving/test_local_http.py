@@ -234,7 +234,7 @@ def test_leaving_without_a_stream_frees_the_blocks(doors: Doors, over_grpc: Clie
         ({"messages": []}, "messages", "allowed are 1 to"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "system, user, assistant"),
         ({"messages": [{"role": "user", "content": "a\0b"}]}, "messages[0].content", "NUL"),
-        ({"n": 2}, "n", "not supported here"),
+        ({"n": 17}, "n", "allowed is 1 to 16"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported here"),
         ({"extra_body": {"surprise": 1}}, "surprise", "no parameter"),
     ],
