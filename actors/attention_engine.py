@@ -69,6 +69,7 @@ class AttentionEngine:
         self, name: str, limits: SchedulerLimits, blocks: BlockPool, runner: StepRunner, spans: SpanLog, tell: Tell
     ) -> None:
         """``tell`` gets the events, each once and in order."""
+        self.name = name
         self._runner = runner
         self._blocks = blocks
         self._scheduler = Scheduler(limits, blocks)

@@ -70,8 +70,10 @@ class Batch:
         return found
 
     def answers(self) -> dict[str, Any]:
-        """What the model gave for each row."""
+        """What the model gave for each row. What was in the prefix cache is a matter of luck."""
         bodies = {name: line["response"]["body"] for name, line in self.results().items()}
+        for body in bodies.values():
+            del body["usage"]["prompt_tokens_details"]
         return {name: (body["choices"], body["usage"]) for name, body in bodies.items()}
 
 

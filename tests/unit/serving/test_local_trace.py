@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import signal
@@ -93,9 +94,12 @@ def test_the_spans_of_five_steps(cluster: tuple[Client, Controller]) -> None:
     assert all(step.numbers["rows"] >= step.numbers["requests"] >= 1 for step in steps)
     assert all(step.numbers["micro_batches"] == 1 for step in steps)
     for step in steps:
-        inside = [span.name for span in attention.spans if within(span, step)]
+        # what the step before has brought is published while its first layer's rows are away
+        inside = [span.name for span in attention.spans if within(span, step) and span.name != "publish"]
+        whole = [name for name, _ in itertools.groupby(inside)]
         layers = ["compute", "rows out", "shared expert", "wait for experts"] * 2
-        assert inside == ["step", "schedule", "forward", *layers, "head", "sample", "publish"]
+        assert whole[:11] == ["step", "schedule", "forward", *layers]
+        assert [name for name in whole[11:] if name != "compute"] == ["head", "sample"]
     assert sum(span.numbers["events"] for span in named(gateway, "deliver")) >= 5
 
     for step in steps:
@@ -255,5 +259,6 @@ def test_a_shard_that_dies_meanwhile_is_not_waited_for(checkpoint: tuple[Path, A
         until(lambda: recorder(controller, "attention-0")._armed)
         crash(controller, "attention-0")
         traced = waiting.result(timeout=60)
-    assert [actor.name for actor in traced.actors if not actor.pid] == ["attention-0"]
+    silent = {actor.name for actor in traced.actors if not actor.pid}
+    assert {"attention-0"} <= silent <= {"attention-0", "router-0"}  # its router goes with it
     assert traced.steps == 0

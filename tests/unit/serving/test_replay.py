@@ -15,6 +15,7 @@ import pytest
 from expertmesh.v1 import inference_pb2 as pb
 
 from actors.attention import AttentionShard, Refusal
+from actors.attention_engine import AttentionEngine
 from actors.engine.request import GenerationRequest, SamplingParams
 from actors.messages import Kind
 from actors.router import Router
@@ -42,16 +43,17 @@ class Gate:
         self._moved = threading.Condition()
         self._steps: Counter[str] = Counter()
         self._limit: int | None = None
-        honest = AttentionShard._compute
+        honest = AttentionEngine._compute
 
-        def compute(shard: AttentionShard, plan: Any) -> Any:
+        def compute(engine: AttentionEngine, *args: Any) -> Any:
+            engine._tell_untold()  # of the step before; a step that stands at the experts would have told it by now
             with self._moved:
-                self._steps[shard.name] += 1
+                self._steps[engine.name] += 1
                 self._moved.notify_all()
-                self._moved.wait_for(lambda: self._limit is None or self._steps[shard.name] <= self._limit, 30)
-            return honest(shard, plan)
+                self._moved.wait_for(lambda: self._limit is None or self._steps[engine.name] <= self._limit, 30)
+            return honest(engine, *args)
 
-        monkeypatch.setattr(AttentionShard, "_compute", compute)
+        monkeypatch.setattr(AttentionEngine, "_compute", compute)
 
     def allow(self, steps: int | None) -> None:
         """So many steps from the last ``reset`` on; None: any number."""
