@@ -9,6 +9,7 @@ from typing import Any
 
 from actors.engine.request import SamplingParams
 from cluster.gateway.chat import ChatTemplate
+from cluster.gateway.sampling import MAX_REPETITION_PENALTY, MAX_TEMPERATURE
 from cluster.gateway.tokenizer import Tokenizer
 
 _NEUTRAL_TEMPERATURE = 1.0
@@ -40,25 +41,36 @@ class ServedModel:
 
 
 def default_sampling(generation_config: Mapping[str, Any]) -> SamplingParams:
-    """Sampling that a checkpoint's generation_config.json recommends: greedy unless ``do_sample`` is true.
+    """Sampling that a checkpoint's generation_config.json recommends: greedy unless ``do_sample`` is true. Its repetition
+    penalty holds either way, as in transformers.
 
     Parameters that the file leaves out or sets to null are neutral (temperature 1, top_p 1, all tokens).
 
     Raises:
         ValueError: a value outside its range; it is named.
     """
+    penalty = _number(generation_config, "repetition_penalty", 1.0)
+    if not 0 < penalty <= MAX_REPETITION_PENALTY:
+        raise _outside("repetition_penalty", penalty, f"above 0 to {MAX_REPETITION_PENALTY:g}")
     if not generation_config.get("do_sample"):
-        return SamplingParams(temperature=0.0)
+        return SamplingParams(temperature=0.0, repetition_penalty=penalty)
     temperature = _number(generation_config, "temperature", _NEUTRAL_TEMPERATURE)
     top_p = _number(generation_config, "top_p", 1.0)
     top_k = _number(generation_config, "top_k", 0)
-    if not 0 <= temperature <= 2:
-        raise ValueError(f"generation_config.temperature is {temperature}; allowed is 0 to 2")
+    min_p = _number(generation_config, "min_p", 0.0)
+    if not 0 <= temperature <= MAX_TEMPERATURE:
+        raise _outside("temperature", temperature, f"0 to {MAX_TEMPERATURE:g}")
     if not 0 < top_p <= 1:
-        raise ValueError(f"generation_config.top_p is {top_p}; allowed is above 0 to 1")
+        raise _outside("top_p", top_p, "above 0 to 1")
     if top_k < 0 or top_k != int(top_k):
         raise ValueError(f"generation_config.top_k is {top_k}; allowed are whole numbers, 0 for all")
-    return SamplingParams(temperature=temperature, top_p=top_p, top_k=int(top_k))
+    if not 0 <= min_p <= 1:
+        raise _outside("min_p", min_p, "0 to 1")
+    return SamplingParams(temperature, top_p, int(top_k), min_p=min_p, repetition_penalty=penalty)
+
+
+def _outside(name: str, value: float, allowed: str) -> ValueError:
+    return ValueError(f"generation_config.{name} is {value}; allowed is {allowed}")
 
 
 def stop_ids(generation_config: Mapping[str, Any], tokenizer: Tokenizer) -> frozenset[int]:

@@ -18,6 +18,8 @@ from tests.unit.gateway.tiny_tokenizers import byte_level, plain_metaspace
         ({"do_sample": True}, SamplingParams(1.0, 1.0, 0)),
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.95}, SamplingParams(0.6, 0.95, 0)),
         ({"do_sample": True, "temperature": None, "top_k": 20}, SamplingParams(1.0, 1.0, 20)),
+        ({"do_sample": True, "min_p": 0.1}, SamplingParams(1.0, min_p=0.1)),
+        ({"repetition_penalty": 1.05, "min_p": 0.1}, SamplingParams(0.0, repetition_penalty=1.05)),
     ],
 )
 def test_default_sampling(config: dict[str, Any], expected: SamplingParams) -> None:
@@ -36,6 +38,9 @@ def test_default_sampling(config: dict[str, Any], expected: SamplingParams) -> N
         ("top_k", -1),
         ("top_k", 1.5),
         ("top_k", True),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 2.5),
     ],
 )
 def test_default_sampling_names_what_is_wrong(name: str, value: Any) -> None:
