@@ -1,6 +1,6 @@
 """The steps of an attention shard: schedule → run → tell.
 
-A step's tokens are told while the experts compute the next one's first layer: delivery, and whatever of the answer is
+A step's tokens are told when the next one's first rows are with the experts: delivery, and whatever of the answer is
 not needed to go on (log-probabilities), is off the steps' way. Without a next step they are told at once.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from actors.engine.kv_blocks import BlockPool
@@ -24,6 +24,8 @@ from actors.step_runner import StepRunner
 from actors.timeline import Instant
 
 log = logging.getLogger(__name__)
+
+_NO_LOGPROBS = "log-probabilities could not be computed"
 
 Tell = Callable[[list[TokenEvent]], None]
 
@@ -78,6 +80,7 @@ class AttentionEngine:
         self._spans = spans
         self._tell = tell
         self._untold: list[TokenEvent] = []
+        self._tell_error: Exception | None = None
         self._work = _Work()
 
     @property
@@ -138,6 +141,8 @@ class AttentionEngine:
         if began_ns:
             self._spans.end("schedule", began_ns)
         events = self._run(plan, begun, moe)
+        if self._tell_error is not None:
+            raise self._tell_error
         self._untold += events
         if self.idle:
             self._tell_untold()
@@ -168,7 +173,7 @@ class AttentionEngine:
         if moe is None:
             return self._void(plan, moe, FinishReason.UNAVAILABLE, "the attention shard lost its router")
         try:
-            tokens = self._runner.run(plan, moe, self._spans, self._tell_untold)
+            tokens = self._runner.run(plan, moe, self._spans, self._tell_aside)
         except MoEUnavailable as error:
             log.warning("a step is void: %s", error, extra=self._about(plan))
             return self._void(plan, moe, FinishReason.UNAVAILABLE, str(error))
@@ -187,12 +192,38 @@ class AttentionEngine:
             return self._scheduler.fail(plan, reason, message)
 
     def _tell_untold(self) -> None:
+        """What ended or was drawn goes to the gateways, with its log-probabilities."""
+        if not self._untold:
+            return
+        began_ns = self._spans.begin()
         events, self._untold = self._untold, []
-        if events:
-            began_ns = self._spans.begin()
-            self._tell(self._runner.logprobs.complete(events))
-            if began_ns:
-                self._spans.end(PUBLISH, began_ns, events=len(events))
+        try:
+            events = self._runner.logprobs.complete(events)
+        except Exception:
+            log.exception("log-probabilities could not be computed")
+            events = self._without(self._runner.logprobs.forget_step(), events)
+        self._tell(events)
+        if began_ns:
+            self._spans.end(PUBLISH, began_ns, events=len(events))
+
+    def _without(self, lost: Set[str], events: list[TokenEvent]) -> list[TokenEvent]:
+        """Requests whose log-probabilities are lost, for want of memory perhaps, end; others lose nothing."""
+        told = []
+        for event in events:
+            if event.request_id not in lost:
+                told.append(event)
+            elif event.finish is not None:
+                told.append(replace(event, token=None, finish=FinishReason.ERROR, message=_NO_LOGPROBS))
+            else:
+                self.abort(event.request_id, FinishReason.ERROR, _NO_LOGPROBS)
+        return told
+
+    def _tell_aside(self) -> None:
+        """The same in the middle of a step: an error of telling is none of the step's, and is raised after it."""
+        try:
+            self._tell_untold()
+        except Exception as error:
+            self._tell_error = error
 
     def _about(self, plan: StepPlan) -> dict[str, Any]:
         """For the log: whose step it was."""

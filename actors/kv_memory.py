@@ -23,13 +23,17 @@ def allocate_cache(spec: MoEDecoderSpec, model: ModelSettings, engine: EngineSet
     kv_bytes = _measured(device, engine) if engine.kv_bytes is None else engine.kv_bytes
     held = kv_bytes // block_bytes * engine.block_size
     if held < engine.context_length:
+        whence = (
+            "" if engine.kv_bytes is not None else f", {engine.kv_share:g} of what is free, shared by {engine.sharing},"
+        )
         raise NoMemory(
-            f"attention.kv_memory: {kv_bytes} bytes, {engine.kv_share:g} of what is free on this node for "
-            f"{engine.sharing} replica(s), hold {held} tokens; context_length is {engine.context_length}: write less, "
-            "or another attention.kv_memory_share"
+            f"attention.kv_memory: {kv_bytes} bytes{whence} hold {held} tokens; context_length is "
+            f"{engine.context_length}: write less, or give the cache more"
         )
     try:
-        cache = KVCache(spec, kv_bytes // block_bytes, engine.block_size, dtype, device)
+        # Whoever measures next must find it taken.
+        resident = engine.kv_bytes is None
+        cache = KVCache(spec, kv_bytes // block_bytes, engine.block_size, dtype, device, resident)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise NoMemory(f"attention.kv_memory: {kv_bytes} bytes cannot be allocated: {error}") from error
     return cache, BlockPool(kv_bytes // block_bytes, engine.block_size)

@@ -68,12 +68,14 @@ class LogprobBook:
         drawn: dict[str, TokenLogprobs] = {}
         for rows in self._drawn:
             drawn.update(zip(rows.request_ids, token_logprobs(*rows[1:]), strict=True))
-        self._drawn.clear()
+        self._drawn.clear()  # not if that failed: see ``forget_step``
         return [self._completed(event, drawn) for event in events]
 
-    def forget_step(self) -> None:
-        """The step is void: nothing of what was noted of its draws will be told."""
+    def forget_step(self) -> set[str]:
+        """Nothing of what was noted of draws since the last ``complete`` will be told. Returns whose it was."""
+        lost = {name for rows in self._drawn for name in rows.request_ids}
         self._drawn.clear()
+        return lost
 
     def _completed(self, event: TokenEvent, drawn: dict[str, TokenLogprobs]) -> TokenEvent:
         name = event.request_id

@@ -51,7 +51,8 @@ class MoEClient:
     was here before it was waited for may have come any time: its trip from the router on counts as its round trip.
     With several batches under way, the wait of one behind another counts as transfer too.
 
-    ``while_waiting``: called when ``finish`` would have to wait, once: it is None before it is called.
+    ``when_sent``: called by the first ``finish`` of a step, whose first rows are on their way then; it is None before
+    it is called. The time that it takes is added to the step's.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class MoEClient:
         self.waited_s = 0.0
         self.experts_s = 0.0
         self.transfer_s = 0.0
-        self.while_waiting: Callable[[], None] | None = None
+        self.when_sent: Callable[[], None] | None = None
         self._device = device
         self._dtype = dtype
         self._d_model = d_model
@@ -136,7 +137,8 @@ class MoEClient:
     def _receive(self, wanted: FrameTag) -> tuple[RowsSent, Tensor]:
         """The next answer, to whatever was sent, while ``wanted`` is waited for. Raises MoEUnavailable for a failure
         that is told."""
-        was_here = self.wire.ready() or self._used_wait()
+        self._call_when_sent()
+        was_here = self.wire.ready()
         began_ns = self._spans.begin()
         frame = self._wait()
         if began_ns:
@@ -156,13 +158,12 @@ class MoEClient:
             raise MoEUnavailable(f"router {self.wire.peer}: {rows.shape[0]} rows came back of {sent.count}")
         return sent, rows
 
-    def _used_wait(self) -> bool:
-        """Do what is to be done while waiting; True if an answer has come meanwhile."""
-        if self.while_waiting is None:
-            return False
-        work, self.while_waiting = self.while_waiting, None
-        work()
-        return self.wire.ready()
+    def _call_when_sent(self) -> None:
+        if self.when_sent is not None:
+            began = time.monotonic()
+            work, self.when_sent = self.when_sent, None
+            work()
+            self._deadline += time.monotonic() - began
 
     def _wait(self) -> Frame:
         began = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from actors.moe_client import MoEClient
 from actors.span_log import FORWARD, HEAD, SAMPLE, SpanLog
 from actors.step_batch import sample_chunks, split_chunks, step_batch
 
+T = TypeVar("T")
+
 
 class StepRunner:
     """Model and KV cache of one attention shard. ``micro_batches``: of the last step."""
@@ -28,7 +31,7 @@ class StepRunner:
         self._cache = cache
         self._tuner = tuner
         self._device = device
-        self._head_s = 0.0
+        self._aside_s = 0.0
 
     @property
     def kv_bytes(self) -> int:
@@ -38,21 +41,19 @@ class StepRunner:
     def run(self, plan: StepPlan, moe: MoEClient, spans: SpanLog, tell_last: Callable[[], None]) -> list[int | None]:
         """One token for each of ``plan.sampled``, None for a row without one. Raises MoEUnavailable.
 
-        ``tell_last`` tells what the step before has brought: called when experts are first waited for, and in any case
-        before this step's own draws.
+        ``tell_last`` tells what the step before has brought: called when this one's first rows are on their way.
         """
         began = time.perf_counter()
-        moe.while_waiting = tell_last
+        moe.when_sent = lambda: self._aside(tell_last)
         self._cache.copy_blocks(plan.copies)
         rows = sum(len(chunk.token_ids) for chunk in plan.chunks)
         self.micro_batches = count = self._tuner.choose(rows)
         parts = split_chunks(plan.chunks, count)
         drawn: dict[str, int | None] = {}
-        self._head_s = 0.0
+        self._aside_s = 0.0
 
         def done(number: int, hidden: Tensor) -> None:
-            tell_last()
-            drawn.update(self._draw(parts[number], hidden, spans))
+            drawn.update(self._aside(lambda: self._draw(parts[number], hidden, spans)))
 
         batches = [step_batch(part, self._device) for part in parts]
         began_ns = spans.begin()
@@ -60,13 +61,13 @@ class StepRunner:
         if began_ns:
             spans.end(FORWARD, began_ns)
         step_s = time.perf_counter() - began
-        attention_s = step_s - moe.waited_s - self._head_s
+        attention_s = step_s - moe.waited_s - self._aside_s
         self._tuner.observe(rows, count, step_s, attention_s, moe.experts_s, moe.transfer_s)
         return [drawn[chunk.request_id] for chunk in plan.sampled]
 
     def _draw(self, chunks: list[Chunk], hidden: Tensor, spans: SpanLog) -> dict[str, int | None]:
         """By request, what the chunks that draw give; ``hidden`` as ``step_batch`` asked for it."""
-        began, began_ns = time.perf_counter(), spans.begin()
+        began_ns = spans.begin()
         drawing = [chunk for chunk in chunks if chunk.draw is not None]
         logits = self._model.head(hidden[: len(drawing)])
         self.logprobs.note_prompts(chunks, hidden[len(drawing) :], self._model.head)
@@ -77,5 +78,12 @@ class StepRunner:
         self.logprobs.note_drawn(drawing, logits, tokens)
         if began_ns:
             spans.end(SAMPLE, began_ns, rows=len(drawing))
-        self._head_s += time.perf_counter() - began
         return {chunk.request_id: token for chunk, token in zip(drawing, tokens, strict=True)}
+
+    def _aside(self, work: Callable[[], T]) -> T:
+        """Do something that is no part of the attention's time."""
+        began = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self._aside_s += time.perf_counter() - began

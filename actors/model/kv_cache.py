@@ -27,13 +27,18 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        resident: bool = False,
     ) -> None:
+        """``resident``: its memory is taken now; else, on the CPU, as it is first written."""
         if n_blocks < 1 or block_size < 1:
             raise ValueError(f"n_blocks is {n_blocks}, block_size is {block_size}: both must be 1 or more")
         self.n_blocks = n_blocks
         self.block_size = block_size
         slots = n_blocks * block_size
-        planes = [_zeros((spec.n_layers, slots, *shape), dtype, torch.device(device)) for shape in spec.attn.kv_planes]
+        planes = [
+            _zeros((spec.n_layers, slots, *shape), dtype, torch.device(device), resident)
+            for shape in spec.attn.kv_planes
+        ]
         self._layers = list(zip(*(plane.unbind(0) for plane in planes), strict=True))
 
     @classmethod
@@ -69,9 +74,10 @@ class KVCache:
         return tuple([plane.index_select(0, flat).unflatten(0, slots.shape) for plane in wanted])
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As torch.zeros; on the CPU the memory comes from calloc and takes up room only when it is first written."""
-    if device.type != "cpu":
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, resident: bool) -> Tensor:
+    """As torch.zeros; unless it is to be resident, the CPU's memory comes from calloc and takes up room only when it is
+    first written."""
+    if resident or device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(memory).view(dtype).view(shape)

@@ -41,8 +41,8 @@ class ServedModel:
 
 
 def default_sampling(generation_config: Mapping[str, Any]) -> SamplingParams:
-    """Sampling that a checkpoint's generation_config.json recommends: greedy unless ``do_sample`` is true. Its repetition
-    penalty holds either way, as in transformers.
+    """Sampling that a checkpoint's generation_config.json recommends: greedy unless ``do_sample`` is true. Its
+    repetition penalty holds either way, as in transformers.
 
     Parameters that the file leaves out or sets to null are neutral (temperature 1, top_p 1, all tokens).
 

@@ -46,6 +46,6 @@ def test_measured_and_shared_by_the_replicas_of_a_node(checkpoint: Path, monkeyp
 
 def test_a_cache_that_holds_no_whole_context_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actors.kv_memory, "free_bytes", lambda device: TOKEN_BYTES * 16 * 7)
-    wanted = r"attention\.kv_memory: 26880 bytes, .* 2 replica\(s\), hold 48 tokens; context_length is 64"
+    wanted = r"attention\.kv_memory: 26880 bytes, 1 of .* shared by 2, hold 48 tokens; context_length is 64"
     with pytest.raises(NoMemory, match=wanted):
         blocks(checkpoint, replace(ENGINE, kv_share=1.0, sharing=2))

@@ -156,27 +156,49 @@ def test_an_answer_to_nothing_or_given_twice_is_refused(pair: tuple[MoEClient, W
             client.finish(sent[0])
 
 
-def test_the_wait_is_used_once_and_only_if_there_is_one(pair: tuple[MoEClient, Wire]) -> None:
+@pytest.mark.parametrize("early", [True, False], ids=["answered already", "answered meanwhile"])
+def test_what_is_to_be_done_when_rows_were_sent_is_done_once(pair: tuple[MoEClient, Wire], early: bool) -> None:
     client, router = pair
     client.begin_step()
-    (sent,), (frame,) = ask(client, router, 1)
-    calls: list[str] = []
-    client.while_waiting = lambda: calls.append("early")
-    answer(router, frame)
-    client.finish(sent)
-    assert calls == []
     (sent, other), frames = ask(client, router, 2)
+    calls: list[str] = []
 
-    def work() -> None:
-        calls.append("used")
+    def answer_all() -> None:
         for frame in frames:
             answer(router, frame)
 
-    client.while_waiting = work
+    def work() -> None:
+        calls.append("done")
+        if not early:
+            answer_all()
+
+    if early:
+        answer_all()
+    client.when_sent = work
     for one in (sent, other):
         client.finish(one)
-    assert calls == ["used"]
-    assert client.while_waiting is None
+    assert calls == ["done"]
+    assert client.when_sent is None
+
+
+def test_what_is_done_meanwhile_costs_the_step_no_time(
+    pair: tuple[MoEClient, Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes longer than a step may."""
+    client, router = pair
+    clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=time.monotonic)
+    monkeypatch.setattr(moe_client, "time", clock)
+    client.begin_step()
+    (sent,), (frame,) = ask(client, router, 1)
+    before = client._deadline
+
+    def work() -> None:
+        clock.monotonic = lambda: time.monotonic() + 1000.0
+        answer(router, frame)
+
+    client.when_sent = work
+    client.finish(sent)
+    assert client._deadline == pytest.approx(before + 1000.0, abs=5.0)
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +123,20 @@ def test_decode_groups_bound_what_they_gather() -> None:
     sizes = [group.slots.shape for group in batch.decode_groups(4)]
     assert sum(shape[0] for shape in sizes) == 7
     assert all(shape[0] * shape[1] <= MAX_GATHER_TOKENS or shape[0] == 1 for shape in sizes)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_memory_is_taken_at_once_or_as_it_is_written(resident: bool) -> None:
+    """64 MiB; the process may grow and shrink by a little else meanwhile."""
+    spec = V3
+    slots = (64 << 20) // KVCache.bytes_per_token(spec, torch.float32)
+    before = _resident_bytes()
+    cache = KVCache(spec, slots // 16, 16, torch.float32, resident=resident)
+    grown = _resident_bytes() - before
+    assert (grown > 48 << 20) == resident
+    assert (grown < 16 << 20) != resident
+    assert cache.nbytes > 60 << 20
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
