@@ -9,7 +9,7 @@ from expertmesh.v1 import inference_pb2 as pb
 
 from actors.engine.request import FinishReason, TokenEvent, TokenLogprobs
 from cluster.gateway.detokenize import IncrementalDetokenizer
-from cluster.gateway.errors import SHARDS_DOWN, Cancelled, DeadlineExceeded, Internal, ServiceError, Unavailable
+from cluster.gateway.errors import SHARDS_DOWN, Cancelled, DeadlineExceeded, Internal, Unavailable
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.stops import StopMatcher
 from cluster.gateway.validation import ValidRequest
@@ -25,7 +25,8 @@ class Answer:
 
     Text is a function of the tokens alone, never of how they were grouped into messages; so a stream that is resumed
     at ``next_index`` goes on with exactly the text that was not yet sent. ``started`` is the same each time it is sent,
-    the log-probabilities of the prompt included.
+    the log-probabilities of the prompt included, but for ``cached_tokens``: a request that is sent again finds the
+    blocks of its first time.
     """
 
     def __init__(self, request: ValidRequest, model: ServedModel, choice: int = 0) -> None:
@@ -54,7 +55,7 @@ class Answer:
                     texts.append(text)
             if stop is not None or event.finish is not None:
                 if stop is None:
-                    self._check(event)
+                    _check(event)
                     rest, stop = self._rest()
                     if self._generated > self._request.next_index:
                         texts.append(rest)
@@ -71,11 +72,6 @@ class Answer:
         """What was held back, now that nothing more comes, and the stop string that completed in it, if one did."""
         text, stop = self._stops.push(self._detokenizer.flush())
         return (text, stop) if stop is not None else (text + self._stops.flush(), None)
-
-    def _check(self, event: TokenEvent) -> None:
-        error = failure_of(event)
-        if error is not None:
-            raise error
 
     def _tokens(self, events: list[TokenEvent], text: str) -> list[pb.GenerateResponse]:
         if not events and not text:
@@ -97,21 +93,20 @@ class Answer:
             prompt_tokens=len(self._request.prompt_ids),
             seed=self._request.sampling.seed,
             cached_tokens=self._cached,
-            prompt_logprobs=self._prompt_logprobs(),
         )
-        return [
-            pb.GenerateResponse(
-                request_id=self._request.request_id, next_index=self._request.next_index, started=started
-            )
-        ]
+        message = pb.GenerateResponse(
+            request_id=self._request.request_id, next_index=self._request.next_index, started=started
+        )
+        self._add_prompt_logprobs(message.started)
+        return [message]
 
-    def _prompt_logprobs(self) -> list[pb.TokenLogprobs]:
+    def _add_prompt_logprobs(self, started: pb.Started) -> None:
+        """One by one into the message itself: a list of many would be copied in one call, during which no other
+        thread runs."""
         told = self._first.prompt_logprobs if self._first is not None else None
-        return [
-            _logprobs(token, logprobs)
-            for token, logprobs in zip(self._request.prompt_ids, told or (), strict=told is not None)
-            if logprobs is not None
-        ]
+        for token, logprobs in zip(self._request.prompt_ids, told or (), strict=told is not None):
+            if logprobs is not None:
+                started.prompt_logprobs.append(_logprobs(token, logprobs))
 
     def _end(self, reason: FinishReason | None, stop: str) -> pb.GenerateResponse:
         assert reason is not None
@@ -139,16 +134,14 @@ def _logprobs(token: int, told: TokenLogprobs) -> pb.TokenLogprobs:
     return pb.TokenLogprobs(token_id=token, logprob=told.logprob, rank=told.rank, top=top)
 
 
-def failure_of(event: TokenEvent) -> ServiceError | None:
-    """The error that ends the call, if the event tells one."""
+def _check(event: TokenEvent) -> None:
+    """Raises the error that ends the call, if the event tells one."""
     match event.finish:
         case FinishReason.CANCELLED:
-            return Cancelled()
+            raise Cancelled
         case FinishReason.DEADLINE:
-            return DeadlineExceeded()
+            raise DeadlineExceeded
         case FinishReason.UNAVAILABLE:
-            return Unavailable(SHARDS_DOWN)
+            raise Unavailable(SHARDS_DOWN)
         case FinishReason.ERROR:
-            return Internal(event.message)
-        case _:
-            return None
+            raise Internal(event.message)

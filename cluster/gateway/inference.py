@@ -13,6 +13,7 @@ from cluster.gateway.answers import Answers
 from cluster.gateway.arrivals import Arrivals
 from cluster.gateway.call import Call
 from cluster.gateway.group import StreamGroup
+from cluster.gateway.off_loop import by_size
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.stream import Watch
 from cluster.gateway.streams import Streams
@@ -53,10 +54,11 @@ class Inference:
                 answers = Answers(valid, self.model)
                 async with Arrivals(self.streams, group) as arrivals:
                     while not answers.finished:
-                        messages = answers.push(*await arrivals.next())
-                        for message in messages:
-                            if message.HasField("finished"):
-                                arrivals.stop(message.choice)
+                        choice, events = await arrivals.next()
+                        entries = valid.prompt_entries if any(event.prompt_logprobs for event in events) else 0
+                        messages = await by_size(entries, answers.push, choice, events)
+                        if answers.ended(choice):
+                            arrivals.stop(choice)
                         for message in messages:
                             observed.sent(message)
                             yield message

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from cluster.gateway.detokenize import token_bytes
 from cluster.gateway.tokenizer import Tokenizer
 
 
+@lru_cache(maxsize=1 << 16)
 def spelled(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes]:
     """The text of the token alone, and its bytes; both empty for an id that the vocabulary does not have.
 

@@ -16,6 +16,9 @@ from cluster.gateway.peers import AttentionPeer
 from cluster.gateway.search import Search
 from cluster.gateway.validation import ValidRequest
 
+_MOST_EVENTS = 64
+"""For one message: of thousands with log-probabilities it would hold other streams up, and be too large for clients."""
+
 
 @dataclass(frozen=True)
 class Watch:
@@ -133,8 +136,8 @@ class Stream:
         self.wake()
 
     def take(self) -> list[TokenEvent]:
-        """What came since the last time."""
-        events, self._events = self._events, []
+        """What came since the last time, or the first of it where a slow reader let much come together."""
+        events, self._events = self._events[:_MOST_EVENTS], self._events[_MOST_EVENTS:]
         return events
 
     def wake(self) -> None:

@@ -163,7 +163,7 @@ class Streams:
         return group
 
     async def next_events(self, stream: Stream) -> list[TokenEvent]:
-        """At least one event, and whatever else is there already; to be called until one tells the end.
+        """At least one event, and some of what else is there already; to be called until one tells the end.
 
         A stream whose shard is lost is taken elsewhere in here. Raises DeadlineExceeded, Unavailable, Internal.
         """

@@ -25,6 +25,9 @@ MAX_CHARS_PER_CONTEXT_TOKEN = 32
 MAX_MESSAGES = 4096
 MAX_CHOICES = 16
 MAX_REQUEST_ID_CHARS = 128
+MAX_PROMPT_LOGPROBS = 200_000
+"""Prompt tokens times (1 + prompt_logprobs) times n. ``started`` has at most 19 bytes for each, which is less than the
+4 MiB that gRPC's clients take by default; JSON has some 80."""
 ROLES = ("system", "user", "assistant")
 
 _SEED_BITS = 53
@@ -54,6 +57,11 @@ class ValidRequest:
     n: int = 1
     priority: Priority = Priority.INTERACTIVE
     prompt_logprobs: int | None = None
+
+    @property
+    def prompt_entries(self) -> int:
+        """Log-probabilities of the prompt that are wanted, the likeliest beside each of its tokens included."""
+        return 0 if self.prompt_logprobs is None else len(self.prompt_ids) * (1 + self.prompt_logprobs)
 
 
 def random_seed() -> int:
@@ -108,6 +116,7 @@ def validate(
         raise InvalidRequest(
             "next_index", f"is {request.next_index}; allowed is up to the {max_tokens} tokens of this request"
         )
+    _check_prompt_logprobs(prompt_logprobs, len(prompt_ids), n)
     return ValidRequest(
         request_id=request.request_id or draw_request_id(),
         prompt_ids=prompt_ids,
@@ -145,6 +154,16 @@ def _choices(request: pb.GenerateRequest) -> int:
             "next_index", f"is {request.next_index} for n {n}; allowed is 0: only a request for one answer is resumed"
         )
     return n
+
+
+def _check_prompt_logprobs(count: int | None, prompt_tokens: int, n: int) -> None:
+    """``n`` counts because a text completion over HTTP repeats them in each answer, as vLLM's does."""
+    if count is not None and prompt_tokens * (1 + count) * n > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequest(
+            "prompt_logprobs",
+            f"is {count} for {prompt_tokens} prompt tokens and n {n}; allowed is that prompt tokens x (1 + "
+            f"prompt_logprobs) x n is up to {MAX_PROMPT_LOGPROBS}",
+        )
 
 
 def _priority(sent: int) -> Priority:

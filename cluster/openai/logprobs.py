@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from expertmesh.v1 import inference_pb2 as pb
@@ -10,6 +10,8 @@ from expertmesh.v1 import inference_pb2 as pb
 Json = dict[str, Any]
 Spell = Callable[[int], tuple[str, bytes | None]]
 """A token's text, and its bytes where they are known."""
+Listed = Callable[[Iterator[Json | None]], Any]
+"""What becomes of a long list: ``list``, or the iterator itself for whoever takes it piece by piece."""
 
 
 def spelled_as_id(token_id: int) -> tuple[str, None]:
@@ -17,16 +19,16 @@ def spelled_as_id(token_id: int) -> tuple[str, None]:
     return f"token_id:{token_id}", None
 
 
-def chat_logprobs(tokens: Iterable[pb.TokenLogprobs], spell: Spell) -> Json:
+def chat_logprobs(tokens: Iterable[pb.TokenLogprobs], spell: Spell, listed: Listed = list) -> Json:
     """``choice.logprobs`` of a chat, or of one of its chunks."""
-    content = [
+    content = (
         {
             **_entry(token.token_id, token.logprob, spell),
             "top_logprobs": [_entry(top.token_id, top.logprob, spell) for top in token.top],
         }
         for token in tokens
-    ]
-    return {"content": content, "refusal": None}
+    )
+    return {"content": listed(content), "refusal": None}
 
 
 def completion_logprobs(tokens: Iterable[pb.TokenLogprobs], spell: Spell, offset: int) -> Json:
@@ -46,9 +48,11 @@ def completion_logprobs(tokens: Iterable[pb.TokenLogprobs], spell: Spell, offset
     return told
 
 
-def prompt_logprobs(tokens: Iterable[pb.TokenLogprobs], spell: Spell) -> list[Json | None]:
+def prompt_logprobs(tokens: Iterable[pb.TokenLogprobs], spell: Spell) -> Iterator[Json | None]:
     """One entry for each token of the prompt, by token id; null for the first, which nothing comes before."""
-    return [None, *(_of_prompt(token, spell) for token in tokens)]
+    yield None
+    for token in tokens:
+        yield _of_prompt(token, spell)
 
 
 def _entry(token_id: int, logprob: float, spell: Spell) -> Json:

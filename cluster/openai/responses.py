@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from expertmesh.v1 import inference_pb2 as pb
 
 from cluster.openai.choice import Choice
-from cluster.openai.logprobs import Json, Spell, prompt_logprobs
+from cluster.openai.json_pieces import json_pieces
+from cluster.openai.logprobs import Json, Listed, Spell, prompt_logprobs
 from cluster.openai.requests import Endpoint, Parsed
 
 _PREFIX = {Endpoint.CHAT: "chatcmpl-", Endpoint.COMPLETIONS: "cmpl-"}
@@ -31,7 +34,8 @@ class Answer:
         self._n = parsed.message.n or 1
         self._choices: list[Choice] = []  # once it started: until then n may be any number
         self._wants_prompt = parsed.message.HasField("prompt_logprobs")
-        self._prompt: list[Json | None] = []
+        self._likeliest, self._prompt_likeliest = parsed.message.logprobs, parsed.message.prompt_logprobs
+        self._prompt: Sequence[pb.TokenLogprobs] = ()
         self._id = ""
         self._model = ""
 
@@ -61,18 +65,31 @@ class Answer:
         total.completion_tokens = sum(usage.completion_tokens for usage in ended)
         return total
 
+    @property
+    def entries(self) -> int:
+        """Log-probabilities in ``body``, or about so many."""
+        drawn = sum(choice.listed for choice in self._choices) * (1 + self._likeliest)
+        prompt = len(self._prompt) * (1 + self._prompt_likeliest)
+        return drawn + prompt * (1 if self._is_chat else self._n)
+
     def body(self) -> Json:
         """The whole answer. RuntimeError before its last message, and for a stream."""
+        return self._body(list)
+
+    def pieces(self) -> Iterator[bytes]:
+        """``body`` as JSON for which no other thread has to wait long: see ``json_pieces``."""
+        return json_pieces(self._body(iter))
+
+    def _body(self, listed: Listed) -> Json:
         if self._stream:
             raise RuntimeError("the answer is a stream")
         if not self.finished:
             raise RuntimeError("the answer is not finished")
-        choices = [choice.whole() for choice in self._choices]
+        choices = [choice.whole(listed) for choice in self._choices]
         rest: Json = {"usage": self._usage()}
-        if self._wants_prompt and self._is_chat:
-            rest["prompt_logprobs"] = self._prompt
-        elif self._wants_prompt:
-            choices = [{**choice, "prompt_logprobs": self._prompt} for choice in choices]
+        if self._wants_prompt:
+            for told in [rest] if self._is_chat else choices:
+                told["prompt_logprobs"] = listed(prompt_logprobs(self._prompt, self._spell))
         return self._object(_WHOLE, choices, rest)
 
     @property
@@ -86,7 +103,7 @@ class Answer:
         self._id = _PREFIX[self._endpoint] + message.request_id
         self._model = message.started.model
         if self._wants_prompt:
-            self._prompt = prompt_logprobs(message.started.prompt_logprobs, self._spell)
+            self._prompt = message.started.prompt_logprobs
         return [self._chunk(piece) for choice in self._choices for piece in choice.begin()]
 
     def _chunk(self, piece: Json) -> Json:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cluster.gateway.call import TRACE_HEADERS, Call, operation_of
@@ -19,6 +19,7 @@ from cluster.gateway.errors import DRAINING, Unavailable
 from cluster.gateway.http.body import ClientGone, read_json_body
 from cluster.gateway.http.edge import error_response
 from cluster.gateway.inference import Inference
+from cluster.gateway.off_loop import INLINE_ENTRIES
 from cluster.gateway.spelling import spelled
 from cluster.openai.errors import http_error
 from cluster.openai.paths import Endpoint
@@ -74,7 +75,7 @@ class Generation:
             await self._while_wanted(self._generate(parsed, call, answer, events), receive)
             if answer.finished and not parsed.stream:
                 # out here the door's close does not come between the response's head and its body
-                await JSONResponse(answer.body())(scope, receive, send)
+                await (await _whole(answer))(scope, receive, send)
         except Exception as error:
             told = http_error(error, parsed)
             if events.begun:
@@ -139,6 +140,20 @@ class EventStream:
 
 def _event(one: Json) -> bytes:
     return b"data: " + json.dumps(one, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _whole(answer: Answer) -> Response:
+    """One with many log-probabilities is spelled, serialised and sent piece by piece, while other streams go on."""
+    if answer.entries <= INLINE_ENTRIES:
+        return JSONResponse(answer.body())
+    pieces = await asyncio.to_thread(lambda: list(answer.pieces()))
+    headers = {"content-length": str(sum(map(len, pieces)))}
+    return StreamingResponse(_each(pieces), media_type=JSONResponse.media_type, headers=headers)
+
+
+async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
 
 
 def _parse(endpoint: Endpoint, data: bytes) -> Parsed:

@@ -68,6 +68,18 @@ def test_a_stop_string_in_what_was_held_back() -> None:
     assert text_of(of(1, messages)) == "a"
 
 
+def test_a_stop_string_ends_a_choice_at_once_though_its_messages_are_held_back() -> None:
+    made = answers(stops=("END",))
+    assert (made.push(1, events("aEND rest")[:-1]), made.ended(1), made.ended(0)) == ([], True, False)
+    failed = TokenEvent("e", 99, None, FinishReason.ERROR, "too late")
+    assert made.push(1, [failed]) == [], "nobody waits for it any more"
+    messages = made.push(0, events("ab")[:1])
+    assert [message.HasField("started") for message in messages].index(True) == 0
+    assert (text_of(of(1, messages)), made.ended(0), made.finished) == ("a", False, False)
+    made.push(0, events("ab")[1:])
+    assert made.finished
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_one_choices_error_is_the_requests(begun: bool) -> None:
     made = answers()

@@ -15,7 +15,7 @@ from cluster.gateway.chat import ChatTemplate
 from cluster.gateway.errors import FailedPrecondition, InvalidRequest, ServiceError, UnknownModel
 from cluster.gateway.served_model import ServedModel
 from cluster.gateway.tokenizer import Tokenizer
-from cluster.gateway.validation import ValidRequest, random_seed, validate
+from cluster.gateway.validation import MAX_PROMPT_LOGPROBS, ValidRequest, random_seed, validate
 from tests.unit.gateway.tiny_tokenizers import BOS, byte_level
 
 WIDTH, CONTEXT = 300, 32
@@ -173,6 +173,35 @@ def test_all_sampling_parameters_are_taken() -> None:
     assert (valid.n, valid.prompt_logprobs, valid.priority) == (16, 20, Priority.BATCH)
     usual = check()
     assert (usual.n, usual.prompt_logprobs, usual.priority, usual.sampling.logprobs) == (1, None, 0, None)
+
+
+LONG = dataclasses.replace(MODEL, context_length=2**20)
+
+
+def asks(tokens: int, likeliest: int, n: int = 1) -> ValidRequest:
+    return check(LONG, token_ids={"ids": [7] * tokens}, prompt_logprobs=likeliest, n=n)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "likeliest", "n"), [(200_000, 0, 1), (100_000, 1, 1), (9_523, 20, 1), (6_250, 1, 16)]
+)
+def test_log_probabilities_of_the_prompt_are_bounded(tokens: int, likeliest: int, n: int) -> None:
+    assert asks(tokens, likeliest, n).prompt_entries == tokens * (1 + likeliest) <= MAX_PROMPT_LOGPROBS
+    with pytest.raises(InvalidRequest) as caught:
+        asks(tokens + 1, likeliest, n)
+    assert caught.value.field == "prompt_logprobs"
+    assert f"is {likeliest} for {tokens + 1} prompt tokens and n {n}; allowed" in caught.value.description
+    assert str(MAX_PROMPT_LOGPROBS) in caught.value.description
+    assert check(LONG, token_ids={"ids": [7] * 300_000}).prompt_entries == 0
+
+
+@pytest.mark.parametrize("likeliest", range(21))
+def test_the_most_of_them_fit_a_message_as_clients_take_it(likeliest: int) -> None:
+    """gRPC's clients take 4 MiB; ids and ranks are as long as a vocabulary of 2**28 makes them."""
+    top = [pb.TokenLogprob(token_id=2**28 - 1, logprob=-1.0)] * likeliest
+    entry = pb.TokenLogprobs(token_id=2**28 - 1, logprob=-1.0, rank=2**28 - 1, top=top)
+    size = pb.Started(prompt_logprobs=[entry]).ByteSize() * (MAX_PROMPT_LOGPROBS // (1 + likeliest))
+    assert size <= 19 * MAX_PROMPT_LOGPROBS < 4 * 2**20 - 10_000
 
 
 def test_an_answer_may_be_any_as_long_as_one_token_may_come() -> None:

@@ -32,6 +32,15 @@ def test_a_token(tokenizer: Tokenizer, piece: str, text: str, data: bytes) -> No
     assert spelled(tokenizer, token_id) == (text, data)
 
 
+def test_a_token_is_spelled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, decoded = byte_level(), []
+    honest = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(ids) or honest(ids))
+    assert spelled(tokenizer, 40) == spelled(tokenizer, 40) == spelled(BYTES, 40)
+    assert decoded == [[40]]
+    assert spelled.cache_info().maxsize is not None
+
+
 def test_an_id_that_the_vocabulary_does_not_have_is_nothing() -> None:
     assert spelled(BYTES, 100_000) == ("", b"")
 

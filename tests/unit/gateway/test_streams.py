@@ -87,6 +87,15 @@ async def test_an_undisturbed_stream_is_submitted_once(place: Place) -> None:
 
 
 @in_virtual_time
+async def test_a_slow_reader_gets_what_came_together_bit_by_bit_and_whole(place: Place) -> None:
+    a = await place.shard("a")
+    stream = await place.open(max_tokens=500)
+    a.give(*range(200, 400), finish=LENGTH)
+    assert len(await place.news(stream)) == 64
+    assert await place.tokens(stream) == ([*range(264, 400)], LENGTH)
+
+
+@in_virtual_time
 async def test_a_lost_shard_is_replaced_by_another_at_once(place: Place) -> None:
     a, b = await place.shard("a"), await place.shard("b")
     stream = await place.open(timeout_s=9.0)

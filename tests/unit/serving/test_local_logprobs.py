@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from openai import OpenAI
 
 from actors.engine.request import TokenEvent, TokenLogprobs
 from cluster.config import ServerConfig
+from cluster.gateway import answer
+from cluster.gateway.http import generation
 from cluster.gateway.streams import Streams
 from cluster.gateway.validation import ValidRequest
 from cluster.launch import running_cluster
@@ -102,3 +105,29 @@ def test_who_does_not_ask_is_not_told(client: OpenAI) -> None:
     assert chat.choices[0].logprobs is None
     assert text.choices[0].logprobs is None
     assert "prompt_logprobs" not in chat.model_dump()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("likeliest", [0, 20])
+def test_many_leave_the_gateways_event_loop(
+    client: OpenAI, monkeypatch: pytest.MonkeyPatch, likeliest: int, chat: bool
+) -> None:
+    """Few do not: a thread would only cost time."""
+    loops, built, spelling = set(), set(), set()
+
+    def noting(found: set[Any], honest: Any) -> Any:
+        return lambda *args: found.add(threading.current_thread()) or honest(*args)
+
+    monkeypatch.setattr(Streams, "open", noting(loops, Streams.open))
+    monkeypatch.setattr(answer.Answer, "_add_prompt_logprobs", noting(built, answer.Answer._add_prompt_logprobs))
+    monkeypatch.setattr(generation, "spelled", noting(spelling, generation.spelled))
+    fields: Any = {"model": "", "max_tokens": 2, "extra_body": {"prompt_logprobs": likeliest}}
+    if chat:
+        told = client.chat.completions.create(messages=CHAT, **fields).model_dump()
+    else:
+        told = client.completions.create(prompt=PROMPT + [9] * 40, **fields).model_dump()["choices"][0]
+    first, *others = told["prompt_logprobs"]
+    assert first is None
+    assert all({"40", "41"} <= entry.keys() for entry in others)
+    assert len(built) == len(loops) == 1
+    assert (built == loops, spelling == loops) == ((False, False) if likeliest else (True, True))
