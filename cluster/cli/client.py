@@ -13,9 +13,13 @@ from grpc_status import rpc_status
 from cluster.cli.connection import TOKEN_VARIABLE, ClientTls, Connection
 
 
-def open_channel(connection: Connection, options: Sequence[tuple[str, int]] = ()) -> grpc.Channel:
+_ANY_SIZE = ("grpc.max_receive_message_length", -1)
+"""What the gateway sends is bounded by its own configuration; gRPC's 4 MiB may be less."""
+
+
+def open_channel(connection: Connection) -> grpc.Channel:
     """A channel whose calls carry the connection's token. Close it, or use it as a context manager."""
-    options = [*options, *_options(connection)]
+    options = _options(connection)
     if connection.tls is None:
         channel = grpc.insecure_channel(connection.target, options)
     else:
@@ -60,7 +64,8 @@ def _no_answer(connection: Connection, details: str) -> str:
 
 def _options(connection: Connection) -> list[tuple[str, int]]:
     # a token in plaintext is for this machine alone, and not for the proxy that http_proxy names
-    return [("grpc.enable_http_proxy", 0)] if connection.token and connection.tls is None else []
+    here = connection.token and connection.tls is None
+    return [_ANY_SIZE, ("grpc.enable_http_proxy", 0)] if here else [_ANY_SIZE]
 
 
 def _credentials(tls: ClientTls) -> grpc.ChannelCredentials:

@@ -24,7 +24,6 @@ from cluster.tracer import DEFAULT_TIMEOUT_S, check
 
 _LATE_S = 90.0  # to collect, shift and send what was recorded
 _PIPED_WIDTH = 140
-_ANY_SIZE = [("grpc.max_receive_message_length", -1)]
 _VIEWER = "https://ui.perfetto.dev"
 
 
@@ -111,7 +110,7 @@ def _check_writable(path: Path) -> None:
 
 def _record(connection: Connection, request: pb.TraceRequest) -> pb.TraceResponse:
     waiting = f"recording {request.steps} steps of each attention shard"
-    with open_channel(connection, _ANY_SIZE) as channel, Console(stderr=True).status(waiting):
+    with open_channel(connection) as channel, Console(stderr=True).status(waiting):
         call = ControlStub(channel).Trace.future(request, timeout=(request.timeout_s or DEFAULT_TIMEOUT_S) + _LATE_S)
         try:
             response: pb.TraceResponse = call.result()
