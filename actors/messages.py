@@ -9,7 +9,7 @@ DISPATCH    router → expert shard   rows [R, D]; pair_row int32 [P]; pair_expe
 RESULTS     expert shard → router   unweighted expert outputs [P, D], in the order of the pairs; seconds of computing
                                     them, float64
 FAILED      any reply direction     utf-8 message: the request with this tag could not be computed
-TOKENS      attention → gateway     event records; the request ids joined by newlines; JSON {record: message}
+TOKENS      attention → gateway     see ``token_frames.py``
 ==========  ======================  =========================================================================
 
 trace*: the traceparent of the sender's span, always in host memory. Only in the few frames that are traced.
