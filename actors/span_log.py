@@ -10,6 +10,7 @@ Without a recording that is one call and one comparison.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -70,6 +71,7 @@ class SpanLog:
         self._on = False
         self._armed = False  # recording begins with the next step
         self._since_ns = 0
+        self._until_ns = math.inf
         self._limit_steps = 0
         self._steps = 0
         self._rows: list[Row] = []
@@ -81,7 +83,10 @@ class SpanLog:
 
     def begin(self) -> int:
         """Monotonic nanoseconds now; 0 while nothing is recorded."""
-        return time.monotonic_ns() if self._on else 0
+        if not self._on:
+            return 0
+        now_ns = time.monotonic_ns()
+        return now_ns if now_ns <= self._until_ns else self._expire()
 
     def end(self, name: str, began_ns: int, lane: str = LOOP, /, **numbers: int) -> None:
         """What began at ``began_ns``, as ``begin`` told it, has ended."""
@@ -111,13 +116,17 @@ class SpanLog:
 
     # -- who wants to know ----------------------------------------------------------------------------------------
 
-    def start(self, limit_steps: int = 0) -> None:
-        """Forget what was recorded, and record: until ``take``, or for so many whole steps."""
+    def start(self, limit_steps: int = 0, limit_s: float = math.inf) -> None:
+        """Forget what was recorded, and record: until ``take``, or for so many whole steps.
+
+        After ``limit_s`` whoever asked is gone: all is dropped, and nothing more is recorded.
+        """
         with self._switching:
             self._on = False
             self._rows, self._dropped, self._steps = [], 0, 0
             self._over.clear()
             self._limit_steps, self._since_ns = limit_steps, time.monotonic_ns()
+            self._until_ns = self._since_ns + limit_s * 1e9
             self._on, self._armed = not limit_steps, bool(limit_steps)
 
     def wait(self, timeout_s: float) -> None:
@@ -132,6 +141,15 @@ class SpanLog:
             self._over.set()
         return Recording(os.getpid(), clock_name(), rows, self._dropped)
 
+    def _expire(self) -> int:
+        """Nobody came for it. (Unless somebody just started another one.)"""
+        with self._switching:
+            now_ns = time.monotonic_ns()
+            if self._on and now_ns > self._until_ns:
+                self._on = False
+                self._rows, self._dropped, self._since_ns = [], 0, now_ns
+        return 0
+
 
 class Recorded:
     """What every actor with a ``SpanLog`` offers to who traces the cluster."""
@@ -142,9 +160,9 @@ class Recorded:
         """Monotonic nanoseconds now."""
         return time.monotonic_ns()
 
-    def start_spans(self, limit_steps: int = 0) -> None:
+    def start_spans(self, limit_steps: int = 0, limit_s: float = math.inf) -> None:
         """See ``SpanLog.start``."""
-        self._spans.start(limit_steps)
+        self._spans.start(limit_steps, limit_s)
 
     def wait_for_steps(self, timeout_s: float) -> None:
         """See ``SpanLog.wait``."""

@@ -29,6 +29,7 @@ DEFAULT_TIMEOUT_S = 30.0
 
 _ANSWER_S = 2.0  # an attention shard may tell that its time is over a little later than that
 _TAKE_S = 30.0
+_ABANDONED_S = 60.0  # recorders that were not asked for so long after the timeout stop by themselves
 _FRAMING_BYTES = 32  # at most what an actor's length and ``dropped`` take beside its spans
 _DELIVERY_NS = 100_000_000  # a gateway hands out the tokens of the last step a little after its end
 _SPAN_FRAMING_BYTES = 6  # at most a span's tag and length
@@ -66,10 +67,13 @@ class Tracer:
         if not self._running.acquire(blocking=False):
             raise TraceRunning("another trace is being recorded; try again when it is done")
         try:
+            self._stopped.clear()
+            self._shards, self._caller = [], caller  # who goes from now on is heard
             members = list(self._members())
-            recordings = self._record(members, steps, timeout_s or DEFAULT_TIMEOUT_S, caller)
+            recordings = self._record(members, steps, timeout_s or DEFAULT_TIMEOUT_S)
             return self._response(members, recordings)
         finally:
+            self._caller = ""
             self._running.release()
 
     def stop(self, caller: str) -> None:
@@ -79,17 +83,15 @@ class Tracer:
             for shard in self._shards:
                 shard.handle.begin("take_spans").add_done_callback(log_failure)
 
-    def _record(self, members: list[Member], steps: int, timeout_s: float, caller: str) -> dict[str, Recording]:
-        shards = [member for member in members if member.role == Role.ROLE_ATTENTION]
-        self._stopped.clear()
-        self._shards, self._caller = shards, caller
+    def _record(self, members: list[Member], steps: int, timeout_s: float) -> dict[str, Recording]:
+        shards = self._shards = [member for member in members if member.role == Role.ROLE_ATTENTION]
+        limit_s = timeout_s + _ABANDONED_S
         try:
-            answers({m.name: m.handle.begin("start_spans") for m in members if m not in shards})
-            answers({shard.name: shard.handle.begin("start_spans", steps) for shard in shards})
+            answers({m.name: m.handle.begin("start_spans", 0, limit_s) for m in members if m not in shards})
+            answers({shard.name: shard.handle.begin("start_spans", steps, limit_s) for shard in shards})
             if not self._stopped.is_set():
                 wait([shard.handle.begin("wait_for_steps", timeout_s) for shard in shards], timeout_s + _ANSWER_S)
         finally:
-            self._caller = ""
             recordings = answers({m.name: m.handle.begin("take_spans") for m in members}, _TAKE_S)
         return recordings
 

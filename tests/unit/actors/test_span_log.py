@@ -123,14 +123,64 @@ def test_a_taken_recording_of_steps_does_not_begin(clock: Clock) -> None:
     assert log.take().spans == []
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_recording_that_nobody_takes_stops_by_itself(clock: Clock, late: bool) -> None:
+    log = SpanLog(capacity=1)
+    log.start(limit_s=5)
+    began = log.begin()
+    for name in ("kept", "too many"):
+        log.end(name, began)
+    clock.now += 5 * 10**9 + late
+    assert log.begin() == (0 if late else clock.now)
+    log.end("ends later", began)
+    clock.now -= 1
+    assert (log.begin() == 0) == late, "off for good"
+    taken = log.take()
+    assert (len(taken.rows), taken.dropped) == ((0, 0) if late else (1, 2))
+
+
+def test_steps_that_nobody_takes_are_not_recorded(clock: Clock) -> None:
+    log = SpanLog()
+    log.start(limit_steps=3, limit_s=5)
+    step(log, clock, 0)
+    clock.now += 5 * 10**9
+    step(log, clock, 1)
+    assert (log._rows, log.begin()) == ([], 0)
+    log.start(limit_steps=1, limit_s=5)
+    clock.now += 5 * 10**9 + 1
+    step(log, clock, 2)
+    assert log.take().spans == [], "one that never began"
+
+
+def test_a_new_recording_is_not_ended_by_the_time_of_the_one_before(clock: Clock) -> None:
+    log = SpanLog()
+    log.start(limit_s=5)
+    clock.now += 6 * 10**9
+    honest = log._expire
+
+    def another_starts_first() -> int:
+        log.start(limit_s=5)
+        return honest()
+
+    log._expire = another_starts_first  # type: ignore[method-assign]
+    log.begin()
+    assert log.begin() == clock.now
+    log.start()
+    clock.now += 10**15
+    assert log.begin() == clock.now, "no limit"
+
+
 def test_an_actor_offers_it(clock: Clock) -> None:
     actor = Recorded()
     actor._spans = SpanLog()
     assert actor.clock() == 1000
-    actor.start_spans(1)
+    actor.start_spans(1, 5)
     step(actor._spans, clock, 0)
     actor.wait_for_steps(60)
     assert len(actor.take_spans().spans) == 2
+    actor.start_spans(0, 5)
+    clock.now += 6 * 10**9
+    assert actor._spans.begin() == 0
 
 
 def test_a_span_that_is_not_recorded_costs_next_to_nothing() -> None:

@@ -35,7 +35,7 @@ class Actor:
     def clock(self) -> int:
         return time.monotonic_ns() + self.ahead_ns
 
-    def start_spans(self, limit_steps: int = 0) -> None:
+    def start_spans(self, limit_steps: int, limit_s: float) -> None:
         self.calls.append(("start", limit_steps))
 
     def wait_for_steps(self, timeout_s: float) -> None:
@@ -117,11 +117,12 @@ def span(start: int, end: int, **numbers: int) -> Span:
 def test_everybody_records_before_the_steps_begin_and_stops_after_them(cast: Cast) -> None:
     begun: list[str] = []
     for name, actor in cast.actors.items():
-        actor.start_spans = lambda limit_steps=0, name=name: begun.append((name, limit_steps))  # type: ignore
+        actor.start_spans = lambda *limits, name=name: begun.append((name, *limits))  # type: ignore
     cast.done()
     traced = cast.trace(steps=7, timeout_s=3.0)
-    assert sorted(begun[:5]) == [(n, 0) for n in ("expert-0", "expert-1", "gateway-0", "router-0", "router-1")]
-    assert sorted(begun[5:]) == [("attention-0", 7), ("attention-1", 7)]
+    long = 3.0 + tracer._ABANDONED_S
+    assert sorted(begun[:5]) == [(n, 0, long) for n in ("expert-0", "expert-1", "gateway-0", "router-0", "router-1")]
+    assert sorted(begun[5:]) == [("attention-0", 7, long), ("attention-1", 7, long)]
     assert all(shard.calls == [("wait", 3.0), ("take",)] for shard in cast.shards)
     assert all(actor.calls[-1] == ("take",) for actor in cast.actors.values())
     assert list(traced) == list(cast.actors)
@@ -201,6 +202,39 @@ def test_one_at_a_time_and_it_ends_with_its_caller(cast: Cast, pool: ThreadPoolE
     cast.tracer.stop("first")
     cast.done()
     cast.trace(caller="second")
+
+
+def test_a_caller_who_goes_before_anything_began_ends_it_too(cast: Cast) -> None:
+    """While it is looked up who is on duty."""
+
+    def members() -> list[Member]:
+        cast.tracer.stop("me")
+        return cast.members
+
+    honest, cast.tracer._members = cast.tracer._members, members
+    cast.trace()
+    assert "wait_for_steps" not in cast.handles["attention-0"].begun
+    assert all(actor.calls[-1] == ("take",) for actor in cast.actors.values())
+    cast.tracer._members = honest
+    cast.done()
+    cast.trace()
+    assert "wait_for_steps" in cast.handles["attention-0"].begun
+
+
+def test_a_trace_that_fails_at_once_does_not_stop_the_next_one(cast: Cast) -> None:
+    def nobody() -> list[Member]:
+        cast.tracer.stop("first")
+        raise RuntimeError("stopping")
+
+    honest, cast.tracer._members = cast.tracer._members, nobody
+    with pytest.raises(RuntimeError, match="stopping"):
+        cast.trace(caller="first")
+    cast.tracer.stop("first")
+    assert not cast.handles["attention-0"].begun
+    cast.tracer._members = honest
+    cast.done()
+    cast.trace(caller="second")
+    assert "wait_for_steps" in cast.handles["attention-0"].begun
 
 
 def test_spans_come_to_our_clock(cast: Cast) -> None:
