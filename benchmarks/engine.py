@@ -4,8 +4,9 @@
     python -m benchmarks.engine --stall
 
 Requests arrive by a seeded Poisson process of each rate (a second), with mixed lengths; half of them begin like
-others. Nobody waits for an answer before sending the next, so a cluster that is too slow shows it in its queue. Without
---target a cluster is started here. Writes NAME.json and NAME.svg.
+others, and a fifth are batch requests, which may wait: latencies and goodput leave them out. Nobody waits for an
+answer before sending the next, so a cluster that is too slow shows it in its queue. Without --target a cluster is
+started here. Writes NAME.json and NAME.svg.
 
 --stall asks instead what a long prompt does to running streams: the longest gap between their tokens over their usual
 one, and the time to the prompt's first token over what it is alone.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,13 +25,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
+import grpc
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.arrivals import Mix, percentile, poisson
 from benchmarks.open_loop import Gateway, Run
 from benchmarks.plots import draw_sweep
-from benchmarks.stall import measure_stall
+from benchmarks.stall import StallError, measure_stall
 from cluster.cli.serve import StopSignals, expected_errors, ready_cluster, weight_bytes
 from cluster.config import load_config
 
@@ -46,9 +49,15 @@ class Slo:
 
 @dataclass(frozen=True)
 class Figures:
-    """One rate. Times in seconds; ``kv_use`` and ``hits`` are shares."""
+    """One rate: of all requests that arrive, ``offered`` of the interactive ones. Times in seconds; ``kv_use`` and
+    ``hits`` are shares.
+
+    Times and ``goodput``, the interactive requests a second that were served within the SLO, leave out batch requests,
+    which may wait: there is no time within which they have to be answered. The rest is of all.
+    """
 
     rate: float
+    offered: float
     requests: int
     refused: int
     failed: int
@@ -64,14 +73,15 @@ class Figures:
 
 
 def figures(rate: float, run: Run, slo: Slo) -> Figures:
-    """What a run comes to. Latencies are of interactive requests, the rest of all."""
+    """What a run comes to; NaN for what nothing was seen of."""
     done = [one for one in run.served if not one.error and one.token_at]
     prompt = [one for one in done if not one.arrival.batch]
     gaps = [gap for one in prompt for gap in one.gaps_s]
-    kept = [one for one in done if one.arrival.batch or (one.ttft_s <= slo.ttft_s and one.tpot_s <= slo.tpot_s)]
-    use = [share for _, share in run.kv_use] or [0.0]
+    kept = [one for one in prompt if one.ttft_s <= slo.ttft_s and one.tpot_s <= slo.tpot_s]
+    use = [share for _, share in run.kv_use] or [math.nan]
     return Figures(
         rate=rate,
+        offered=rate * sum(not one.arrival.batch for one in run.served) / max(1, len(run.served)),
         requests=len(run.served),
         refused=sum(one.error == "RESOURCE_EXHAUSTED" for one in run.served),
         failed=sum(bool(one.error) and one.error != "RESOURCE_EXHAUSTED" for one in run.served),
@@ -116,7 +126,8 @@ def gateway_at(target: str | None, config_file: Path | None) -> Iterator[str]:
 
 def print_sweep(rows: Sequence[Figures], slo: Slo) -> None:
     """One line a rate."""
-    table = Table(title=f"Open loop; goodput: TTFT <= {slo.ttft_s:g} s and TPOT <= {slo.tpot_s * 1e3:g} ms")
+    slo_text = f"TTFT <= {slo.ttft_s:g} s and TPOT <= {slo.tpot_s * 1e3:g} ms"
+    table = Table(title=f"Open loop. TTFT, ITL and goodput ({slo_text}) are of interactive requests, the rest of all")
     for name in ("req/s", "requests", "refused", "failed", "tok/s", "TTFT p50 / p99", "ITL p50 / p99", "goodput"):
         table.add_column(name, justify="right")
     for name in ("KV mean / max", "cache hits"):
@@ -128,7 +139,7 @@ def print_sweep(rows: Sequence[Figures], slo: Slo) -> None:
             f"{row.tokens_per_s:.1f}",
             f"{row.ttft_p50:.2f} / {row.ttft_p99:.2f} s",
             f"{row.itl_p50 * 1e3:.0f} / {row.itl_p99 * 1e3:.0f} ms",
-            f"{row.goodput:.2f} req/s",
+            f"{row.goodput:.2f} of {row.offered:.2f} req/s",
             f"{row.kv_use_mean:.0%} / {row.kv_use_max:.0%}",
             f"{row.hits:.0%}",
         )
@@ -159,7 +170,7 @@ def main() -> int:
                 return 0
             slo = Slo(options.slo_ttft, options.slo_tpot)
             results = asyncio.run(sweep(target, options.rates, options.seconds, slo, options.seed))
-    except expected_errors() as error:
+    except (*expected_errors(), StallError, grpc.RpcError) as error:
         print(error, file=sys.stderr)
         return 1
     rows = [row for row, _ in results]

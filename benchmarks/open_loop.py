@@ -20,12 +20,14 @@ _LOOK_S = 0.5
 
 @dataclass
 class Served:
-    """What became of one arrival. ``at`` and ``token_at`` are seconds after the start; ``error`` is a status' name."""
+    """What became of one arrival. ``token_at`` is in seconds after the start; ``error`` is a status' name, ``details``
+    what the server said with it."""
 
     arrival: Arrival
     token_at: list[float] = field(default_factory=list)
     cached: int = 0
     error: str = ""
+    details: str = ""
 
     @property
     def ttft_s(self) -> float:
@@ -87,19 +89,27 @@ class Gateway:
                 served.token_at += [time.monotonic() - began] * len(message.token_ids)
                 served.cached += message.started.cached_tokens
         except grpc.aio.AioRpcError as error:
-            served.error = error.code().name
+            served.error, served.details = error.code().name, error.details() or ""
         return served
 
     async def run(self, arrivals: Sequence[Arrival]) -> Run:
-        """Send every arrival at its time, whether or not those before it were answered (an open loop)."""
+        """Send every arrival at its time, whether or not those before it were answered (an open loop).
+
+        Raises grpc.aio.AioRpcError when the cluster cannot be looked at meanwhile: then KV use is unknown.
+        """
         began = time.monotonic()
         looks: list[tuple[float, float]] = []
         watch = asyncio.create_task(self._watch(began, looks))
+        serving = asyncio.gather(*(self._at(arrival, began) for arrival in arrivals))
         try:
-            served = await asyncio.gather(*(self._at(arrival, began) for arrival in arrivals))
+            await asyncio.wait((serving, watch), return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                await watch
+            return Run(await serving, time.monotonic() - began, looks)
         finally:
+            serving.cancel()
             watch.cancel()
-        return Run(served, time.monotonic() - began, looks)
+            await asyncio.gather(serving, watch, return_exceptions=True)
 
     async def _at(self, arrival: Arrival, began: float) -> Served:
         await asyncio.sleep(began + arrival.at_s - time.monotonic())

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def draw_sweep(path: Path, rows: Sequence[Figures], last: Run) -> None:
-    """Latencies and throughput over the rate, and the KV cache over the last run's time, as SVG."""
+    """Latencies and goodput of interactive requests over the rate of all, and the KV cache over the last run's time, as
+    SVG."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -22,13 +23,13 @@ def draw_sweep(path: Path, rows: Sequence[Figures], last: Run) -> None:
     figure, (latency, gaps, served, cache) = pyplot.subplots(1, 4, figsize=(18, 4), layout="constrained")
     latency.plot(rates, [row.ttft_p50 for row in rows], "o-", label="p50")
     latency.plot(rates, [row.ttft_p99 for row in rows], "s--", label="p99")
-    latency.set(title="Time to first token", xlabel="requests/s", ylabel="s", ylim=(0, None))
+    latency.set(title="Time to first token, interactive", xlabel="requests/s", ylabel="s", ylim=(0, None))
     gaps.plot(rates, [row.itl_p50 * 1e3 for row in rows], "o-", label="p50")
     gaps.plot(rates, [row.itl_p99 * 1e3 for row in rows], "s--", label="p99")
-    gaps.set(title="Time between tokens", xlabel="requests/s", ylabel="ms", ylim=(0, None))
-    served.plot(rates, rates, ":", color="grey", label="offered")
+    gaps.set(title="Time between tokens, interactive", xlabel="requests/s", ylabel="ms", ylim=(0, None))
+    served.plot(rates, [row.offered for row in rows], ":", color="grey", label="offered")
     served.plot(rates, [row.goodput for row in rows], "o-", label="goodput")
-    served.set(title="Requests served within the SLO", xlabel="requests/s", ylabel="requests/s", ylim=(0, None))
+    served.set(title="Interactive requests within the SLO", xlabel="requests/s", ylabel="requests/s", ylim=(0, None))
     cache.step([at for at, _ in last.kv_use], [100 * share for _, share in last.kv_use], where="post", label="in use")
     cache.set(title=f"KV blocks at {rates[-1]:g} requests/s", xlabel="s", ylabel="%", ylim=(0, 100))
     for axes in (latency, gaps, served, cache):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from benchmarks.arrivals import FIRST_ID, Arrival
 from benchmarks.open_loop import Gateway, Served
 
+_STREAM_PROMPT = 4
 _WARM_TOKENS = 40
 _USUAL_TOKENS = 24
 _LOOK_S = 0.02
@@ -36,43 +38,66 @@ class Stall:
         )
 
 
+class StallError(Exception):
+    """It cannot be measured; the text says why."""
+
+
 async def measure_stall(target: str, streams: int, prompt_tokens: int) -> Stall:
-    """Every prompt is another one, so that none is found in the prefix cache."""
+    """Every prompt is another one, so that none is found in the prefix cache; the streams go on to the context's end.
+
+    Raises StallError when a request is refused, or a stream ends before the prompt's first token.
+    """
     gateway = Gateway(target)
+    tasks: list[asyncio.Task[Served]] = []
     try:
-        vocabulary = (await gateway.model()).vocab_size
-        rng = random.Random(0)
-        before = await _ttft(gateway, _prompt(rng, prompt_tokens, vocabulary))
+        model, rng = await gateway.model(), random.Random(0)
+        most = model.context_length - _STREAM_PROMPT
+
+        def prompt(tokens: int) -> tuple[int, ...]:
+            return tuple(rng.randrange(FIRST_ID, model.vocab_size) for _ in range(tokens))
+
+        before = await _ttft(gateway, prompt(prompt_tokens))
         began = time.monotonic()
-        running = [Served(Arrival(0.0, _prompt(rng, 4, vocabulary), 2000, False)) for _ in range(streams)]
-        tasks = [asyncio.create_task(gateway.serve(one.arrival, began, one)) for one in running]
+        running = [Served(Arrival(0.0, prompt(_STREAM_PROMPT), most, False)) for _ in range(streams)]
+        tasks += [asyncio.create_task(gateway.serve(one.arrival, began, one)) for one in running]
         while min(len(one.token_at) for one in running) < _WARM_TOKENS:
+            _check_running(tasks)
             await asyncio.sleep(_LOOK_S)
         usual = median(gap for one in running for gap in one.gaps_s[-_USUAL_TOKENS:])
         sent = time.monotonic() - began
-        ttft = await _ttft(gateway, _prompt(rng, prompt_tokens, vocabulary))
+        ttft = await _ttft(gateway, prompt(prompt_tokens))
+        _check_running(tasks)
         longest = max(_gaps_within(one, sent, sent + ttft) for one in running)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        after = await _ttft(gateway, _prompt(rng, prompt_tokens, vocabulary))
+        await _end(tasks)
+        after = await _ttft(gateway, prompt(prompt_tokens))
         return Stall(streams, prompt_tokens, usual, longest, ttft, (before + after) / 2)
     finally:
+        await _end(tasks)
         await gateway.close()
 
 
 async def _ttft(gateway: Gateway, prompt: tuple[int, ...]) -> float:
     served = await gateway.serve(Arrival(0.0, prompt, 1, False), time.monotonic())
     if served.error:
-        raise RuntimeError(f"a prompt of {len(prompt)} tokens: {served.error}")
+        raise StallError(f"a prompt of {len(prompt)} tokens: {served.error}: {served.details}")
     return served.ttft_s
+
+
+def _check_running(tasks: Sequence[asyncio.Task[Served]]) -> None:
+    for task in tasks:
+        if task.done():
+            ended = task.result()
+            why = f"{ended.error}: {ended.details}" if ended.error else "the context is full"
+            raise StallError(f"a running stream ended after {len(ended.token_at)} tokens: {why}")
+
+
+async def _end(tasks: Sequence[asyncio.Task[Served]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _gaps_within(served: Served, start: float, end: float) -> float:
     """The longest gap of which any part lies between the two times."""
     pairs = zip(served.token_at, served.token_at[1:], strict=False)
     return max((after - before for before, after in pairs if after > start and before < end), default=0.0)
-
-
-def _prompt(rng: random.Random, tokens: int, vocabulary: int) -> tuple[int, ...]:
-    return tuple(rng.randrange(FIRST_ID, vocabulary) for _ in range(tokens))

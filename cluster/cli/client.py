@@ -12,7 +12,6 @@ from grpc_status import rpc_status
 
 from cluster.cli.connection import TOKEN_VARIABLE, ClientTls, Connection
 
-
 _ANY_SIZE = ("grpc.max_receive_message_length", -1)
 """What the gateway sends is bounded by its own configuration; gRPC's 4 MiB may be less."""
 

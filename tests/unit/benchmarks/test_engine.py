@@ -50,24 +50,28 @@ def test_figures() -> None:
     quick = served(1.5, 1.6, 1.7, at=1.0, cached=5)
     late = served(4.0, 4.1, at=0.0)
     stuck = served(0.5, 1.5, 2.5)
-    patient = served(9.0, 9.5, batch=True)
+    patient = served(9.0, 9.5, batch=True)  # late, but nobody said when it has to come
+    prompt_batch = served(0.1, 0.2, batch=True)
     full, broken = served(error="RESOURCE_EXHAUSTED"), served(0.5, error="UNAVAILABLE")
-    run = Run([quick, late, stuck, patient, full, broken], 10.0, [(0.0, 0.2), (1.0, 0.6)])
-    row = figures(0.6, run, Slo(ttft_s=1.0, tpot_s=0.5))
-    assert (row.requests, row.refused, row.failed) == (6, 1, 1)
-    assert row.tokens_per_s == pytest.approx(1.0)
+    run = Run([quick, late, stuck, patient, prompt_batch, full, broken], 10.0, [(0.0, 0.2), (1.0, 0.6)])
+    row = figures(0.7, run, Slo(ttft_s=1.0, tpot_s=0.5))
+    assert (row.requests, row.refused, row.failed) == (7, 1, 1)
+    assert row.offered == pytest.approx(0.5)
+    assert row.tokens_per_s == pytest.approx(1.2)
     assert (row.ttft_p50, row.ttft_p99) == (0.5, 4.0)
     assert row.itl_p50 == pytest.approx(0.1)
     assert row.itl_p99 == pytest.approx(1.0)
-    assert row.goodput == pytest.approx(0.2)  # the quick one, and the one that could wait
+    assert row.goodput == pytest.approx(0.1)  # the quick one
     assert (row.kv_use_mean, row.kv_use_max) == (pytest.approx(0.4), 0.6)
-    assert row.hits == pytest.approx(5 / 40)
+    assert row.hits == pytest.approx(5 / 50)
 
 
 def test_it_is_printed_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Run([served(0.5, 1.0)], 2.0, [(0.0, 0.1), (1.0, 0.3)])
     rows = [figures(rate, run, Slo(1.0, 1.0)) for rate in (0.5, 1.0)]
     print_sweep(rows, Slo(1.0, 1.0))
-    assert "cache hits" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "cache hits" in printed
+    assert "0.50 of 1.00 req/s" in printed
     draw_sweep(tmp_path / "a.svg", rows, run)
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
