@@ -34,6 +34,7 @@ def test_no_call_and_no_piece_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_encode", lambda value: lengths.append(len(honest(value))) or honest(value))
     pieces = list(json_pieces({"choices": [{"logprobs": [{"token": "x" * 90}] * 20_000}]}))
     assert max(lengths) < 4000
+    assert len(lengths) < 700, "nor are there too many calls"
     assert {len(piece) // 2**16 for piece in pieces[:-1]} == {1}
     assert len(pieces) > 25
 

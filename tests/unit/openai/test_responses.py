@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -304,3 +305,25 @@ def test_the_prompts_log_probabilities_are_as_vllm_tells_them(endpoint: Endpoint
 def test_a_stream_that_was_resumed_keeps_its_log_probabilities() -> None:
     body = whole(Endpoint.COMPLETIONS, [*TOLD[:2], TOLD[0], *TOLD[2:]], logprobs=2)
     assert body == whole(Endpoint.COMPLETIONS, TOLD, logprobs=2)
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+def test_in_pieces_it_is_the_same(endpoint: Endpoint) -> None:
+    """And nothing is spelled before its piece is wanted."""
+    tops = [pb.TokenLogprob(token_id=4, logprob=-1.5)]
+    of_prompt = [pb.TokenLogprobs(token_id=token, logprob=-0.5, rank=1, top=tops) for token in range(3000)]
+    begin, *rest = streams = stream("a", "b")
+    begin.started.prompt_logprobs.extend(of_prompt)
+    for one in rest[:-1]:
+        one.logprobs.extend(of_prompt[:1])
+    spelled: list[int] = []
+    parsed = Parsed(endpoint, pb.GenerateRequest(logprobs=1, prompt_logprobs=1), False, False)
+    told, again = [Answer(parsed, CREATED, lambda token: spelled.append(token) or spell(token)) for _ in range(2)]
+    for one in streams:
+        told.push(one)
+        again.push(one)
+    assert (spelled, told.entries) == ([], 2 * 2 + 3000 * 2)
+    pieces = told.pieces()
+    first = next(pieces)
+    assert len(spelled) < 3000
+    assert json.loads(b"".join([first, *pieces])) == again.body()
