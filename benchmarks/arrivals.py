@@ -36,19 +36,24 @@ class Arrival:
     batch: bool
 
 
-def poisson(rate: float, seconds: float, mix: Mix, vocabulary: int, context: int, seed: int) -> list[Arrival]:
+def poisson(
+    rate: float, seconds: float, mix: Mix, vocabulary: int, context: int, seed: int, shift: int = 0
+) -> list[Arrival]:
     """Arrivals of a Poisson process of ``rate`` requests a second during ``seconds``; the same for the same seed.
+
+    ``shift`` moves all ids by so many: the same load with other tokens, of which a cluster that has served it knows
+    none.
 
     Prompt and answer together fit ``context`` tokens; ids are below ``vocabulary``.
     """
     rng = random.Random(seed)
-    heads = [_ids(rng, mix.prefix_tokens, vocabulary) for _ in range(mix.prefixes)]
+    heads = [_ids(rng, mix.prefix_tokens, vocabulary, shift) for _ in range(mix.prefixes)]
     arrivals: list[Arrival] = []
     now = rng.expovariate(rate)
     while now < seconds:
         head = rng.choice(heads) if heads and rng.random() < mix.shared else ()
         prompt = _length(rng, mix.prompt_tokens, mix.spread, context // 2)
-        own = _ids(rng, max(1, prompt - len(head)), vocabulary)
+        own = _ids(rng, max(1, prompt - len(head)), vocabulary, shift)
         ids = (head + own)[: context // 2]
         answer = _length(rng, mix.answer_tokens, mix.spread, context - len(ids))
         arrivals.append(Arrival(now, ids, answer, rng.random() < mix.batch))
@@ -67,5 +72,6 @@ def _length(rng: random.Random, mean: float, sigma: float, most: int) -> int:
     return min(max(1, round(drawn)), most)
 
 
-def _ids(rng: random.Random, count: int, vocabulary: int) -> tuple[int, ...]:
-    return tuple(rng.randrange(FIRST_ID, vocabulary) for _ in range(count))
+def _ids(rng: random.Random, count: int, vocabulary: int, shift: int) -> tuple[int, ...]:
+    usable = vocabulary - FIRST_ID
+    return tuple(FIRST_ID + (rng.randrange(usable) + shift) % usable for _ in range(count))

@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import json
 import math
+import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -98,13 +99,13 @@ def figures(rate: float, run: Run, slo: Slo) -> Figures:
 
 
 async def sweep(target: str, rates: Sequence[float], seconds: float, slo: Slo, seed: int) -> list[tuple[Figures, Run]]:
-    """One run after the other, each on other prompts."""
+    """One run after the other, each on other prompts, which are new to the cluster."""
     gateway = Gateway(target)
     try:
-        model = await gateway.model()
+        model, shift = await gateway.model(), secrets.randbelow(2**30)
         results = []
         for number, rate in enumerate(rates):
-            arrivals = poisson(rate, seconds, Mix(), model.vocab_size, model.context_length, seed + number)
+            arrivals = poisson(rate, seconds, Mix(), model.vocab_size, model.context_length, seed + number, shift)
             print(f"{rate:g} requests/s for {seconds:g} s: {len(arrivals)} requests", file=sys.stderr, flush=True)
             run = await gateway.run(arrivals)
             results.append((figures(rate, run, slo), run))

@@ -43,14 +43,15 @@ class StallError(Exception):
 
 
 async def measure_stall(target: str, streams: int, prompt_tokens: int) -> Stall:
-    """Every prompt is another one, so that none is found in the prefix cache; the streams go on to the context's end.
+    """Every prompt is another one in every run, so that none is found in the prefix cache; the streams go on to the
+    context's end.
 
     Raises StallError when a request is refused, or a stream ends before the prompt's first token.
     """
     gateway = Gateway(target)
     tasks: list[asyncio.Task[Served]] = []
     try:
-        model, rng = await gateway.model(), random.Random(0)
+        model, rng = await gateway.model(), random.SystemRandom()
         most = model.context_length - _STREAM_PROMPT
 
         def prompt(tokens: int) -> tuple[int, ...]:

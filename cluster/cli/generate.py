@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -59,10 +60,14 @@ def run_generate(
         return complain(str(error))
     with open_channel(connection) as channel:
         call = InferenceStub(channel).Generate(request)
+        begun = False
         try:
-            _show(call, request.n)
+            first = next(call)  # a request that is refused ends here
+            begun = True
+            _show(itertools.chain([first], call), request.n)
         except grpc.RpcError as error:
-            _end_line()
+            if begun:
+                _end_line()
             return complain(explain(error, connection))
         except KeyboardInterrupt:
             call.cancel()

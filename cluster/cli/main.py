@@ -185,7 +185,9 @@ def trace(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="FILE.json", help="For ui.perfetto.dev; overwritten.")
     ] = Path("trace.json"),
-    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds to wait for the steps, up to 600.")] = 30.0,
+    timeout: Annotated[
+        float, typer.Option(metavar="S", help="Seconds to wait for the steps, up to 600; 0: 30.")
+    ] = 30.0,
 ) -> int:
     """Record what every actor does in the next steps, as a timeline on one clock."""
     from cluster.cli.trace import run_trace

@@ -22,9 +22,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from cluster.gateway.sampling import MAX_BIAS, MAX_IDS
+from cluster.gateway.sampling import MAX_BIAS, MAX_IDS, MAX_LOGPROBS
 from cluster.gateway.stopping import MAX_STOPS
-from cluster.gateway.validation import MAX_MESSAGES
+from cluster.gateway.validation import MAX_CHOICES, MAX_MESSAGES
+from cluster.openai.problems import shown
 
 UINT32 = 2**32 - 1
 MAX_FIELDS = 128
@@ -34,8 +35,22 @@ MAX_PARTS = 4096
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
+
+def _between(least: int, most: int) -> AfterValidator:
+    """Both bounds are told, whichever is passed."""
+
+    def check(value: int) -> int:
+        if not least <= value <= most:
+            raise PydanticCustomError("range", f"is {value}; allowed is {least} to {most}")
+        return value
+
+    return AfterValidator(check)
+
+
 _Count = Annotated[int, Field(ge=1, le=UINT32)]
 _Id = Annotated[int, Field(ge=0, le=UINT32)]
+_Choices = Annotated[int, _between(1, MAX_CHOICES)]
+_Likeliest = Annotated[int, _between(0, MAX_LOGPROBS)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -105,8 +120,10 @@ def _biases(value: Any) -> Any:
         raise PydanticCustomError("biases", f"has {len(value)} ids; allowed are up to {MAX_IDS}")
     if not all(_TOKEN_ID.fullmatch(key) and int(key) <= UINT32 for key in value):
         raise PydanticCustomError("bias_id", 'has a key that is no token id; allowed are whole numbers, as "17"')
-    if not all(type(bias) in (int, float) and abs(bias) <= MAX_BIAS for bias in value.values()):
-        raise PydanticCustomError("bias", f"has a bias that is not allowed; allowed is {-MAX_BIAS:g} to {MAX_BIAS:g}")
+    for key, bias in value.items():
+        if type(bias) not in (int, float) or not abs(bias) <= MAX_BIAS:
+            told = f"has {shown(bias)} for {int(key)}; allowed is {-MAX_BIAS:g} to {MAX_BIAS:g}"
+            raise PydanticCustomError("bias", told)
     return {int(token_id): float(bias) for token_id, bias in value.items()}
 
 
@@ -163,7 +180,7 @@ class Body(_Section):
     presence_penalty: _Finite | None = None
     logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
-    n: _Count | None = None
+    n: _Choices | None = None
     stop: (
         Annotated[
             Annotated[_Text, Tag("<text>")] | Annotated[_Texts, Field(max_length=MAX_STOPS), Tag("<list>")],
@@ -182,7 +199,7 @@ class Body(_Section):
     min_tokens: _Id | None = None
     repetition_penalty: _Finite | None = None
     allowed_token_ids: Annotated[_Ids, Field(max_length=MAX_IDS)] | None = None
-    prompt_logprobs: _Id | None = None
+    prompt_logprobs: _Likeliest | None = None
 
     priority: Literal["interactive", "batch"] | None = None  # vLLM's are numbers
 
@@ -204,7 +221,7 @@ class CompletionBody(Body):
         | Annotated[list[_Ids], BeforeValidator(_one), Tag("<lists>")],
         Discriminator(_kind_of_prompt),
     ]
-    logprobs: _Id | None = None
+    logprobs: _Likeliest | None = None
     best_of: _Count | None = None
     echo: Annotated[Any, _neutral(False)] = None
     suffix: Annotated[Any, _neutral("")] = None
@@ -216,7 +233,7 @@ class ChatBody(Body):
     messages: Annotated[list[Message], Field(fail_fast=True, max_length=MAX_MESSAGES)]
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
-    top_logprobs: _Id | None = None
+    top_logprobs: _Likeliest | None = None
 
     # without effect on the answer
     parallel_tool_calls: bool | None = None

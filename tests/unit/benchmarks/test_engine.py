@@ -24,6 +24,14 @@ def test_a_seed_gives_the_same_load_and_another_one_another() -> None:
     assert loads[0] == loads[1] != loads[2]
 
 
+def test_a_shifted_load_has_the_same_shape_and_other_tokens() -> None:
+    one, other = (poisson(5.0, 20.0, Mix(), 1000, 512, 1, shift) for shift in (0, 7))
+    assert [(a.at_s, len(a.prompt_ids), a.max_tokens) for a in one] == [
+        (a.at_s, len(a.prompt_ids), a.max_tokens) for a in other
+    ]
+    assert all(a.prompt_ids[0] != b.prompt_ids[0] for a, b in zip(one, other, strict=True))
+
+
 def test_the_load_is_what_was_asked_for() -> None:
     mix = Mix(prompt_tokens=60, answer_tokens=20, shared=0.5, prefixes=2, prefix_tokens=16, batch=0.25)
     load = poisson(20.0, 200.0, mix, 1000, 512, seed=3)
