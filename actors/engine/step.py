@@ -22,12 +22,21 @@ class Step:
         self.left = token_budget - len(decoding)
         self.n_decodes = self.n_prefill = self.context = self.n_started = 0
         self._lineup = lineup
+        self._unbounded = self.left
         self._gap_bound = None if bound is None else gap_bound
         if bound is not None:
             self.left = min(self.left, bound)
 
     def form(self) -> None:
-        """Give tokens to the running sequences and start waiting ones, class by class."""
+        """Give tokens to the running sequences and start waiting ones; never to none while one is running."""
+        self._form()
+        if not self.shares and self._gap_bound is not None:
+            # Prefills were left out, and the decodes have no room to be measured in: there is no gap to bound.
+            self.left, self._gap_bound = self._unbounded, None
+            self._form()
+
+    def _form(self) -> None:
+        """Class by class."""
         queue_moves = True
         for priority in Priority:
             self._advance(priority)
