@@ -105,8 +105,10 @@ class Reuse:
         return leader
 
     def _awaits_block(self, sequence: Sequence) -> bool:
-        # The key is kept: most who wait do so for several steps, and looking for it costs more than looking at it.
-        if sequence.awaited is None or sequence.awaited not in self._pending:
+        # The key is kept: most who wait do so for several steps, and looking for it costs more than looking at it. Its
+        # block may be there while somebody still computes it: for log-probabilities of the prompt, or in another class.
+        awaited = sequence.awaited
+        if awaited is None or awaited not in self._pending or self._blocks.find((awaited,)):
             keys = self._useful_keys(sequence)
             n_found = len(self._blocks.find(keys))
             sequence.awaited = keys[n_found] if n_found < len(keys) else None

@@ -180,6 +180,18 @@ def test_a_hold_outlasts_a_batch_prefill_that_an_interactive_one_overtook() -> N
     assert run.cached("third") == 11
 
 
+def test_a_hold_ends_when_the_block_is_there_though_others_compute_it_too() -> None:
+    """Evaluations that overlap without end compute all rows of a prompt whose beginning has long been in the cache."""
+    run = Run(token_budget=10)
+    run.add(make_request("eval0", PROMPT, max_tokens=1, prompt_logprobs=0))
+    assert run.step() == [("eval0", 0, 10)]
+    run.add(late := make_request("late", PROMPT[:6], max_tokens=2))
+    run.add(make_request("eval1", PROMPT, max_tokens=1, prompt_logprobs=0))
+    assert run.step() == [("eval0", 10, 2), ("eval1", 0, 8)]
+    assert run.step() == [("eval1", 8, 4), ("late", 4, 2)]
+    run.ends_as_alone(late)
+
+
 def choices(n: int, prompt: tuple[int, ...] = PROMPT, **fields: object) -> list[GenerationRequest]:
     first = make_request("c0", prompt, **fields)  # type: ignore[arg-type]
     return [first, *(replace(first, request_id=f"c{i}", leader="c0") for i in range(1, n))]
