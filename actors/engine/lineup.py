@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import count, pairwise
 from operator import attrgetter
 
 from actors.engine.fair_queue import FairQueue
@@ -34,7 +34,9 @@ class Lineup:
         self._sent_back: list[str] = []
         self._copies: list[tuple[int, int]] = []
         self._by_id: dict[str, Sequence] = {}
+        self._arrivals = count()
         self._patient: OrderedDict[str, Sequence] = OrderedDict()  # those in class BATCH, by arrival
+        self._favoured: Sequence | None = None  # the batch sequence that counts as interactive
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -51,6 +53,7 @@ class Lineup:
         leader = self._by_id.get(request.leader)
         if leader is not None and _same_prompt(sequence, leader):
             sequence.leader = leader
+        sequence.arrival = next(self._arrivals)
         self._by_id[request.request_id] = sequence
         if sequence.priority is Priority.BATCH:
             self._patient[request.request_id] = sequence
@@ -58,12 +61,17 @@ class Lineup:
         self.waiting.push(sequence)
 
     def end_patience(self, now: float) -> None:
-        """Batch sequences that have been here for long are interactive from now on."""
-        while self._patient:
-            request_id, sequence = next(iter(self._patient.items()))
-            if sequence.patient_until > now:
-                return
+        """The batch sequence that came first counts as interactive once its patience is over, up to its end.
+
+        There is one at a time, and it comes into that class as one that arrives now, behind those that are there: a
+        backlog of them always moves on, and takes no more from interactive requests than one such stream does.
+        """
+        if self._favoured is not None or not self._patient:
+            return
+        request_id, sequence = next(iter(self._patient.items()))
+        if sequence.patient_until <= now:
             del self._patient[request_id]
+            self._favoured = sequence
             self._promote(sequence)
 
     def start(self, sequence: Sequence) -> bool:
@@ -123,6 +131,8 @@ class Lineup:
         sequence.status = Status.ENDED
         self.waiting.leave(sequence)
         self._patient.pop(sequence.request.request_id, None)
+        if self._favoured is sequence:
+            self._favoured = None
         del self._by_id[sequence.request.request_id]
 
     def check(self) -> None:
@@ -134,6 +144,7 @@ class Lineup:
         assert all(first.rank < second.rank for first, second in pairwise(self.running))
         assert {s.request.request_id: s for s in (*self.running, *waiting)} == self._by_id
         assert len(self.running) <= self._max_running
+        assert all(s.priority is s.request.priority for s in self if s is not self._favoured)
         held = Counter(block for sequence in self.running for block in sequence.block_table)
         assert all(self.blocks.n_holders(block) == held[block] for block in range(self.blocks.n_blocks))
         for sequence in waiting:
@@ -180,11 +191,19 @@ class Lineup:
 
     def _promote(self, sequence: Sequence) -> None:
         running = sequence.status is Status.RUNNING
-        self.running.remove(sequence) if running else self.waiting.remove(sequence)
+        if running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
         self.waiting.leave(sequence)
         sequence.priority = Priority.INTERACTIVE
+        sequence.arrival = next(self._arrivals)
+        sequence.was_preempted = False
         self.waiting.enter(sequence)
-        insort(self.running, sequence, key=_BY_RANK) if running else self.waiting.push(sequence)
+        if running:
+            insort(self.running, sequence, key=_BY_RANK)
+        else:
+            self.waiting.push(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send it back to the queue: its tokens are kept, its KV only as far as it is cached."""

@@ -4,9 +4,10 @@ A pure state machine: ``add`` and ``abort`` tell it what happened, ``schedule`` 
 tells how the step went. The time is handed in; nothing is read, written or waited for.
 
 * Every admitted request yields its tokens once, in order, and exactly one event with ``finish``.
-* Interactive requests come before batch ones, until a batch request has waited ``batch_patience_s``. Within a class
-  those that were preempted come first; then the tenant that was served least for its share, and of its requests the
-  oldest. None overtakes another for want of blocks, so that none starves.
+* Interactive requests come before batch ones. So that these do not starve, the oldest of them counts as an interactive
+  one that comes when its ``batch_patience_s`` are over, one at a time. Within a class those that were preempted come
+  first; then the tenant that was served least for its share, and of its requests the oldest. None overtakes another for
+  want of blocks.
 * A running request gets a token in every step; what the budget leaves goes to prefills, in pieces. Beside interactive
   streams the pieces are such that a step takes at most ``max_gap`` times as long as without (see ``pacing``).
 * What was computed before is not computed again (see ``reuse``): prompts share the blocks of their common beginning,
@@ -65,7 +66,6 @@ class Scheduler:
         self.limits = limits
         self.blocks = blocks
         self._lineup = Lineup(blocks, limits.max_running, limits.prefix_cache)
-        self._n_arrived = 0
         self._events: list[TokenEvent] = []
         self._computing: tuple[StepPlan, Step] | None = None
         self._pace = Pace()
@@ -215,8 +215,7 @@ class Scheduler:
         keys = PrefixKeys(request.tenant, request.adapter, self.blocks.block_size)
         deadline = None if request.timeout_s is None else now + request.timeout_s
         patient_until = now + self.limits.batch_patience_s
-        self._lineup.join(Sequence(request, self._n_arrived, keys, deadline, patient_until))
-        self._n_arrived += 1
+        self._lineup.join(Sequence(request, keys, deadline, patient_until))
 
     def _end_expired(self, now: float) -> None:
         late = [s for s in self._lineup if s.deadline is not None and s.deadline <= now]

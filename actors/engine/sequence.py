@@ -25,20 +25,20 @@ class Sequence:
     cache. ``n_cached``: tokens that were there already when the sequence last started. At least one token is never
     computed yet: the one whose logits give the next token.
 
-    ``arrival`` orders sequences; ``deadline`` and ``patient_until`` are absolute monotonic times in seconds.
-    ``priority`` is the class in which the request counts: a batch request that has waited long is interactive.
+    ``priority`` is the class in which the request counts, which may be above its own for a batch request that has waited
+    long; ``arrival`` (set by the lineup) orders those of a class. ``deadline`` and ``patient_until`` are absolute
+    monotonic times in seconds.
     """
 
     def __init__(
         self,
         request: GenerationRequest,
-        arrival: int,
         keys: PrefixKeys,
         deadline: float | None = None,
         patient_until: float = 0.0,
     ) -> None:
         self.request = request
-        self.arrival = arrival
+        self.arrival = 0
         self.keys = keys
         self.deadline = deadline
         self.patient_until = patient_until

@@ -14,9 +14,9 @@ class Step:
     """
 
     def __init__(self, lineup: Lineup, token_budget: int, gap_bound: GapBound) -> None:
-        """An empty step. ``gap_bound`` counts where an interactive stream is decoding."""
+        """An empty step. ``gap_bound`` counts where a stream of an interactive request is decoding."""
         decoding = [s for s in lineup.running if s.n_uncomputed == 1]
-        streams = any(s.priority is Priority.INTERACTIVE for s in decoding)
+        streams = any(s.request.priority is Priority.INTERACTIVE for s in decoding)
         bound = gap_bound.allowance(len(decoding)) if streams else None
         self.shares: list[tuple[Sequence, int]] = []
         self.left = token_budget - len(decoding)
