@@ -30,6 +30,7 @@ class Lineup:
         self.running: list[Sequence] = []
         self.waiting = FairQueue()
         self.n_preempted = 0
+        self._n_started = 0
         self._max_running = max_running
         self._sent_back: list[str] = []
         self._copies: list[tuple[int, int]] = []
@@ -52,7 +53,8 @@ class Lineup:
         request = sequence.request
         leader = self._by_id.get(request.leader)
         if leader is not None and _same_prompt(sequence, leader):
-            sequence.leader = leader
+            sequence.siblings = leader.siblings
+            sequence.siblings.append(sequence)
         sequence.arrival = next(self._arrivals)
         self._by_id[request.request_id] = sequence
         if sequence.priority is Priority.BATCH:
@@ -84,10 +86,7 @@ class Lineup:
             if not self._would_have_room(sequence):
                 return False
             self._preempt(self.running[-1])
-        self.waiting.remove(sequence)
-        sequence.status = Status.RUNNING
-        insort(self.running, sequence, key=_BY_RANK)
-        self.reuse.begin(sequence, found)
+        self._run(sequence, found)
         return True
 
     def grow(self, sequence: Sequence, n_tokens: int) -> int:
@@ -111,6 +110,11 @@ class Lineup:
             sequence.block_table += tuple(self.blocks.allocate(min(need, self.blocks.n_free)))
         return min(n_tokens, len(sequence.block_table) * size - sequence.n_computed)
 
+    def take_started(self) -> int:
+        """How many began to run since the last call."""
+        n_started, self._n_started = self._n_started, 0
+        return n_started
+
     def take_preempted(self) -> tuple[str, ...]:
         """The ids of those that were sent back to the queue since the last call."""
         sent_back, self._sent_back = self._sent_back, []
@@ -122,13 +126,16 @@ class Lineup:
         return tuple(copies)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take an ended sequence out and let go of its blocks."""
+        """Take an ended sequence out and let go of its blocks. A sibling that needs them has its place at once."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
+            if (heir := self.reuse.heir(sequence)) is not None:
+                self._run(heir, self.reuse.find(heir))
             self._release(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.status = Status.ENDED
+        sequence.siblings.remove(sequence)
         self.waiting.leave(sequence)
         self._patient.pop(sequence.request.request_id, None)
         if self._favoured is sequence:
@@ -144,6 +151,7 @@ class Lineup:
         assert all(first.rank < second.rank for first, second in pairwise(self.running))
         assert {s.request.request_id: s for s in (*self.running, *waiting)} == self._by_id
         assert len(self.running) <= self._max_running
+        assert all(s in s.siblings and s.siblings == [t for t in self if t.siblings is s.siblings] for s in self)
         assert all(s.priority is s.request.priority for s in self if s is not self._favoured)
         held = Counter(block for sequence in self.running for block in sequence.block_table)
         assert all(self.blocks.n_holders(block) == held[block] for block in range(self.blocks.n_blocks))
@@ -155,6 +163,13 @@ class Lineup:
             assert sequence.status is Status.RUNNING
             assert sequence.n_uncomputed >= 1
             assert sequence.n_verified <= sequence.n_computed <= len(sequence.block_table) * self.blocks.block_size
+
+    def _run(self, sequence: Sequence, found: Found) -> None:
+        self.waiting.remove(sequence)
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=_BY_RANK)
+        self.reuse.begin(sequence, found)
+        self._n_started += 1
 
     def _room(self, sequence: Sequence) -> Found | None:
         """What the sequence can start with, if there is room for it now."""

@@ -1,12 +1,14 @@
 """What of a sequence's KV need not be computed, because it is there already or just being computed.
 
 Prompts share what they have in common from the first token on, as in vLLM's hash-based prefix caching and SGLang's
-RadixAttention (arXiv 2312.07104). The choices of one request share their prompt without a cache, too: the first, their
-*leader*, computes it, and the others fork from it.
+RadixAttention (arXiv 2312.07104). The choices of one request, *siblings*, share their prompt without a cache, too: the
+first computes it, the others fork from any that has it, and the last that has it leaves it to one that waits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from operator import attrgetter
 from typing import NamedTuple
 
 from actors.engine.kv_blocks import BlockPool
@@ -37,13 +39,12 @@ class Reuse:
     def held(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence should let others pass, because it soon finds more than it does now.
 
-        It waits for running prefills and for its leader, never for one of a lower class, and for a leader only that
-        arrived before: so there is no circle, and what it waits for moves forward in its stead.
+        It waits for running prefills and for the first of its siblings, never for one of a lower class: so there is no
+        circle, and what it waits for moves forward in its stead.
         """
         if sequence.wants_prompt_rows:
             return False
-        leader = self._leader(sequence)
-        return (leader is not None and leader.n_drawn == 0) or self._awaits_block(sequence)
+        return self._awaits_block(sequence) or self._awaits_sibling(sequence)
 
     def find(self, sequence: Sequence) -> Found:
         """What a waiting sequence can take over: of all its tokens but the last, whose logits are needed."""
@@ -51,11 +52,18 @@ class Reuse:
             return Found((), 0)
         cached = tuple(self._blocks.find(self._useful_keys(sequence)))
         n_cached = min(len(cached) * self._blocks.block_size, len(sequence.token_ids) - 1)
-        n_forked = len(sequence.request.prompt_ids) - 1
-        leader = self._leader(sequence)
-        if leader is not None and n_cached < n_forked <= leader.n_verified:
-            return Found(leader.block_table[: self._blocks.needed(n_forked)], n_forked)
+        n_forked = _n_forked(sequence)
+        sibling = next((s for s in _with_prompt(sequence) if s.priority <= sequence.priority), None)
+        if sibling is not None and n_cached < n_forked:
+            return Found(sibling.block_table[: self._blocks.needed(n_forked)], n_forked)
         return Found(cached, n_cached)
+
+    def heir(self, sequence: Sequence) -> Sequence | None:
+        """The waiting sibling that has to start before ``sequence`` lets go of their prompt, lest it be lost to all."""
+        if not 0 < _n_forked(sequence) <= sequence.n_verified or any(_with_prompt(sequence)):
+            return None
+        waiting = [s for s in sequence.siblings if s.status is Status.WAITING and not s.wants_prompt_rows]
+        return min((s for s in waiting if s.priority >= sequence.priority), key=attrgetter("rank"), default=None)
 
     def only_whole(self, found: Found) -> Found:
         """``found`` without a last block that is not used to its end, and so would have to be copied."""
@@ -98,11 +106,10 @@ class Reuse:
         """Assert what always holds. For tests."""
         assert all(owner in running and owner.n_verified < owner.n_given for owner in self._pending.values())
 
-    def _leader(self, sequence: Sequence) -> Sequence | None:
-        leader = sequence.leader
-        if leader is not None and (leader.status is Status.ENDED or leader.priority > sequence.priority):
-            leader = sequence.leader = None
-        return leader
+    def _awaits_sibling(self, sequence: Sequence) -> bool:
+        """Whether nothing is there of what the first of its siblings is about to compute."""
+        first = min(sequence.siblings, key=attrgetter("rank"))
+        return first is not sequence and _n_forked(sequence) > 0 and self.find(sequence).n_tokens == 0
 
     def _awaits_block(self, sequence: Sequence) -> bool:
         # The key is kept: most who wait do so for several steps, and looking for it costs more than looking at it. Its
@@ -129,3 +136,14 @@ class Reuse:
             return []
         size = self._blocks.block_size
         return sequence.keys.first(sequence.n_given // size, sequence.token_ids)[sequence.n_cached // size :]
+
+
+def _n_forked(sequence: Sequence) -> int:
+    """Tokens that it can have from a sibling: all of the prompt but the last, whose logits are needed."""
+    return len(sequence.request.prompt_ids) - 1
+
+
+def _with_prompt(sequence: Sequence) -> Iterator[Sequence]:
+    """Its siblings whose prompt is computed and known to be good."""
+    n = _n_forked(sequence)
+    return (s for s in sequence.siblings if s is not sequence and s.n_verified >= n > 0)

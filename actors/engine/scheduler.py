@@ -139,7 +139,7 @@ class Scheduler:
         self._end_expired(now)
         step = Step(self._lineup, self.limits.token_budget, self._gap_bound)
         step.form()
-        self._pace.started(now, step.n_started)
+        self._pace.started(now, self._lineup.take_started())
         plan = StepPlan(
             chunks=tuple([sequence.chunk(n, self.blocks.block_size) for sequence, n in step.shares]),
             events=tuple(self._take_events()),

@@ -25,9 +25,9 @@ class Sequence:
     cache. ``n_cached``: tokens that were there already when the sequence last started. At least one token is never
     computed yet: the one whose logits give the next token.
 
-    ``priority`` is the class in which the request counts, which may be above its own for a batch request that has waited
-    long; ``arrival`` (set by the lineup) orders those of a class. ``deadline`` and ``patient_until`` are absolute
-    monotonic times in seconds.
+    ``priority`` is the class in which the request counts, which is above its own where a batch request has waited long;
+    ``arrival`` (set by the lineup) orders those of a class. ``deadline`` and ``patient_until`` are absolute monotonic
+    times in seconds.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Sequence:
         self.n_computed = self.n_verified = self.n_published = self.n_cached = 0
         self.n_charged = 0  # of the tokens given: charged to the tenant, once even if they are computed again
         self.was_preempted = False
-        self.leader: Sequence | None = None
+        self.siblings = [self]  # the choices of one request that are in the engine, by arrival: a list that they share
         self.awaited: bytes | None = None  # the key of a block that somebody else was computing, see Reuse
         self._penalised = _has_penalties(request.sampling)
 

@@ -20,7 +20,7 @@ class Step:
         bound = gap_bound.allowance(len(decoding)) if streams else None
         self.shares: list[tuple[Sequence, int]] = []
         self.left = token_budget - len(decoding)
-        self.n_decodes = self.n_prefill = self.context = self.n_started = 0
+        self.n_decodes = self.n_prefill = self.context = 0
         self._lineup = lineup
         self._unbounded = self.left
         self._gap_bound = None if bound is None else gap_bound
@@ -63,7 +63,6 @@ class Step:
                 continue
             if not self._lineup.start(sequence):
                 return False
-            self.n_started += 1
             self._prefill(sequence, self._lineup.grow(sequence, self._piece(sequence)))
         return True
 
