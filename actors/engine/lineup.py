@@ -182,12 +182,17 @@ class Lineup:
         return None
 
     def _would_have_room(self, sequence: Sequence) -> bool:
-        """Whether room may come of preempting those of a lower class; else none is preempted in vain."""
+        """Whether room would come of preempting those of a lower class, so that none is preempted in vain.
+
+        A block comes free if all who hold it are among them, but for one that the sequence takes over itself.
+        """
         lower = [s for s in self.running if s.priority > sequence.priority]
         if not lower:
             return False
-        need = self._need(sequence, self.reuse.only_whole(self.reuse.find(sequence)))
-        return need + len(self.running) - len(lower) <= self.blocks.n_free + sum(len(s.block_table) for s in lower)
+        found = self.reuse.only_whole(self.reuse.find(sequence))
+        held = Counter(block for s in lower for block in s.block_table)
+        freed = {block for block, n in held.items() if n == self.blocks.n_holders(block)}.difference(found.blocks)
+        return self._need(sequence, found) + len(self.running) - len(lower) <= self.blocks.n_free + len(freed)
 
     def _need(self, sequence: Sequence, found: Found) -> int:
         """Free blocks that a start with ``found`` takes: new ones, a copy, and those that were only cached."""

@@ -53,7 +53,7 @@ class Reuse:
         cached = tuple(self._blocks.find(self._useful_keys(sequence)))
         n_cached = min(len(cached) * self._blocks.block_size, len(sequence.token_ids) - 1)
         n_forked = _n_forked(sequence)
-        sibling = next((s for s in _with_prompt(sequence) if s.priority <= sequence.priority), None)
+        sibling = next(_with_prompt(sequence), None)
         if sibling is not None and n_cached < n_forked:
             return Found(sibling.block_table[: self._blocks.needed(n_forked)], n_forked)
         return Found(cached, n_cached)
@@ -63,7 +63,7 @@ class Reuse:
         if not 0 < _n_forked(sequence) <= sequence.n_verified or any(_with_prompt(sequence)):
             return None
         waiting = [s for s in sequence.siblings if s.status is Status.WAITING and not s.wants_prompt_rows]
-        return min((s for s in waiting if s.priority >= sequence.priority), key=attrgetter("rank"), default=None)
+        return min(waiting, key=attrgetter("rank"), default=None)
 
     def only_whole(self, found: Found) -> Found:
         """``found`` without a last block that is not used to its end, and so would have to be copied."""

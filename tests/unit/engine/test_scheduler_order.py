@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 
@@ -124,6 +125,49 @@ def test_interactive_takes_blocks_from_batch_but_not_in_vain() -> None:
     scheduler.add(make_request("small", 12, 4), 0.0)
     assert step(scheduler, cache) == ["chat", "small"]
     drain(scheduler, cache)
+
+
+@pytest.mark.parametrize(("n_prompt", "preempted"), [(28, ("batch-2", "batch-1")), (29, ())])
+def test_blocks_that_several_of_a_lower_class_hold_come_free_once(n_prompt: int, preempted: tuple[str, ...]) -> None:
+    """Of 12 blocks the chat holds 4, the choices share 2 and have 3 of their own: 8 are free if both go."""
+    scheduler = make_scheduler(n_blocks=12, max_running=4, token_budget=32)
+    cache = FakeCache(scheduler.blocks)
+    leader = make_request("batch-1", 12, 9, priority=Priority.BATCH)
+    scheduler.add(make_request("chat", 13, 3), 0.0)
+    scheduler.add_all((leader, replace(leader, request_id="batch-2", leader="batch-1")), 0.0)
+    step(scheduler, cache)
+    step(scheduler, cache)
+    assert scheduler.blocks.n_free == 3
+    scheduler.add(make_request("big", n_prompt, 2), 0.0)
+    assert scheduler.schedule(0.0).preempted == preempted
+
+
+@pytest.mark.parametrize(("n_prompt", "preempted"), [(28, ("batch",)), (32, ())])
+def test_blocks_that_a_chat_holds_too_do_not_come_free(n_prompt: int, preempted: tuple[str, ...]) -> None:
+    """The chat and the batch request share 3 blocks of 12 and have 1 each of their own."""
+    scheduler = make_scheduler(n_blocks=12, max_running=4, token_budget=32)
+    cache = FakeCache(scheduler.blocks)
+    prompt = tuple(range(13))
+    scheduler.add(make_request("chat", prompt, 3), 0.0)
+    scheduler.add(make_request("batch", prompt, 3, priority=Priority.BATCH), 0.0)
+    step(scheduler, cache)
+    step(scheduler, cache)
+    assert scheduler.blocks.n_free == 7
+    scheduler.add(make_request("big", n_prompt, 2), 0.0)
+    assert scheduler.schedule(0.0).preempted == preempted
+
+
+def test_blocks_that_the_newcomer_finds_do_not_come_free_for_it() -> None:
+    scheduler = make_scheduler(n_blocks=9, max_running=4, token_budget=32)
+    cache = FakeCache(scheduler.blocks)
+    prompt = tuple(range(16))
+    scheduler.add(make_request("chat", 11, 3), 0.0)
+    scheduler.add(make_request("batch", prompt, 9, priority=Priority.BATCH), 0.0)
+    step(scheduler, cache)
+    step(scheduler, cache)
+    assert scheduler.blocks.n_free == 1
+    scheduler.add(make_request("big", (*prompt, *range(90, 98)), 2), 0.0)
+    assert scheduler.schedule(0.0).preempted == ()
 
 
 def test_a_batch_prefill_leaves_the_budget_to_interactive_prompts() -> None:

@@ -296,15 +296,13 @@ def test_a_choice_takes_the_place_of_one_that_is_cancelled_while_it_is_computed(
     assert run.scheduler.blocks.n_free == 5
 
 
-@pytest.mark.parametrize("why", ["another has the prompt", "no prompt to share", "rows wanted", "a higher class"])
+@pytest.mark.parametrize("why", ["another has the prompt", "no prompt to share", "rows wanted"])
 def test_a_choice_that_need_not_have_the_place_of_another_waits_for_its_turn(why: str) -> None:
     """A tenant that was not served yet comes before it."""
     run = Run(prefix_cache=False, max_running=2 if why == "another has the prompt" else 1)
     fields = {"prompt_logprobs": 0} if why == "rows wanted" else {}
     prompt = (5,) if why == "no prompt to share" else PROMPT
     first, *others = choices(3, prompt, max_tokens=9, tenant="a", **fields)
-    if why == "a higher class":
-        first = replace(first, priority=Priority.BATCH)
     run.add(first, *others[: run.scheduler.limits.max_running - 1])
     run.step()
     run.step()
