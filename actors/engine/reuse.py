@@ -16,17 +16,21 @@ from actors.engine.sequence import Sequence, Status
 
 
 class Found(NamedTuple):
-    """The first ``n_tokens`` tokens of a sequence lie in ``blocks``, the last of which may have to be copied."""
+    """The first ``n_tokens`` tokens of a sequence lie in ``blocks``, the last of which may have to be copied.
+
+    They are those of ``sibling``, or in the prefix cache if that is None.
+    """
 
     blocks: tuple[int, ...]
     n_tokens: int
+    sibling: Sequence | None = None
 
 
 class Reuse:
     """Finds blocks for sequences that start, publishes those that are known to be good, and says who should wait.
 
-    ``queried_tokens``: of sequences that started and might have found something; ``hit_tokens``: what they found, in
-    the cache or with their leader.
+    ``queried_tokens``: of the sequences that looked into the prefix cache when they started; ``hit_tokens``: what they
+    found there. Neither counts what a sibling gave, nor who needs all rows of its prompt and so reads no cache.
     """
 
     def __init__(self, blocks: BlockPool, prefix_cache: bool) -> None:
@@ -54,8 +58,8 @@ class Reuse:
         n_cached = min(len(cached) * self._blocks.block_size, len(sequence.token_ids) - 1)
         n_forked = _n_forked(sequence)
         sibling = next(_with_prompt(sequence), None)
-        if sibling is not None and n_cached < n_forked:
-            return Found(sibling.block_table[: self._blocks.needed(n_forked)], n_forked)
+        if sibling is not None and n_cached <= n_forked:
+            return Found(sibling.block_table[: self._blocks.needed(n_forked)], n_forked, sibling)
         return Found(cached, n_cached)
 
     def heir(self, sequence: Sequence) -> Sequence | None:
@@ -68,16 +72,19 @@ class Reuse:
     def only_whole(self, found: Found) -> Found:
         """``found`` without a last block that is not used to its end, and so would have to be copied."""
         n = found.n_tokens // self._blocks.block_size
-        return Found(found.blocks[:n], n * self._blocks.block_size)
+        return found._replace(blocks=found.blocks[:n], n_tokens=n * self._blocks.block_size)
 
     def begin(self, sequence: Sequence, found: Found) -> None:
         """The sequence starts with what was found."""
         self._blocks.share(found.blocks)
         sequence.block_table = found.blocks
-        sequence.n_computed = sequence.n_verified = sequence.n_cached = found.n_tokens
+        sequence.n_computed = sequence.n_verified = sequence.n_reused = found.n_tokens
         sequence.n_published = 0
         sequence.awaited = None
-        if not sequence.wants_prompt_rows:
+        if sequence.n_drawn == 0:
+            in_prompt = min(found.n_tokens, len(sequence.request.prompt_ids))
+            sequence.n_cached = in_prompt if found.sibling is None else found.sibling.n_cached
+        if self._prefix_cache and found.sibling is None and not sequence.wants_prompt_rows:
             self.queried_tokens += len(sequence.token_ids)
             self.hit_tokens += found.n_tokens
         for key in self._uncomputed_keys(sequence):
@@ -135,7 +142,7 @@ class Reuse:
         if not self._prefix_cache:
             return []
         size = self._blocks.block_size
-        return sequence.keys.first(sequence.n_given // size, sequence.token_ids)[sequence.n_cached // size :]
+        return sequence.keys.first(sequence.n_given // size, sequence.token_ids)[sequence.n_reused // size :]
 
 
 def _n_forked(sequence: Sequence) -> int:

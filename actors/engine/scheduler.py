@@ -11,7 +11,8 @@ tells how the step went. The time is handed in; nothing is read, written or wait
 * A running request gets a token in every step; what the budget leaves goes to prefills, in pieces. Beside interactive
   streams the pieces are such that a step takes at most ``max_gap`` times as long as without (see ``pacing``).
 * What was computed before is not computed again (see ``reuse``): prompts share the blocks of their common beginning,
-  the choices of one request all of its prompt. Who needs what is just being computed lets others pass meanwhile.
+  the choices of one request all of its prompt. Who needs what is just being computed lets others pass meanwhile; a
+  choice that ends leaves its place to one that waits, where the prompt would be lost to it otherwise.
 * Blocks are taken as sequences grow. When none is free, the one that is last by class and age gives up its own, and is
   later recomputed from its tokens. The first of the running ones always moves forward, and an admitted request comes
   to its end. (One step in a few hundred may leave prefills out, to measure decodes alone.)
@@ -87,12 +88,16 @@ class Scheduler:
 
     @property
     def prefix_queried_tokens(self) -> int:
-        """Tokens of requests that started, each time they did, since the start."""
+        """Tokens of requests that were looked for in the prefix cache, each time one started, since the start.
+
+        Not of those that wanted log-probabilities of the prompt, which are not looked for, nor of choices that had the
+        prompt from another one of their request.
+        """
         return self._lineup.reuse.queried_tokens
 
     @property
     def prefix_hit_tokens(self) -> int:
-        """Those of ``prefix_queried_tokens`` whose KV was there already."""
+        """Those of ``prefix_queried_tokens`` whose KV was found."""
         return self._lineup.reuse.hit_tokens
 
     @property

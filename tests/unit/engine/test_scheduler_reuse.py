@@ -132,6 +132,7 @@ def test_log_probabilities_of_a_prompt_need_all_its_rows() -> None:
     (chunk,) = run.scheduler.schedule(0.0).chunks
     assert (chunk.prompt_targets, chunk.prompt_logprobs) == ((), 0)
     assert run.cached(request.request_id) == 0
+    assert (run.scheduler.prefix_queried_tokens, run.scheduler.prefix_hit_tokens) == (12, 0)
 
 
 def test_who_needs_what_is_being_computed_lets_others_pass() -> None:
@@ -206,7 +207,42 @@ def test_choices_fork_from_the_first(prefix_cache: bool, n_tokens: int) -> None:
     assert run.step() == [("c0", 0, n_tokens)]
     assert run.step() == [("c0", n_tokens, 1), ("c1", n_tokens - 1, 1), ("c2", n_tokens - 1, 1)]
     run.ends_as_alone(*requests)
-    assert run.cached("c2") == n_tokens - 1
+    assert run.cached("c2") == 0
+    assert run.scheduler.prefix_queried_tokens == (n_tokens if prefix_cache else 0)
+    assert run.scheduler.prefix_hit_tokens == 0
+
+
+def test_choices_tell_what_the_first_found_in_the_cache() -> None:
+    run = Run()
+    run.add(first := make_request("first", PROMPT[:8], max_tokens=1))
+    run.ends_as_alone(first)
+    run.add(*(requests := choices(3)))
+    run.ends_as_alone(*requests)
+    assert [run.cached(request.request_id) for request in requests] == [8, 8, 8]
+    assert (run.scheduler.prefix_queried_tokens, run.scheduler.prefix_hit_tokens) == (8 + 12, 8)
+
+
+def test_what_a_choice_finds_of_its_own_after_a_preemption_is_not_told() -> None:
+    run = Run()
+    first, follower = choices(2, max_tokens=6)
+    run.add(first)
+    run.step()
+    run.scheduler._lineup._preempt(run.scheduler._lineup.running[0])
+    assert run.step() == [("c0", 12, 1)]
+    run.add(follower)
+    run.ends_as_alone(first, follower)
+    assert (run.cached("c0"), run.cached("c1")) == (0, 0)
+
+
+def test_a_replay_tells_what_it_found_of_its_prompt_alone() -> None:
+    run = Run()
+    run.add(first := make_request("first", PROMPT, max_tokens=9))
+    run.ends_as_alone(first)
+    answer = tuple(event.token for event in lone_run(first, 64) if event.token is not None)
+    run.add(make_request("again", PROMPT, max_tokens=20, generated_ids=answer))
+    assert run.step() == [("again", 20, 1)]
+    assert run.cached("again") == 12
+    assert run.scheduler.prefix_hit_tokens == 20
 
 
 def test_a_fork_late_in_the_answer_takes_no_token_of_it() -> None:
@@ -234,8 +270,11 @@ def test_without_a_leader_a_choice_is_an_ordinary_request(fate: str) -> None:
     run.add(*((follower,) if fate == "unknown" else (leader, follower)))
     if fate == "ended":
         run.scheduler.abort("c0")
+    start = None
+    while start is None:
+        start = next((start for name, start, _ in run.step() if name == "c1"), None)
+    assert start == (11 if fate == "circle" else 0)
     run.ends_as_alone(*((follower,) if fate in ("ended", "unknown") else (leader, follower)))
-    assert run.cached("c1") == (11 if fate == "circle" else 0)
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
