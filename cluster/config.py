@@ -115,7 +115,7 @@ class AttentionConfig(_Section):
         description="a step with decodes takes at most so many times its usual time for prompts; 0: no bound",
     )
     batch_patience_s: float = Field(
-        60.0, ge=0, le=86400, description="batch requests that waited so long count as interactive"
+        60.0, ge=0, le=86400, description="the oldest batch request counts as interactive after so long"
     )
     micro_batches: int = Field(
         0, ge=0, le=8, description="of a step; 0: by the measured times of both fleets; 1: steps are never split"

@@ -21,7 +21,7 @@ class SchedulerLimits:
     priority in the queue; see :func:`check_queue`. ``prefix_cache``: whether KV blocks are found again by their
     tokens. ``max_gap``: how many times the usual time of a step a prefill may make interactive streams wait for
     their next token, above 1, or 0 for no bound. ``batch_patience_s``: seconds after which a batch request counts
-    as interactive.
+    as interactive, the oldest alone at any time.
     """
 
     context_length: int

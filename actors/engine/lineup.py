@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import count, pairwise
 from operator import attrgetter
 
 from actors.engine.fair_queue import FairQueue
@@ -30,11 +30,14 @@ class Lineup:
         self.running: list[Sequence] = []
         self.waiting = FairQueue()
         self.n_preempted = 0
+        self._n_started = 0
         self._max_running = max_running
         self._sent_back: list[str] = []
         self._copies: list[tuple[int, int]] = []
         self._by_id: dict[str, Sequence] = {}
+        self._arrivals = count()
         self._patient: OrderedDict[str, Sequence] = OrderedDict()  # those in class BATCH, by arrival
+        self._favoured: Sequence | None = None  # the batch sequence that counts as interactive
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -50,7 +53,9 @@ class Lineup:
         request = sequence.request
         leader = self._by_id.get(request.leader)
         if leader is not None and _same_prompt(sequence, leader):
-            sequence.leader = leader
+            sequence.siblings = leader.siblings
+            sequence.siblings.append(sequence)
+        sequence.arrival = next(self._arrivals)
         self._by_id[request.request_id] = sequence
         if sequence.priority is Priority.BATCH:
             self._patient[request.request_id] = sequence
@@ -58,12 +63,17 @@ class Lineup:
         self.waiting.push(sequence)
 
     def end_patience(self, now: float) -> None:
-        """Batch sequences that have been here for long are interactive from now on."""
-        while self._patient:
-            request_id, sequence = next(iter(self._patient.items()))
-            if sequence.patient_until > now:
-                return
+        """The batch sequence that came first counts as interactive once its patience is over, up to its end.
+
+        There is one at a time, and it comes into that class as one that arrives now, behind those that are there: a
+        backlog of them always moves on, and takes no more from interactive requests than one such stream does.
+        """
+        if self._favoured is not None or not self._patient:
+            return
+        request_id, sequence = next(iter(self._patient.items()))
+        if sequence.patient_until <= now:
             del self._patient[request_id]
+            self._favoured = sequence
             self._promote(sequence)
 
     def start(self, sequence: Sequence) -> bool:
@@ -76,10 +86,7 @@ class Lineup:
             if not self._would_have_room(sequence):
                 return False
             self._preempt(self.running[-1])
-        self.waiting.remove(sequence)
-        sequence.status = Status.RUNNING
-        insort(self.running, sequence, key=_BY_RANK)
-        self.reuse.begin(sequence, found)
+        self._run(sequence, found)
         return True
 
     def grow(self, sequence: Sequence, n_tokens: int) -> int:
@@ -103,6 +110,11 @@ class Lineup:
             sequence.block_table += tuple(self.blocks.allocate(min(need, self.blocks.n_free)))
         return min(n_tokens, len(sequence.block_table) * size - sequence.n_computed)
 
+    def take_started(self) -> int:
+        """How many began to run since the last call."""
+        n_started, self._n_started = self._n_started, 0
+        return n_started
+
     def take_preempted(self) -> tuple[str, ...]:
         """The ids of those that were sent back to the queue since the last call."""
         sent_back, self._sent_back = self._sent_back, []
@@ -114,15 +126,20 @@ class Lineup:
         return tuple(copies)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take an ended sequence out and let go of its blocks."""
+        """Take an ended sequence out and let go of its blocks. A sibling that needs them has its place at once."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
+            if (heir := self.reuse.heir(sequence)) is not None:
+                self._run(heir, self.reuse.find(heir))
             self._release(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.status = Status.ENDED
+        sequence.siblings.remove(sequence)
         self.waiting.leave(sequence)
         self._patient.pop(sequence.request.request_id, None)
+        if self._favoured is sequence:
+            self._favoured = None
         del self._by_id[sequence.request.request_id]
 
     def check(self) -> None:
@@ -134,6 +151,8 @@ class Lineup:
         assert all(first.rank < second.rank for first, second in pairwise(self.running))
         assert {s.request.request_id: s for s in (*self.running, *waiting)} == self._by_id
         assert len(self.running) <= self._max_running
+        assert all(s in s.siblings and s.siblings == [t for t in self if t.siblings is s.siblings] for s in self)
+        assert all(s.priority is s.request.priority for s in self if s is not self._favoured)
         held = Counter(block for sequence in self.running for block in sequence.block_table)
         assert all(self.blocks.n_holders(block) == held[block] for block in range(self.blocks.n_blocks))
         for sequence in waiting:
@@ -144,6 +163,13 @@ class Lineup:
             assert sequence.status is Status.RUNNING
             assert sequence.n_uncomputed >= 1
             assert sequence.n_verified <= sequence.n_computed <= len(sequence.block_table) * self.blocks.block_size
+
+    def _run(self, sequence: Sequence, found: Found) -> None:
+        self.waiting.remove(sequence)
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=_BY_RANK)
+        self.reuse.begin(sequence, found)
+        self._n_started += 1
 
     def _room(self, sequence: Sequence) -> Found | None:
         """What the sequence can start with, if there is room for it now."""
@@ -156,12 +182,17 @@ class Lineup:
         return None
 
     def _would_have_room(self, sequence: Sequence) -> bool:
-        """Whether room may come of preempting those of a lower class; else none is preempted in vain."""
+        """Whether room would come of preempting those of a lower class, so that none is preempted in vain.
+
+        A block comes free if all who hold it are among them, but for one that the sequence takes over itself.
+        """
         lower = [s for s in self.running if s.priority > sequence.priority]
         if not lower:
             return False
-        need = self._need(sequence, self.reuse.only_whole(self.reuse.find(sequence)))
-        return need + len(self.running) - len(lower) <= self.blocks.n_free + sum(len(s.block_table) for s in lower)
+        found = self.reuse.only_whole(self.reuse.find(sequence))
+        held = Counter(block for s in lower for block in s.block_table)
+        freed = {block for block, n in held.items() if n == self.blocks.n_holders(block)}.difference(found.blocks)
+        return self._need(sequence, found) + len(self.running) - len(lower) <= self.blocks.n_free + len(freed)
 
     def _need(self, sequence: Sequence, found: Found) -> int:
         """Free blocks that a start with ``found`` takes: new ones, a copy, and those that were only cached."""
@@ -180,11 +211,19 @@ class Lineup:
 
     def _promote(self, sequence: Sequence) -> None:
         running = sequence.status is Status.RUNNING
-        self.running.remove(sequence) if running else self.waiting.remove(sequence)
+        if running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
         self.waiting.leave(sequence)
         sequence.priority = Priority.INTERACTIVE
+        sequence.arrival = next(self._arrivals)
+        sequence.was_preempted = False
         self.waiting.enter(sequence)
-        insort(self.running, sequence, key=_BY_RANK) if running else self.waiting.push(sequence)
+        if running:
+            insort(self.running, sequence, key=_BY_RANK)
+        else:
+            self.waiting.push(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send it back to the queue: its tokens are kept, its KV only as far as it is cached."""

@@ -128,8 +128,9 @@ class TokenEvent:
     that of the token which would have come next. A stop id is reported as a token (so that usage counts it)
     together with ``finish = STOP``. The first token of a run on a shard carries how long the request waited there
     for its first step and how long its prefill took, in seconds; elsewhere these are None. The engine has no clock
-    and leaves them to the shard. It also carries how many of the request's tokens were found in the prefix cache
-    (``cached``), and ``prompt_logprobs`` where they were asked for: one entry per prompt token, None for the first.
+    and leaves them to the shard. It also carries how many of the prompt's tokens were found in the prefix cache
+    (``cached``; for a choice that has the prompt from another one, what that one found), and ``prompt_logprobs`` where
+    they were asked for: one entry per prompt token, None for the first.
     """
 
     request_id: str

@@ -4,13 +4,15 @@ A pure state machine: ``add`` and ``abort`` tell it what happened, ``schedule`` 
 tells how the step went. The time is handed in; nothing is read, written or waited for.
 
 * Every admitted request yields its tokens once, in order, and exactly one event with ``finish``.
-* Interactive requests come before batch ones, until a batch request has waited ``batch_patience_s``. Within a class
-  those that were preempted come first; then the tenant that was served least for its share, and of its requests the
-  oldest. None overtakes another for want of blocks, so that none starves.
+* Interactive requests come before batch ones. So that these do not starve, the oldest of them counts as an interactive
+  one that comes when its ``batch_patience_s`` are over, one at a time. Within a class those that were preempted come
+  first; then the tenant that was served least for its share, and of its requests the oldest. None overtakes another for
+  want of blocks.
 * A running request gets a token in every step; what the budget leaves goes to prefills, in pieces. Beside interactive
   streams the pieces are such that a step takes at most ``max_gap`` times as long as without (see ``pacing``).
 * What was computed before is not computed again (see ``reuse``): prompts share the blocks of their common beginning,
-  the choices of one request all of its prompt. Who needs what is just being computed lets others pass meanwhile.
+  the choices of one request all of its prompt. Who needs what is just being computed lets others pass meanwhile; a
+  choice that ends leaves its place to one that waits, where the prompt would be lost to it otherwise.
 * Blocks are taken as sequences grow. When none is free, the one that is last by class and age gives up its own, and is
   later recomputed from its tokens. The first of the running ones always moves forward, and an admitted request comes
   to its end. (One step in a few hundred may leave prefills out, to measure decodes alone.)
@@ -65,7 +67,6 @@ class Scheduler:
         self.limits = limits
         self.blocks = blocks
         self._lineup = Lineup(blocks, limits.max_running, limits.prefix_cache)
-        self._n_arrived = 0
         self._events: list[TokenEvent] = []
         self._computing: tuple[StepPlan, Step] | None = None
         self._pace = Pace()
@@ -87,12 +88,16 @@ class Scheduler:
 
     @property
     def prefix_queried_tokens(self) -> int:
-        """Tokens of requests that started, each time they did, since the start."""
+        """Tokens of requests that were looked for in the prefix cache, each time one started, since the start.
+
+        Not of those that wanted log-probabilities of the prompt, which are not looked for, nor of choices that had the
+        prompt from another one of their request.
+        """
         return self._lineup.reuse.queried_tokens
 
     @property
     def prefix_hit_tokens(self) -> int:
-        """Those of ``prefix_queried_tokens`` whose KV was there already."""
+        """Those of ``prefix_queried_tokens`` whose KV was found."""
         return self._lineup.reuse.hit_tokens
 
     @property
@@ -139,7 +144,7 @@ class Scheduler:
         self._end_expired(now)
         step = Step(self._lineup, self.limits.token_budget, self._gap_bound)
         step.form()
-        self._pace.started(now, step.n_started)
+        self._pace.started(now, self._lineup.take_started())
         plan = StepPlan(
             chunks=tuple([sequence.chunk(n, self.blocks.block_size) for sequence, n in step.shares]),
             events=tuple(self._take_events()),
@@ -215,8 +220,7 @@ class Scheduler:
         keys = PrefixKeys(request.tenant, request.adapter, self.blocks.block_size)
         deadline = None if request.timeout_s is None else now + request.timeout_s
         patient_until = now + self.limits.batch_patience_s
-        self._lineup.join(Sequence(request, self._n_arrived, keys, deadline, patient_until))
-        self._n_arrived += 1
+        self._lineup.join(Sequence(request, keys, deadline, patient_until))
 
     def _end_expired(self, now: float) -> None:
         late = [s for s in self._lineup if s.deadline is not None and s.deadline <= now]

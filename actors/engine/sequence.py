@@ -22,23 +22,24 @@ class Sequence:
     ``token_ids`` are prompt and generated tokens together, ``n_given`` of them came with the request. The first
     ``n_computed`` have their KV in the blocks of ``block_table``; the first ``n_verified`` of these were attended to
     by logits from which a token could be drawn, and their full blocks, ``n_published`` of them, are in the prefix
-    cache. ``n_cached``: tokens that were there already when the sequence last started. At least one token is never
-    computed yet: the one whose logits give the next token.
+    cache. ``n_reused``: tokens that were there already when the sequence last started; ``n_cached``: those of its prompt
+    that it found in the prefix cache before its first token, or that the sibling did from which it has them. At least
+    one token is never computed yet: the one whose logits give the next token.
 
-    ``arrival`` orders sequences; ``deadline`` and ``patient_until`` are absolute monotonic times in seconds.
-    ``priority`` is the class in which the request counts: a batch request that has waited long is interactive.
+    ``priority`` is the class in which the request counts, which is above its own where a batch request has waited long;
+    ``arrival`` (set by the lineup) orders those of a class. ``deadline`` and ``patient_until`` are absolute monotonic
+    times in seconds.
     """
 
     def __init__(
         self,
         request: GenerationRequest,
-        arrival: int,
         keys: PrefixKeys,
         deadline: float | None = None,
         patient_until: float = 0.0,
     ) -> None:
         self.request = request
-        self.arrival = arrival
+        self.arrival = 0
         self.keys = keys
         self.deadline = deadline
         self.patient_until = patient_until
@@ -48,10 +49,10 @@ class Sequence:
         self.n_given = len(self.token_ids)
         # A tuple: chunks share it without a copy, and it is replaced once per block, not once per token.
         self.block_table: tuple[int, ...] = ()
-        self.n_computed = self.n_verified = self.n_published = self.n_cached = 0
+        self.n_computed = self.n_verified = self.n_published = self.n_reused = self.n_cached = 0
         self.n_charged = 0  # of the tokens given: charged to the tenant, once even if they are computed again
         self.was_preempted = False
-        self.leader: Sequence | None = None
+        self.siblings = [self]  # the choices of one request that are in the engine, by arrival: a list that they share
         self.awaited: bytes | None = None  # the key of a block that somebody else was computing, see Reuse
         self._penalised = _has_penalties(request.sampling)
 
@@ -82,7 +83,7 @@ class Sequence:
     def forget_computed(self) -> None:
         """It holds no blocks any more."""
         self.block_table = ()
-        self.n_computed = self.n_verified = self.n_published = self.n_cached = 0
+        self.n_computed = self.n_verified = self.n_published = self.n_reused = 0
 
     def chunk(self, n_tokens: int, block_size: int) -> Chunk:
         """The next ``n_tokens`` tokens as a piece of a step; the block table must have room for them."""

@@ -14,20 +14,29 @@ class Step:
     """
 
     def __init__(self, lineup: Lineup, token_budget: int, gap_bound: GapBound) -> None:
-        """An empty step. ``gap_bound`` counts where an interactive stream is decoding."""
+        """An empty step. ``gap_bound`` counts where a stream of an interactive request is decoding."""
         decoding = [s for s in lineup.running if s.n_uncomputed == 1]
-        streams = any(s.priority is Priority.INTERACTIVE for s in decoding)
+        streams = any(s.request.priority is Priority.INTERACTIVE for s in decoding)
         bound = gap_bound.allowance(len(decoding)) if streams else None
         self.shares: list[tuple[Sequence, int]] = []
         self.left = token_budget - len(decoding)
-        self.n_decodes = self.n_prefill = self.context = self.n_started = 0
+        self.n_decodes = self.n_prefill = self.context = 0
         self._lineup = lineup
+        self._unbounded = self.left
         self._gap_bound = None if bound is None else gap_bound
         if bound is not None:
             self.left = min(self.left, bound)
 
     def form(self) -> None:
-        """Give tokens to the running sequences and start waiting ones, class by class."""
+        """Give tokens to the running sequences and start waiting ones; never to none while one is running."""
+        self._form()
+        if not self.shares and self._gap_bound is not None:
+            # Prefills were left out, and the decodes have no room to be measured in: there is no gap to bound.
+            self.left, self._gap_bound = self._unbounded, None
+            self._form()
+
+    def _form(self) -> None:
+        """Class by class."""
         queue_moves = True
         for priority in Priority:
             self._advance(priority)
@@ -54,7 +63,6 @@ class Step:
                 continue
             if not self._lineup.start(sequence):
                 return False
-            self.n_started += 1
             self._prefill(sequence, self._lineup.grow(sequence, self._piece(sequence)))
         return True
 

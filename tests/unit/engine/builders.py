@@ -126,6 +126,7 @@ def drain(scheduler: Scheduler, cache: FakeCache, now: float = 0.0, max_steps: i
         if scheduler.idle:
             return events
         plan = scheduler.schedule(now)
+        assert plan.chunks or not scheduler.n_running
         events += plan.events
         events += scheduler.update(plan, cache.run(plan))
         scheduler.check()

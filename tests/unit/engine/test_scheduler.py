@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from actors.engine.pacing import GapBound
 from actors.engine.plan import StepPlan
 from actors.engine.request import Draw, FinishReason, SamplingParams, TokenEvent
 from actors.engine.scheduler import Scheduler
@@ -16,6 +17,7 @@ def shape(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
 
 def step(scheduler: Scheduler, cache: FakeCache) -> tuple[list[tuple[str, int, int, bool]], list[TokenEvent]]:
     plan = scheduler.schedule(0.0)
+    assert plan.chunks or not scheduler.n_running
     events = [*plan.events, *scheduler.update(plan, cache.run(plan))]
     scheduler.check()
     return shape(plan), events
@@ -183,6 +185,41 @@ def test_a_newcomer_leaves_a_block_to_each_running_request() -> None:
     scheduler.add(make_request("b", prompt=16, max_tokens=2), now=0.0)
     assert step(scheduler, cache)[0] == [("a", 0, 4, True)]
     assert [name for name, *_ in step(scheduler, cache)[0]] == ["a"]
+
+
+class NoPrefills(GapBound):
+    """Lets prompts begin beside the first decode, and leaves them out of every step after it."""
+
+    _begun = False
+
+    def allowance(self, n_decodes: int) -> int | None:
+        begun, self._begun = self._begun, True
+        return 0 if begun else 8
+
+    def first_allowance(self, context: int) -> int | None:
+        return 4
+
+
+def test_a_step_never_leaves_out_all_that_run() -> None:
+    """The decode behind a prefill that is left out has no block for its next token: the prefill moves after all."""
+    scheduler = make_scheduler(n_blocks=8)
+    scheduler._gap_bound = NoPrefills(2.2)
+    cache = FakeCache(scheduler.blocks)
+    scheduler.add(make_request("stream", prompt=1, max_tokens=2), now=0.0)
+    step(scheduler, cache)
+    requests = [make_request("long", prompt=24, max_tokens=4), make_request("short", prompt=4, max_tokens=26)]
+    for request in requests:
+        scheduler.add(request, now=0.0)
+    shapes, events = step(scheduler, cache)
+    assert shapes == [("stream", 1, 1, True), ("long", 0, 4, False), ("short", 0, 4, True)]
+    while scheduler.blocks.n_free or shapes != [("short", 27, 1, True)]:
+        shapes, told = step(scheduler, cache)
+        events += told
+    assert step(scheduler, cache)[0] == [("long", 4, 15, False)]
+    events += drain(scheduler, cache)
+    for request in requests:
+        told = [event for event in events if event.request_id == request.request_id]
+        assert told == lone_run(request, 64)
 
 
 def test_one_failed_chunk_ends_its_request_alone(scheduler: Scheduler, cache: FakeCache) -> None:

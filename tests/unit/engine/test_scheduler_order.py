@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 
@@ -126,6 +127,49 @@ def test_interactive_takes_blocks_from_batch_but_not_in_vain() -> None:
     drain(scheduler, cache)
 
 
+@pytest.mark.parametrize(("n_prompt", "preempted"), [(28, ("batch-2", "batch-1")), (29, ())])
+def test_blocks_that_several_of_a_lower_class_hold_come_free_once(n_prompt: int, preempted: tuple[str, ...]) -> None:
+    """Of 12 blocks the chat holds 4, the choices share 2 and have 3 of their own: 8 are free if both go."""
+    scheduler = make_scheduler(n_blocks=12, max_running=4, token_budget=32)
+    cache = FakeCache(scheduler.blocks)
+    leader = make_request("batch-1", 12, 9, priority=Priority.BATCH)
+    scheduler.add(make_request("chat", 13, 3), 0.0)
+    scheduler.add_all((leader, replace(leader, request_id="batch-2", leader="batch-1")), 0.0)
+    step(scheduler, cache)
+    step(scheduler, cache)
+    assert scheduler.blocks.n_free == 3
+    scheduler.add(make_request("big", n_prompt, 2), 0.0)
+    assert scheduler.schedule(0.0).preempted == preempted
+
+
+@pytest.mark.parametrize(("n_prompt", "preempted"), [(28, ("batch",)), (32, ())])
+def test_blocks_that_a_chat_holds_too_do_not_come_free(n_prompt: int, preempted: tuple[str, ...]) -> None:
+    """The chat and the batch request share 3 blocks of 12 and have 1 each of their own."""
+    scheduler = make_scheduler(n_blocks=12, max_running=4, token_budget=32)
+    cache = FakeCache(scheduler.blocks)
+    prompt = tuple(range(13))
+    scheduler.add(make_request("chat", prompt, 3), 0.0)
+    scheduler.add(make_request("batch", prompt, 3, priority=Priority.BATCH), 0.0)
+    step(scheduler, cache)
+    step(scheduler, cache)
+    assert scheduler.blocks.n_free == 7
+    scheduler.add(make_request("big", n_prompt, 2), 0.0)
+    assert scheduler.schedule(0.0).preempted == preempted
+
+
+def test_blocks_that_the_newcomer_finds_do_not_come_free_for_it() -> None:
+    scheduler = make_scheduler(n_blocks=9, max_running=4, token_budget=32)
+    cache = FakeCache(scheduler.blocks)
+    prompt = tuple(range(16))
+    scheduler.add(make_request("chat", 11, 3), 0.0)
+    scheduler.add(make_request("batch", prompt, 9, priority=Priority.BATCH), 0.0)
+    step(scheduler, cache)
+    step(scheduler, cache)
+    assert scheduler.blocks.n_free == 1
+    scheduler.add(make_request("big", (*prompt, *range(90, 98)), 2), 0.0)
+    assert scheduler.schedule(0.0).preempted == ()
+
+
 def test_a_batch_prefill_leaves_the_budget_to_interactive_prompts() -> None:
     scheduler = make_scheduler(token_budget=8)
     cache = FakeCache(scheduler.blocks)
@@ -137,7 +181,7 @@ def test_a_batch_prefill_leaves_the_budget_to_interactive_prompts() -> None:
 
 @pytest.mark.parametrize("patience_s", [10.0, 30.0])
 def test_batch_has_waited_enough_after_its_patience(patience_s: float) -> None:
-    """Interactive requests keep coming; the batch one starts within the longest answer after its patience."""
+    """Interactive requests keep coming; after its patience the batch one waits only for those that are there."""
     scheduler = make_scheduler(max_running=1, batch_patience_s=patience_s)
     cache = FakeCache(scheduler.blocks)
     scheduler.add(make_request("batch", 5, 5, priority=Priority.BATCH), 0.0)
@@ -148,8 +192,73 @@ def test_batch_has_waited_enough_after_its_patience(patience_s: float) -> None:
         if "batch" in step(scheduler, cache, float(n)) and started is None:
             started = n
     assert started is not None
-    assert patience_s <= started <= patience_s + 5
+    assert patience_s <= started <= patience_s + 4 * 5
     assert scheduler.n_preempted == 0
+
+
+def test_batch_requests_take_turns_with_the_chats_that_wait() -> None:
+    """There is one place, and three chats always wait for it: those go first, also before one that was preempted."""
+    scheduler = make_scheduler(max_running=1, batch_patience_s=10.0)
+    cache = FakeCache(scheduler.blocks)
+    for name in ("batch0", "batch1"):
+        scheduler.add(make_request(name, 5, 5, priority=Priority.BATCH), 0.0)
+    ends: list[str] = []
+    for n in range(70):
+        if n in (1, 2, 3) or (n > 3 and n % 5 == 1):
+            scheduler.add(make_request(f"chat{n}", 5, 5), float(n))
+        plan = scheduler.schedule(float(n))
+        ends += [event.request_id for event in scheduler.update(plan, cache.run(plan)) if event.finish]
+    assert scheduler.n_preempted == 1
+    assert " ".join(ends[:10]) == "chat1 chat2 chat3 chat6 batch0 chat11 chat16 chat21 batch1 chat26"
+
+
+def test_a_backlog_of_batch_takes_one_place_after_its_patience() -> None:
+    """There is a place too few for all: the chats have the others, and start as soon as they come."""
+    scheduler = make_scheduler(max_running=4, max_waiting=100, batch_patience_s=2.0)
+    cache = FakeCache(scheduler.blocks)
+    for n in range(60):
+        scheduler.add(make_request(f"batch{n}", 2, 6, priority=Priority.BATCH), 0.0)
+    began: dict[str, int] = {}
+    came: dict[str, int] = {}
+    places: Counter[str] = Counter()
+    for n in range(80):
+        if n >= 2 and n % 4:
+            scheduler.add(make_request(f"chat{n}", 3, 4), float(n))
+            came[f"chat{n}"] = n
+        for name in step(scheduler, cache, float(n)):
+            began.setdefault(name, n)
+            places[name[:4]] += n >= 8
+    assert {name: began[name] for name in came} == came
+    assert places == {"chat": 3 * 72, "batc": 72}
+
+
+def test_long_batch_prompts_leave_each_chat_its_turn() -> None:
+    """Prompts that fill every step follow each other; a chat waits for the one before it, not for the backlog."""
+    scheduler = make_scheduler(max_running=2, token_budget=8, max_waiting=100, batch_patience_s=2.0)
+    cache = FakeCache(scheduler.blocks)
+    for n in range(40):
+        scheduler.add(make_request(f"batch{n}", 24, 1, priority=Priority.BATCH), 0.0)
+    began: dict[str, int] = {}
+    came: dict[str, int] = {}
+    for n in range(60):
+        if n % 10 == 5:
+            scheduler.add(make_request(f"chat{n}", 4, 2), float(n))
+            came[f"chat{n}"] = n
+        for name in step(scheduler, cache, float(n)):
+            began.setdefault(name, n)
+    assert all(began[name] - n <= 3 for name, n in came.items())
+    assert sum(name.startswith("batch") for name in began) > 15
+
+
+def test_a_batch_request_after_its_patience_is_no_stream_to_be_kept_smooth() -> None:
+    scheduler = make_scheduler(n_blocks=400, context_length=1000, token_budget=128, batch_patience_s=0.0)
+    cache = FakeCache(scheduler.blocks)
+    scheduler.add(make_request("old", 5, 400, priority=Priority.BATCH), 0.0)
+    for _ in range(5):
+        step(scheduler, cache, elapsed_s=1.0)
+    scheduler.add(make_request("long", 500, priority=Priority.BATCH), 0.0)
+    plan = scheduler.schedule(0.0)
+    assert [len(chunk.token_ids) for chunk in plan.chunks] == [1, 127]
 
 
 def test_patience_ends_while_running_too() -> None:
