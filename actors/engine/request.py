@@ -60,8 +60,9 @@ class SamplingParams:
 class Draw:
     """One token that is to be drawn: number ``index`` of its request's answer.
 
-    ``held_back`` may not come yet (stop ids before ``min_tokens``). ``prompt_ids`` and ``generated_ids`` (``index`` of
-    them) are what penalties look at; both may be empty where no penalty is set.
+    ``held_back`` may not come yet (stop ids before ``min_tokens``). ``prompt_ids`` (which of
+    them are in the prompt, so once each is enough) and ``generated_ids`` (all ``index`` of them) are what penalties
+    look at, and empty where none does. Neither changes later.
     """
 
     sampling: SamplingParams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from enum import StrEnum
 from itertools import chain, islice
 
@@ -55,6 +56,9 @@ class Sequence:
         self.siblings = [self]  # the choices of one request that are in the engine, by arrival: a list that they share
         self.awaited: bytes | None = None  # the key of a block that somebody else was computing, see Reuse
         self._penalised = _has_penalties(request.sampling)
+        # What penalties look at, as arrays: the sampler reads these in place, tuples it would convert at every step.
+        self._prompt_ids = array("q", _distinct_prompt_ids(request))
+        self._generated_ids = array("q")  # those of the draws so far
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -113,12 +117,19 @@ class Sequence:
         held_back = request.stop_ids if index < request.sampling.min_tokens else frozenset()
         if not self._penalised:
             return Draw(request.sampling, index, held_back)
-        prompt = request.prompt_ids
-        return Draw(request.sampling, index, held_back, prompt, tuple(self.token_ids[len(prompt) :]))
+        n_known = len(request.prompt_ids) + len(self._generated_ids)
+        self._generated_ids.extend(self.token_ids[n_known:])
+        return Draw(request.sampling, index, held_back, self._prompt_ids, self._generated_ids[:])
 
 
 def _has_penalties(sampling: SamplingParams) -> bool:
     return sampling.repetition_penalty != 1 or bool(sampling.presence_penalty or sampling.frequency_penalty)
+
+
+def _distinct_prompt_ids(request: GenerationRequest) -> list[int]:
+    """In rising order, in which the sampler goes through a row of logits several times as fast; empty where no penalty
+    looks at them."""
+    return sorted(set(request.prompt_ids)) if request.sampling.repetition_penalty != 1 else []
 
 
 def _slots(table: tuple[int, ...], start: int, end: int, block_size: int) -> tuple[int, ...]:

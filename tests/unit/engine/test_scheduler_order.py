@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from actors.engine.request import Draw, FinishReason, Priority, SamplingParams, TokenEvent
+from actors.engine.request import FinishReason, Priority, SamplingParams, TokenEvent
 from actors.engine.scheduler import Scheduler
 
 from .builders import FakeCache, drain, lone_run, make_request, make_scheduler
@@ -335,16 +335,25 @@ def test_a_prompt_that_is_long_by_the_cache_begins_small_beside_a_stream() -> No
     assert [(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks][1:] == [(2000, 8)]
 
 
-def test_penalties_see_what_they_look_at_and_stop_ids_wait_for_min_tokens() -> None:
+@pytest.mark.parametrize(
+    ("penalty", "prompt_ids"), [({"presence_penalty": 0.5}, []), ({"repetition_penalty": 1.5}, [2, 7])], ids=str
+)
+def test_penalties_see_what_they_look_at_and_stop_ids_wait_for_min_tokens(
+    penalty: dict[str, float], prompt_ids: list[int]
+) -> None:
+    """Two tokens came on a shard that was lost. Draws are looked at when all are made: later steps leave them alone."""
     scheduler = make_scheduler()
     cache = FakeCache(scheduler.blocks)
-    sampling = SamplingParams(presence_penalty=0.5, min_tokens=2)
-    stop_ids = frozenset({98})
-    scheduler.add(request := make_request("p", 3, 3, sampling, stop_ids=stop_ids), 0.0)
-    tokens = [event.token for event in lone_run(request, 64)]
-    for index in range(3):
-        plan = scheduler.schedule(0.0)
-        held_back = stop_ids if index < 2 else frozenset()
-        expected = Draw(sampling, index, held_back, request.prompt_ids, tuple(t for t in tokens[:index] if t))
-        assert plan.chunks[0].draw == expected
-        scheduler.update(plan, cache.run(plan))
+    sampling, stop_ids = SamplingParams(min_tokens=4, **penalty), frozenset({98})  # type: ignore[arg-type]
+    request = make_request("p", (7, 2, 7), 5, sampling, stop_ids=stop_ids, generated_ids=(9, 9))
+    scheduler.add(request, 0.0)
+    answer = [9, 9, *(event.token for event in lone_run(request, 64))]
+    plans = []
+    for _ in range(3):
+        plans.append(scheduler.schedule(0.0))
+        scheduler.update(plans[-1], cache.run(plans[-1]))
+    for index, draw in enumerate((plan.chunks[0].draw for plan in plans), start=2):
+        assert draw is not None
+        assert (draw.sampling, draw.index) == (sampling, index)
+        assert draw.held_back == (stop_ids if index < 4 else frozenset())
+        assert (list(draw.prompt_ids), list(draw.generated_ids)) == (prompt_ids, answer[:index])
