@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from actors.engine.fairness import LEAST_SHARE
 from actors.engine.kv_blocks import BlockPool
 from actors.engine.request import GenerationRequest
 
@@ -95,8 +96,8 @@ def check_fits(request: GenerationRequest, limits: SchedulerLimits, blocks: Bloc
     """NeverFits unless the request, alone in the engine, could run to its last token."""
     if not request.prompt_ids:
         raise NeverFits("prompt_ids", "is empty, must have at least one token")
-    if not 0 < request.share < math.inf:
-        raise NeverFits("share", f"is {request.share}, must be a finite number above 0")
+    if not LEAST_SHARE <= request.share < math.inf:
+        raise NeverFits("share", f"is {request.share}, must be a finite number of at least {LEAST_SHARE:g}")
     if request.max_tokens <= len(request.generated_ids):
         least = len(request.generated_ids) + 1
         raise NeverFits("max_tokens", f"is {request.max_tokens}, must be at least {least}")

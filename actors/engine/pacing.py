@@ -7,6 +7,7 @@ read: the times are handed in.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from statistics import median
 
@@ -16,8 +17,12 @@ class GapBound:
 
     A decode-only step usually takes the median U of the last few. A step with c prompt tokens that took T gives
     seconds per prompt token t = (T - U) / c, and the next may have c = (max_gap - 1) U / t: at its fixed point T is
-    max_gap U, also if the first token costs more than the others. Where no decode-only step was measured for long, one
-    is made, by leaving the prefill out for one step.
+    max_gap U, to within one prompt token, also if the first token costs more than the others. Where already
+    ``LEAST`` tokens take T above that, pieces have ``LEAST`` tokens, and the bound is broken: prompts always move.
+
+    t is one for all numbers of rows, U is not. So when most streams end, the next piece is smaller at once; a first
+    token that costs more than the others is then underrated for a few steps, by at most that. Where no decode-only step
+    was measured for long, one is made, by leaving the prefill out for one step.
     """
 
     LEAST = 8
@@ -27,13 +32,15 @@ class GapBound:
     _GROWTH = 1.5
     _STALL = 3.0
     _DEEPER = 1024
+    _MUCH_LARGER = 1.5
+    _SHORTEST_S = 1e-9
 
     def __init__(self, max_gap: float) -> None:
         """``max_gap``: above 1, or 0 for no bound."""
         self._max_gap = max_gap
         self._timed = False
-        self._chunk = self.LEAST
-        self._tokens = self._seconds = 0.0
+        self._most = self.LEAST  # a piece may be little larger than those measured
+        self._tokens = self._seconds = 0.0  # their quotient is t
         self._context = 0
         # By rows, in powers of 2: times of decode-only steps, and the mixed steps since the last of them.
         self._usual_s: dict[int, deque[float]] = {}
@@ -46,7 +53,7 @@ class GapBound:
         rows = n_decodes.bit_length()
         if rows not in self._usual_s or self._n_mixed[rows] >= self._REMEASURE:
             return 0
-        return self._chunk
+        return self._piece(median(self._usual_s[rows]))
 
     def first_allowance(self, context: int) -> int | None:
         """Bound for one prompt that already has ``context`` tokens; None: none of its own.
@@ -56,7 +63,14 @@ class GapBound:
         return self.LEAST if context > 2 * self._context + self._DEEPER else None
 
     def measured(self, n_decodes: int, n_prefill: int, context: int, elapsed_s: float) -> None:
-        """A step took ``elapsed_s`` seconds; ``context``: tokens before the longest prompt's piece in it."""
+        """A step took ``elapsed_s`` seconds; ``context``: tokens before the longest prompt's piece in it.
+
+        A time that is not finite tells nothing; one that is not above 0, from a clock that is too coarse, is the
+        shortest there is.
+        """
+        if not math.isfinite(elapsed_s):
+            return
+        elapsed_s = max(elapsed_s, self._SHORTEST_S)
         self._timed = True
         if n_decodes == 0:
             return
@@ -66,21 +80,29 @@ class GapBound:
             self._n_mixed[rows] = 0
         elif rows in self._usual_s:
             self._n_mixed[rows] += 1
-            if self.LEAST <= n_prefill <= self._chunk:  # steps that had no bound would tell of much larger chunks
+            if self.LEAST <= n_prefill <= self._most:  # steps that had no bound would tell of much larger pieces
                 self._learn(median(self._usual_s[rows]), n_prefill, context, elapsed_s)
+
+    def _piece(self, usual_s: float) -> int:
+        if not self._tokens:
+            return self.LEAST
+        # Not rounded down: where the first token is dear, one more makes t so little smaller that growth would end.
+        wanted = (self._max_gap - 1) * usual_s * self._tokens / self._seconds
+        return max(self.LEAST, round(min(wanted, self._most)))
 
     def _learn(self, usual_s: float, n_prefill: int, context: int, elapsed_s: float) -> None:
         if self.first_allowance(context) is not None:
             self._tokens = self._seconds = 0.0
-            self._chunk = self.LEAST
         self._context = context
+        piece = self._piece(usual_s)
         # Never nothing: a noisy step must not look as if prompts were free. Never too much: one stall is no rule.
         spent_s = max(elapsed_s - usual_s, usual_s / 20)
         if self._tokens:
             spent_s = min(spent_s, self._STALL * n_prefill * self._seconds / self._tokens)
-        # Least squares through the origin: the larger a chunk, the more it tells.
+        # Least squares through the origin: the larger a piece, the more it tells. But where pieces have become much
+        # smaller, the first token's cost is shared by fewer, and what was learnt of the large ones soon must not count.
+        if n_prefill >= piece and self._tokens > self._MUCH_LARGER**2 * n_prefill**2 / (1 - self._KEPT):
+            self._tokens, self._seconds = n_prefill**2, n_prefill**2 * self._seconds / self._tokens
         self._tokens = self._KEPT * self._tokens + n_prefill * n_prefill
         self._seconds = self._KEPT * self._seconds + n_prefill * spent_s
-        wanted = int((self._max_gap - 1) * usual_s * self._tokens / self._seconds)
-        most = int(self._GROWTH * self._chunk) if n_prefill == self._chunk else self._chunk
-        self._chunk = max(self.LEAST, min(wanted, most))
+        self._most = int(self._GROWTH * piece) if n_prefill >= piece else piece

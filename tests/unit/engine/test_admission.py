@@ -121,9 +121,9 @@ def test_refusals_survive_the_way_between_processes(refusal: Exception) -> None:
     assert vars(copy) == vars(refusal)
 
 
-@pytest.mark.parametrize("share", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_share_is_a_finite_number_above_0(share: float) -> None:
-    with pytest.raises(NeverFits, match="share") as refusal:
+@pytest.mark.parametrize("share", [0.0, 0.9e-3, -1.0, float("inf"), float("nan")])
+def test_a_share_is_a_finite_number_of_at_least_a_thousandth(share: float) -> None:
+    with pytest.raises(NeverFits, match=r"at least 0\.001") as refusal:
         make_scheduler().add(make_request(share=share), now=0.0)
     assert refusal.value.field == "share"
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from actors.engine.fairness import TokenCounters
+from actors.engine.fairness import LEAST_SHARE, TokenCounters
 
 
 def test_tokens_count_by_share() -> None:
@@ -53,4 +53,34 @@ def test_tenants_that_went_are_forgotten() -> None:
         counters.join(f"t{n}", 1.0)
         counters.charge(f"t{n}", n % 3)
         counters.leave(f"t{n}")
-    assert len(counters._served) < 100
+    assert len(counters._served) < 300
+
+
+def test_small_debts_are_forgiven_where_many_tenants_have_some() -> None:
+    """One tenant is far behind all who come and go; who owes much is still remembered, and seldom are they sorted."""
+    counters = TokenCounters()
+    counters.join("steady", 1000.0)
+    n_sweeps = 0
+    for n in range(20_000):
+        counters.charge("steady", 1)
+        counters.join(f"t{n}", 1.0)
+        counters.charge(f"t{n}", 10_000 if n == 0 else 100)
+        known = len(counters._served)
+        counters.leave(f"t{n}")
+        n_sweeps += len(counters._served) < known
+    assert len(counters._served) < 4 * TokenCounters.MOST_IDLE
+    assert n_sweeps < 40
+    counters.join("t0", 1.0)
+    assert counters["t0"] > 10_000
+    counters.join("t1", 1.0)
+    assert counters["t1"] == counters["steady"]
+
+
+def test_counters_stay_exact_with_the_least_share() -> None:
+    counters = TokenCounters()
+    counters.join("least", LEAST_SHARE)
+    counters.charge("least", 10**12)
+    counters.join("one", 1.0)
+    before = counters["one"]
+    counters.charge("one", 1)
+    assert counters["one"] == before + 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -60,8 +61,22 @@ def test_the_fixed_point_is_at_the_bound_even_if_the_first_token_is_dear() -> No
     # Twice the time alone cannot be had: half of each step is the streams', and small chunks are dear.
     steps = beside_decodes(dear_start, GapBound(2.2))
     *_, last = steps[-2]
-    assert 2.1 * dear_start(N_DECODES, 0, 0) < last <= 2.2 * dear_start(N_DECODES, 0, 0)
+    assert 2.15 * dear_start(N_DECODES, 0, 0) < last <= 2.2 * dear_start(N_DECODES, 0, 0) + 0.0005 / 2
     assert sum(seconds for *_, seconds in steps) < 2.1 * alone_s(dear_start)
+
+
+@pytest.mark.parametrize("first_s", [0.016, 0.020])
+def test_a_first_token_that_takes_most_of_the_gap_does_not_end_growth(first_s: float) -> None:
+    def cost(n_decodes: int, n_prefill: int, context: int) -> float:
+        return 0.022 + (first_s + 0.0005 * n_prefill if n_prefill else 0.0)
+
+    *_, last = beside_decodes(cost, GapBound(2.2))[-2]
+    assert 2.1 * cost(N_DECODES, 0, 0) < last < 2.22 * cost(N_DECODES, 0, 0)
+
+
+def test_where_the_least_piece_breaks_the_bound_it_is_computed() -> None:
+    steps = beside_decodes(lambda n_decodes, n_prefill, context: 0.020 + 0.030 * bool(n_prefill), GapBound(2.2))
+    assert {n for _, n, _ in steps} == {0, GapBound.LEAST}  # nothing where decodes alone are measured
 
 
 @pytest.mark.parametrize("cost", [affine, growing])
@@ -119,3 +134,54 @@ def test_a_prompt_far_behind_what_was_measured_begins_small() -> None:
     bound.measured(N_DECODES, GapBound.LEAST, 10 * PROMPT, 0.5)
     assert bound.first_allowance(10 * PROMPT) is None
     assert bound.allowance(N_DECODES) == GapBound.LEAST
+
+
+def per_row(first_s: float) -> Cost:
+    """Rows cost as much as prompt tokens, so that the usual times of many and of few differ much."""
+    return lambda n_decodes, n_prefill, context: (
+        0.010 + 0.002 * n_decodes + (first_s + 0.001 * n_prefill if n_prefill else 0.0)
+    )
+
+
+def ratios(cost: Cost, bound: GapBound, n_decodes: int, n_steps: int) -> list[float]:
+    """How many times the usual time each step of a prefill takes."""
+    taken = []
+    for _ in range(n_steps):
+        n_prefill = bound.allowance(n_decodes) or 0
+        taken.append(cost(n_decodes, n_prefill, 0) / cost(n_decodes, 0, 0))
+        bound.measured(n_decodes, n_prefill, 0, cost(n_decodes, n_prefill, 0))
+    return taken
+
+
+@pytest.mark.parametrize("first_s", [0.0, 0.004])
+def test_who_stays_alone_during_a_prefill_waits_no_longer_than_usual(first_s: float) -> None:
+    bound, cost = GapBound(2.2), per_row(first_s)
+    for n_decodes in (1, 64):
+        for _ in range(20):
+            bound.measured(n_decodes, 0, 0, cost(n_decodes, 0, 0))
+    assert 2.15 < ratios(cost, bound, 64, 40)[-1] < 2.25
+    alone = ratios(cost, bound, 1, 10)
+    assert max(alone) < 2.25 + first_s / cost(1, 0, 0)
+    assert 2.0 < alone[-1] < 2.35
+    together = ratios(cost, bound, 64, 20)
+    assert max(together) < 2.25
+    assert together[-1] > 2.1
+
+
+@pytest.mark.parametrize("usual_s", [0.0, -1.0, 1e-12])
+def test_times_of_a_coarse_clock_are_very_short_ones(usual_s: float) -> None:
+    bound = GapBound(2.2)
+    bound.measured(1, 0, 0, usual_s)
+    bound.measured(1, 8, 0, usual_s)
+    assert GapBound.LEAST <= (bound.allowance(1) or 0) <= 2 * GapBound.LEAST
+
+
+@pytest.mark.parametrize("elapsed_s", [math.nan, math.inf, -math.inf])
+def test_times_that_are_not_finite_tell_nothing(elapsed_s: float) -> None:
+    bound = GapBound(2.2)
+    bound.measured(1, 0, 0, elapsed_s)
+    assert bound.allowance(1) is None
+    bound.measured(1, 0, 0, 1.0)
+    before = vars(bound).copy()
+    bound.measured(1, 8, 0, elapsed_s)
+    assert vars(bound) == before
