@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from actors.engine.fairness import LEAST_SHARE
 from actors.quant_kind import QuantKind
 from placement.autoscale import AutoscalePolicy
 
@@ -211,7 +212,7 @@ class TokenConfig(_Section):
     sha256: Sha256
     tenant: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     role: Role = "user"
-    share: float = Field(1.0, gt=0, allow_inf_nan=False, description="the tenant's weight beside other tenants'")
+    share: float = Field(1.0, ge=LEAST_SHARE, allow_inf_nan=False, description="the tenant's weight beside others'")
 
 
 class AccessConfig(_Section):

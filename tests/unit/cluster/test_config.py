@@ -72,7 +72,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("access: {token: []}", r"access\.token: unknown key; allowed here: tokens"),
         (tokens("token: x"), r"access\.tokens\.0\.token: unknown key; allowed here: role, sha256, share, tenant"),
         (tokens("role: root"), r"access\.tokens\.0\.role: .*'user' or 'admin' \(given 'root'\)"),
-        (tokens("share: 0"), r"access\.tokens\.0\.share: .*greater than 0 \(given 0\)"),
+        (tokens("share: 0"), r"access\.tokens\.0\.share: .*greater than or equal to 0\.001 \(given 0\)"),
         (tokens("share: .inf"), r"access\.tokens\.0\.share: .*finite number \(given inf\)"),
         (tokens("tenant: a/b"), r"access\.tokens\.0\.tenant: .*\(given 'a/b'\)"),
         (tokens("tenant: ''"), r"access\.tokens\.0\.tenant: "),
