@@ -130,7 +130,7 @@ class Lineup:
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             if (heir := self.reuse.heir(sequence)) is not None:
-                self._run(heir, self.reuse.find(heir))
+                self._run(heir, self._inherited(heir))
             self._release(sequence)
         else:
             self.waiting.remove(sequence)
@@ -170,6 +170,11 @@ class Lineup:
         insort(self.running, sequence, key=_BY_RANK)
         self.reuse.begin(sequence, found)
         self._n_started += 1
+
+    def _inherited(self, heir: Sequence) -> Found:
+        """What it finds, in so few blocks that there would be one for a copy of the last if it was alone."""
+        found = self.reuse.find(heir)
+        return found if len(found.blocks) < self.blocks.n_blocks else self.reuse.only_whole(found)
 
     def _room(self, sequence: Sequence) -> Found | None:
         """What the sequence can start with, if there is room for it now."""

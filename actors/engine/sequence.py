@@ -23,9 +23,9 @@ class Sequence:
     ``token_ids`` are prompt and generated tokens together, ``n_given`` of them came with the request. The first
     ``n_computed`` have their KV in the blocks of ``block_table``; the first ``n_verified`` of these were attended to
     by logits from which a token could be drawn, and their full blocks, ``n_published`` of them, are in the prefix
-    cache. ``n_reused``: tokens that were there already when the sequence last started; ``n_cached``: those of its prompt
-    that it found in the prefix cache before its first token, or that the sibling did from which it has them. At least
-    one token is never computed yet: the one whose logits give the next token.
+    cache. ``n_reused``: tokens that were there already when the sequence last started; ``n_cached``: prompt tokens that
+    it found in the prefix cache before its first token, or that the sibling did from which it has them. At least one
+    token is never computed yet: the one whose logits give the next token.
 
     ``priority`` is the class in which the request counts, which is above its own where a batch request has waited long;
     ``arrival`` (set by the lineup) orders those of a class. ``deadline`` and ``patient_until`` are absolute monotonic

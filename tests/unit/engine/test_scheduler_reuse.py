@@ -300,6 +300,15 @@ def test_choices_without_a_place_share_the_prompt_when_they_have_one() -> None:
     run.ends_as_alone(*requests)
 
 
+def test_a_choice_that_fills_the_memory_takes_over_no_block_that_it_would_have_to_copy() -> None:
+    run = Run(n_blocks=5)
+    run.add(*(requests := choices(2, tuple(range(18)), max_tokens=3)))
+    for _ in range(4):
+        run.step()
+    assert run.step() == [("c1", 16, 2)]
+    run.ends_as_alone(*requests)
+
+
 def test_choices_of_a_prompt_of_one_token_need_nothing_of_each_other() -> None:
     run = Run(prefix_cache=False, max_running=2)
     run.add(*(requests := choices(3, (5,), max_tokens=2)))
