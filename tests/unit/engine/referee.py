@@ -114,6 +114,7 @@ class Referee:
                 self.served[_account(sequence)] += n_new
                 self._charged[chunk.request_id] = end
         self.seen()
+        self._check_nobody_gives_way_in_vain(plan)
         self._check_room_is_left(plan, begun)
         self._check_interactive_comes_first(plan, begun)
         self._check_patience(plan, now)
@@ -128,6 +129,21 @@ class Referee:
             if event.token is not None:
                 self.served[of[event.request_id]] += 1
         self.seen()
+
+    def _check_nobody_gives_way_in_vain(self, plan: StepPlan) -> None:
+        """Who was preempted made room for one of a lower rank, which starts or grows in this very step."""
+        if not plan.preempted:
+            return
+        copied = {target for _, target in plan.copies}
+        gained = [
+            self._sequence(chunk).rank
+            for chunk in plan.chunks
+            if len(chunk.block_table) > self._tables.get(chunk.request_id, -1) or copied & set(chunk.block_table)
+        ]
+        for name in plan.preempted:
+            victim = self.scheduler._lineup.get(name)
+            assert victim is not None
+            assert any(rank < victim.rank for rank in gained)
 
     def _check_room_is_left(self, plan: StepPlan, begun: list[Chunk]) -> None:
         """A newcomer leaves a block for each of the others, or it would soon be preempted by them."""
@@ -149,12 +165,13 @@ class Referee:
             assert not any(self._never_held(s) for s in waiting)
 
     def _check_patience(self, plan: StepPlan, now: float) -> None:
-        """Where batch requests have waited long, there is one that counts as interactive."""
+        """Where batch requests have waited long, one counts as interactive, so that others wait for one at most."""
         batch = [s for s in self.scheduler._lineup if s.request.priority is Priority.BATCH]
         aged = [s for s in batch if s.patient_until <= now]
         promoted = [s for s in batch if s.priority is Priority.INTERACTIVE]
         assert promoted or not aged or plan.events  # perhaps its end
         assert all(s in aged for s in promoted)
+        assert len(promoted) <= 1
 
     def _check_decodes_are_measured(self, plan: StepPlan) -> None:
         """Once in a while a step beside streams has decodes alone, or, where these find no blocks, prefills alone."""

@@ -46,6 +46,11 @@ class Storm:
         }
         self.timed = rng.random() < 0.5
         self.remeasure = rng.choice([1, 3, 20, 256])
+        # Long prompts beside one stream, in a pool that holds hardly both, while decodes are measured all the time.
+        if seed % 5 == 2:
+            cramped = {"n_blocks": 56 // block_size, "context_length": 64, "max_running": rng.randint(2, 3)}
+            self.settings |= cramped | {"prefix_cache": False}
+            self.timed, self.remeasure = True, rng.randint(1, 3)
         # Of one tenant and class, without faults of its own: then arrivals are served strictly in turn.
         self.plain = seed % 5 == 0
         # Tenants that nearly always wait, for little room: then shares decide.
