@@ -2,15 +2,18 @@
 
 The fake model derives each token from all tokens before it, as read back from a fake cache through the block table,
 so a token lost, repeated, or put into a wrong slot changes what follows and shows against the request's lone run. The
-cache forgets a block as soon as nobody can find it, and knows for whom a block was computed.
+cache forgets a block as soon as nobody can find it, and knows for whom a block was computed. A referee watches whose
+turn it is.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -19,6 +22,7 @@ from actors.engine.request import FinishReason, GenerationRequest, Priority, Tok
 from actors.engine.scheduler import DuplicateRequest, NeverFits, QueueFull, Scheduler
 
 from .builders import VOCABULARY, FakeCache, lone_run, make_request, make_scheduler
+from .referee import Referee
 
 CUT_SHORT = {FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.UNAVAILABLE, FinishReason.ERROR}
 SHARES = {"a": 1.0, "b": 2.0, "c": 0.5}
@@ -33,7 +37,7 @@ class Storm:
         self.settings = {
             "n_blocks": 30 // block_size + rng.randint(1, 9),
             "block_size": block_size,
-            "context_length": 40,
+            "context_length": rng.choice([24, 40, 40, 64]),
             "max_running": rng.randint(1, 8),
             "token_budget": rng.randint(8, 30),
             "max_waiting": rng.randint(1, 12),
@@ -41,8 +45,18 @@ class Storm:
             "batch_patience_s": rng.choice([5.0, 60.0]),
         }
         self.timed = rng.random() < 0.5
+        self.remeasure = rng.choice([1, 3, 20, 256])
+        # Long prompts beside one stream, in a pool that holds hardly both, while decodes are measured all the time.
+        if seed % 5 == 2:
+            cramped = {"n_blocks": 56 // block_size, "context_length": 64, "max_running": rng.randint(2, 3)}
+            self.settings |= cramped | {"prefix_cache": False}
+            self.timed, self.remeasure = True, rng.randint(1, 3)
         # Of one tenant and class, without faults of its own: then arrivals are served strictly in turn.
         self.plain = seed % 5 == 0
+        # Tenants that nearly always wait, for little room: then shares decide.
+        self.contested = seed % 5 == 1
+        if self.contested:
+            self.settings |= {"max_running": rng.randint(1, 2), "max_waiting": 12, "prefix_cache": False}
         self.bases = [tuple(rng.randrange(VOCABULARY) for _ in range(24)) for _ in range(3)]
         self.now = 0.0
         self.n_steps = 0
@@ -60,13 +74,27 @@ class Storm:
 
     def new_engine(self) -> None:
         self.scheduler: Scheduler = make_scheduler(**self.settings)  # type: ignore[arg-type]
+        self.scheduler._gap_bound._REMEASURE = self.remeasure
         self.cache = FakeCache(self.scheduler.blocks, self.owners, self.bad_from)
+        self.referee = Referee(self.scheduler)
 
     # -- what comes -------------------------------------------------------------------------------------------------
 
-    def arrive(self) -> None:
+    def arrivals(self) -> None:
+        """Bursts and lulls; where tenants contest, one of them is away for a while, and the others keep waiting."""
+        rate = 0.4 if self.n_steps // 200 % 2 == 0 else 0.1
+        while self.rng.random() < rate:
+            self.arrive(self.rng.choice(list(SHARES)))
+        if self.contested:
+            waiting = Counter(sequence.request.tenant for sequence in self.scheduler._lineup.waiting)
+            away = list(SHARES)[self.n_steps // 150 % 4 - 1] if self.n_steps // 150 % 4 else ""
+            for tenant in SHARES.keys() - {away}:
+                if waiting[tenant] < 2:
+                    self.arrive(tenant)
+
+    def arrive(self, tenant: str) -> None:
         rng = self.rng
-        requests = self.new_requests()
+        requests = self.new_requests("a" if self.plain else tenant)
         for request in requests:
             self.owners[request.request_id] = (request.tenant, request.adapter)
             if rng.random() < 0.03:
@@ -84,17 +112,17 @@ class Storm:
         self.counts["arrival"] += len(requests)
         for request in requests:
             self.note_admitted(request)
+        self.referee.seen()
         with pytest.raises(DuplicateRequest):
             self.scheduler.add_all(requests[-1:], self.now)
 
-    def new_requests(self) -> list[GenerationRequest]:
-        """One request, or the choices of one."""
+    def new_requests(self, tenant: str) -> list[GenerationRequest]:
+        """One request, or the choices of one; or strangers, who name a leader that is none for them."""
         rng = self.rng
         base = rng.choice(self.bases)
         prompt = base[: rng.choice([0, 7, 8, 16, 24])] + tuple(
-            rng.randrange(VOCABULARY) for _ in range(rng.randint(0, 9))
+            rng.randrange(VOCABULARY) for _ in range(rng.choice([rng.randint(0, 9)] * 4 + [rng.randint(10, 36)]))
         )
-        tenant = "a" if self.plain else rng.choice(list(SHARES))
         request = make_request(
             f"r{self.n_names}",
             prompt,
@@ -114,7 +142,19 @@ class Storm:
         n = rng.choice([1] * 6 + [2, 4])
         self.counts["followers"] += n - 1
         names = [f"{request.request_id}-{i}" for i in range(1, n)]
-        return [request, *(replace(request, request_id=name, leader=request.request_id) for name in names)]
+        return [request, *(self.stranger(replace(request, request_id=n, leader=request.request_id)) for n in names)]
+
+    def stranger(self, follower: GenerationRequest) -> GenerationRequest:
+        """The follower, now and then with something that its leader has not."""
+        rng = self.rng
+        if rng.random() > 0.2 or len(follower.prompt_ids) < 2:
+            return follower
+        self.counts["stranger"] += 1
+        others: list[dict[str, Any]] = [{"prompt_ids": (*follower.prompt_ids[:-1], rng.randrange(VOCABULARY))}]
+        if not self.plain:
+            tenant = rng.choice(list(SHARES))
+            others += [{"tenant": tenant, "share": SHARES[tenant]}, {"priority": rng.choice(list(Priority))}]
+        return replace(follower, generated_ids=(), **rng.choice(others))
 
     def note_admitted(self, request: GenerationRequest) -> None:
         name = request.request_id
@@ -134,7 +174,15 @@ class Storm:
         if self.scheduler.abort(name):
             self.counts["abort"] += 1
             self.may_end[name].add(FinishReason.CANCELLED)
+            self.referee.seen()
         assert not self.scheduler.abort(name)
+
+    def maybe_go_bad(self, plan: StepPlan) -> None:
+        """Rows of a prefill are not finite from this piece on; that shows when a token is drawn."""
+        for chunk in plan.chunks:
+            if chunk.draw is None and self.rng.random() < 0.02:
+                self.counts["went bad"] += 1
+                self.bad_from.setdefault(chunk.request_id, chunk.start)
 
     def crash(self) -> None:
         """The engine is lost with all it had; who waits for it asks another one, with the tokens that it has."""
@@ -149,6 +197,7 @@ class Storm:
                 self.may_end[name].add(FinishReason.DEADLINE)
             has = (*request.generated_ids, *(event.token for event in told if event.token is not None))
             self.scheduler.add(replace(request, generated_ids=has, replay=True, timeout_s=left), self.now)
+            self.referee.seen()
             self.open[name] = self.n_steps + 2 * self.scheduler.limits.context_length * len(names)
 
     # -- a step -----------------------------------------------------------------------------------------------------
@@ -160,7 +209,9 @@ class Storm:
         for name in late:
             self.may_end[name].add(FinishReason.DEADLINE)
         before = self.scheduler.n_preempted, self.scheduler.prefix_hit_tokens, self.scheduler.blocks.n_evicted
+        self.referee.before()
         plan = self.scheduler.schedule(self.now)
+        self.referee.planned(plan, self.now)
         self.counts["step"] += 1
         self.counts["preemption"] += self.scheduler.n_preempted - before[0]
         self.counts["hit tokens"] += self.scheduler.prefix_hit_tokens - before[1]
@@ -171,6 +222,8 @@ class Storm:
         self.check_plan(plan)
         if disturbed:
             self.maybe_abort()
+            self.maybe_go_bad(plan)
+            self.arrivals()
         self.resolve(plan, self.cache.run(plan), self.rng.random() if disturbed else 1.0)
         self.check_state()
 
@@ -202,9 +255,10 @@ class Storm:
         names = [chunk.request_id for chunk in plan.chunks]
         if luck < 0.01:
             self.counts["failed step"] += 1
+            self.n_still = 0
             for name in names:
                 self.may_end[name].add(FinishReason.UNAVAILABLE)
-            self.publish(self.scheduler.fail(plan, FinishReason.UNAVAILABLE, "no expert"))
+            self.tell(self.scheduler.fail(plan, FinishReason.UNAVAILABLE, "no expert"))
             assert not self.open.keys() & set(names)
             return
         failures: dict[str, str] = {}
@@ -219,9 +273,16 @@ class Storm:
         self.counts["no token"] += len(lost)
         for name in lost | failures.keys():
             self.may_end[name].add(FinishReason.ERROR)
-        elapsed_s = self.rng.uniform(0.5, 2.0) if self.timed else None
-        self.publish(self.scheduler.update(plan, tokens, failures, elapsed_s))
+        elapsed_s = self.rng.choice([self.rng.uniform(0.5, 2.0)] * 9 + [0.0, math.nan]) if self.timed else None
+        if elapsed_s is not None and math.isnan(elapsed_s):
+            self.n_still = 0  # nothing was measured: prefills may be left out once more
+        self.tell(self.scheduler.update(plan, tokens, failures, elapsed_s))
         assert not self.open.keys() & (lost | failures.keys())
+
+    def tell(self, events: list[TokenEvent]) -> None:
+        """What a step that is over has brought."""
+        self.referee.told(events)
+        self.publish(events)
 
     def publish(self, events: Iterable[TokenEvent]) -> None:
         """Each request's tokens once, in order, and one end."""
@@ -250,10 +311,7 @@ class Storm:
 
     def run(self, n_events: int) -> None:
         while self.counts["step"] + self.counts["arrival"] + self.counts["abort"] < n_events:
-            # Bursts and lulls.
-            busy = self.n_steps // 200 % 2 == 0
-            while self.rng.random() < (0.4 if busy else 0.1):
-                self.arrive()
+            self.arrivals()
             self.maybe_abort()
             self.step(disturbed=True)
             if self.rng.random() < 0.002:

@@ -35,6 +35,7 @@ def test_the_storms_hold_what_they_should(finished: list[Storm]) -> None:
     least = {
         "arrival": 3000,
         "followers": 1000,
+        "stranger": 1000,
         "never fits": 100,
         "queue full": 100,
         "over its share": 50,
@@ -47,6 +48,7 @@ def test_the_storms_hold_what_they_should(finished: list[Storm]) -> None:
         "failed step": 100,
         "failed chunk": 100,
         "no token": 50,
+        "went bad": 50,
         "crash": 50,
     }
     assert {event: n for event, n in least.items() if total[event] < n} == {}
