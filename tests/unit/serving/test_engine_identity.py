@@ -73,8 +73,22 @@ def test_greedy_tokens_are_those_of_transformers(
     assert [wanted[n].agrees(g) for n, g in zip((5, 12), again, strict=True)] == [True, True]
     assert load.kv_blocks_free == load.kv_blocks
     assert (load.prefix_hit_tokens > 0) == ("prefix_cache" not in str(CASES[name]))
-    if "kv_memory" in str(CASES[name]):
-        assert load.preemptions > 0
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_requests_that_outgrow_the_cache_are_put_off(
+    checkpoint: tuple[Path, Any], local: Local, micro_batches: int
+) -> None:
+    """64 blocks of 4: all four start with 5 blocks each, and want 30 in the end."""
+    prompts = [random_ids(20, seed=60 + n, vocab=290) for n in range(4)]
+    small = {"attention.kv_memory": "120KiB", "context_length": 200, "attention.block_size": 4}
+    config = local(checkpoint[0], **small, **{"attention.micro_batches": micro_batches})
+    with running_cluster(config) as doors, Client(doors.grpc) as client:
+        together = client.tokens_together(prompts, 100)
+        load = attention(client)
+    assert [greedy(checkpoint[1], p, 100).agrees(g) for p, g in zip(prompts, together, strict=True)] == [True] * 4
+    assert load.preemptions > 0
+    assert load.kv_blocks_free == load.kv_blocks == 64
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
