@@ -113,7 +113,7 @@ class AttentionConfig(_Section):
         2.2,
         ge=0,
         allow_inf_nan=False,
-        description="a step with decodes takes at most so many times its usual time for prompts; 0: no bound",
+        description="a step of streams is to take at most so many times its usual time for prompts; 0: no bound",
     )
     batch_patience_s: float = Field(
         60.0, ge=0, le=86400, description="the oldest batch request counts as interactive after so long"
