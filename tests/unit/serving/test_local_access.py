@@ -251,7 +251,7 @@ def test_the_command_that_makes_tokens(tmp_path: Path) -> None:
     assert run("token", "--tenant", "123").stdout != made.stdout
     assert "--tenant: " in failed("token", "--tenant", "a/b")
     assert "'user' or 'admin'" in failed("token", "--tenant", "a", "--role", "root")
-    assert "greater than 0" in failed("token", "--tenant", "a", "--share", "0")
+    assert "equal to 0.001" in failed("token", "--tenant", "a", "--share", "0")
 
 
 @pytest.mark.parametrize(("fixture", "words"), [("closed", "a server that speaks TLS"), ("plain", "wants a token")])
