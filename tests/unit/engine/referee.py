@@ -27,7 +27,7 @@ class Wait:
 
     account: Account
     served: Counter[Account]
-    ahead: int  # tokens of its tenant's requests, all that came before it among them
+    ahead: int  # tokens that its tenant's requests may get before it
     debt: float  # how far its tenant's counter then was above the least one
 
 
@@ -39,13 +39,15 @@ class Referee:
     at most M = the tokens of all that may be in flight: so a's counter is never more than M / share above b's.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, most_choices: int) -> None:
+        """``most_choices``: of one request, which may wait for each other, and hand each other their places."""
         self.scheduler = scheduler
+        self.most_choices = most_choices
         self.served: Counter[Account] = Counter()
         self.shares: dict[str, float] = {}
         limits = scheduler.limits
         # Those that run, and as many that were preempted before others started: batch ones, that others awaited.
-        self.in_flight = 2 * limits.max_running * limits.context_length
+        self.in_flight = 2 * limits.max_running * most_choices * limits.context_length
         self._charged: Counter[str] = Counter()  # given tokens of a request that are paid
         self._members: dict[Account, set[str]] = {}
         self._unpaid: dict[Account, float] = {}  # what an account's counter had when it became active
@@ -185,7 +187,7 @@ class Referee:
 
     def _never_held(self, sequence: Sequence) -> bool:
         """It does not let others pass, because there is nothing that it could find."""
-        return sequence.wants_prompt_rows or not (self.scheduler.limits.prefix_cache or sequence.request.leader)
+        return sequence.wants_prompt_rows or not (self.scheduler.limits.prefix_cache or self.most_choices > 1)
 
     def _check_rivals(self) -> None:
         """Of two tenants that both wait, neither is more than M / share ahead, unless it was so from the beginning."""
@@ -209,12 +211,13 @@ class Referee:
             account = _account(sequence)
             if name not in self._started and (name not in self._waits or account[0] in changed):
                 debt = self._counter(account) - self._least[account[0]]
-                self._waits[name] = Wait(account, self.served.copy(), self._tokens_of(account[1]), debt)
+                self._waits[name] = Wait(account, self.served.copy(), self._tokens_ahead(account[1]), debt)
 
-    def _tokens_of(self, tenant: str) -> int:
+    def _tokens_ahead(self, tenant: str) -> int:
         longest = self.scheduler.limits.context_length
         requests = [s.request for s in self.scheduler._lineup if s.request.tenant == tenant]
-        return sum(min(len(r.prompt_ids) + r.max_tokens, longest) for r in requests)
+        places = self.in_flight if self.most_choices > 1 else 0
+        return places + sum(min(len(r.prompt_ids) + r.max_tokens, longest) for r in requests)
 
     def _check_waits(self) -> None:
         """While a request waits, its tenant gets no more than those before it may take, which is A tokens at most.

@@ -53,8 +53,9 @@ class Storm:
             self.timed, self.remeasure = True, rng.randint(1, 3)
         # Of one tenant and class, without faults of its own: then arrivals are served strictly in turn.
         self.plain = seed % 5 == 0
-        # Tenants that nearly always wait, for little room: then shares decide.
+        # Tenants that nearly always wait, for little room, with one answer each: then shares decide, and nothing else.
         self.contested = seed % 5 == 1
+        self.choices = [1] if self.contested else [1] * 6 + [2, 4]
         if self.contested:
             self.settings |= {"max_running": rng.randint(1, 2), "max_waiting": 12, "prefix_cache": False}
         self.bases = [tuple(rng.randrange(VOCABULARY) for _ in range(24)) for _ in range(3)]
@@ -76,7 +77,7 @@ class Storm:
         self.scheduler: Scheduler = make_scheduler(**self.settings)  # type: ignore[arg-type]
         self.scheduler._gap_bound._REMEASURE = self.remeasure
         self.cache = FakeCache(self.scheduler.blocks, self.owners, self.bad_from)
-        self.referee = Referee(self.scheduler)
+        self.referee = Referee(self.scheduler, max(self.choices))
 
     # -- what comes -------------------------------------------------------------------------------------------------
 
@@ -88,8 +89,8 @@ class Storm:
         if self.contested:
             waiting = Counter(sequence.request.tenant for sequence in self.scheduler._lineup.waiting)
             away = list(SHARES)[self.n_steps // 150 % 4 - 1] if self.n_steps // 150 % 4 else ""
-            for tenant in SHARES.keys() - {away}:
-                if waiting[tenant] < 2:
+            for tenant in SHARES:
+                if tenant != away and waiting[tenant] < 2:
                     self.arrive(tenant)
 
     def arrive(self, tenant: str) -> None:
@@ -139,7 +140,7 @@ class Storm:
         if rng.random() < 0.1 and prompt:  # from a lost shard, with tokens that were generated there
             generated = tuple(e.token for e in lone_run(replace(request, max_tokens=3), 99) if e.token is not None)
             request = replace(request, generated_ids=generated)
-        n = rng.choice([1] * 6 + [2, 4])
+        n = rng.choice(self.choices)
         self.counts["followers"] += n - 1
         names = [f"{request.request_id}-{i}" for i in range(1, n)]
         return [request, *(self.stranger(replace(request, request_id=n, leader=request.request_id)) for n in names)]
