@@ -209,7 +209,7 @@ def test_arguments_that_cannot_be(options: list[str], complaint: str, tmp_path: 
 def test_ctrl_c_stops_the_recording(cluster: tuple[Client, Controller], tmp_path: Path) -> None:
     client, controller = cluster
     recorded = recorder(controller, "attention-0")
-    caught = threading.Thread(target=lambda: (until(lambda: recorded._armed), signal.raise_signal(signal.SIGINT)))
+    caught = threading.Thread(target=lambda: (until(lambda: waits(recorded)), signal.raise_signal(signal.SIGINT)))
     caught.start()
     output = tmp_path / "out.json"
     done = CliRunner().invoke(app, ["trace", "--timeout", "600", "-o", str(output), "--target", door(client)])
@@ -217,8 +217,13 @@ def test_ctrl_c_stops_the_recording(cluster: tuple[Client, Controller], tmp_path
     assert done.exit_code == 130
     assert done.stderr.endswith("stopped; nothing is written\n")
     assert not output.exists()
-    until(lambda: not recorded._armed)
+    until(lambda: not waits(recorded))
     until(lambda: not recorder(controller, "expert-0")._on)
+
+
+def waits(spans: Any) -> bool:
+    """True while steps are wanted of it, also if the loop, which wakes up for nothing at times, has begun to record."""
+    return bool(spans._armed or spans._on)
 
 
 def recorder(controller: Controller, name: str) -> Any:
@@ -230,7 +235,7 @@ def recorder(controller: Controller, name: str) -> Any:
 def test_one_trace_at_a_time(cluster: tuple[Client, Controller]) -> None:
     client, controller = cluster
     first = client.control.Trace.future(pb.TraceRequest(steps=1, timeout_s=600))
-    until(lambda: recorder(controller, "attention-0")._armed)
+    until(lambda: waits(recorder(controller, "attention-0")))
     with pytest.raises(grpc.RpcError) as refused:
         client.control.Trace(pb.TraceRequest(steps=1))
     assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
@@ -256,7 +261,7 @@ def test_a_request_that_cannot_be_names_its_field(cluster: tuple[Client, Control
 def test_a_shard_that_dies_meanwhile_is_not_waited_for(checkpoint: tuple[Path, Any], local: Local) -> None:
     with running(local(checkpoint[0])) as (client, controller):
         waiting = client.control.Trace.future(pb.TraceRequest(steps=1, timeout_s=600))
-        until(lambda: recorder(controller, "attention-0")._armed)
+        until(lambda: waits(recorder(controller, "attention-0")))
         crash(controller, "attention-0")
         traced = waiting.result(timeout=60)
     silent = {actor.name for actor in traced.actors if not actor.pid}
