@@ -55,6 +55,11 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the logits of tokens that came before are changed."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:

@@ -79,8 +79,7 @@ def _draw(logits: Tensor, draws: Sequence[Draw], tokens: list[int | None]) -> No
 
 def _is_changed(draw: Draw) -> bool:
     param = draw.sampling
-    is_penalised = param.repetition_penalty != 1 or param.presence_penalty != 0 or param.frequency_penalty != 0
-    return bool(is_penalised or param.logit_bias or param.allowed_ids or param.banned_ids or draw.held_back)
+    return bool(param.has_penalties or param.logit_bias or param.allowed_ids or param.banned_ids or draw.held_back)
 
 
 def _processed(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

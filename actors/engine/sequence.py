@@ -8,7 +8,7 @@ from itertools import chain, islice
 
 from actors.engine.plan import Chunk
 from actors.engine.prefix import PrefixKeys
-from actors.engine.request import Draw, FinishReason, GenerationRequest, Priority, SamplingParams
+from actors.engine.request import Draw, FinishReason, GenerationRequest, Priority
 
 
 class Status(StrEnum):
@@ -55,7 +55,6 @@ class Sequence:
         self.was_preempted = False
         self.siblings = [self]  # the choices of one request that are in the engine, by arrival: a list that they share
         self.awaited: bytes | None = None  # the key of a block that somebody else was computing, see Reuse
-        self._penalised = _has_penalties(request.sampling)
         # What penalties look at, as arrays: the sampler reads these in place, tuples it would convert at every step.
         self._prompt_ids = array("q", _distinct_prompt_ids(request))
         self._generated_ids = array("q")  # those of the draws so far
@@ -115,15 +114,11 @@ class Sequence:
     def _draw(self) -> Draw:
         request, index = self.request, self.n_generated
         held_back = request.stop_ids if index < request.sampling.min_tokens else frozenset()
-        if not self._penalised:
+        if not request.sampling.has_penalties:
             return Draw(request.sampling, index, held_back)
         n_known = len(request.prompt_ids) + len(self._generated_ids)
         self._generated_ids.extend(self.token_ids[n_known:])
         return Draw(request.sampling, index, held_back, self._prompt_ids, self._generated_ids[:])
-
-
-def _has_penalties(sampling: SamplingParams) -> bool:
-    return sampling.repetition_penalty != 1 or bool(sampling.presence_penalty or sampling.frequency_penalty)
 
 
 def _distinct_prompt_ids(request: GenerationRequest) -> list[int]:
