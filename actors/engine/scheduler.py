@@ -228,8 +228,7 @@ class Scheduler:
             self._end(sequence, FinishReason.DEADLINE)
 
     def _check_results(self, plan: StepPlan, tokens: SequenceOf[int | None], failures: Mapping[str, str]) -> None:
-        n_sampled = sum(chunk.draw is not None for chunk in plan.chunks)
-        if len(tokens) != n_sampled:
+        if len(tokens) != (n_sampled := len(plan.sampled)):
             raise ValueError(f"tokens has {len(tokens)} entries, the plan samples {n_sampled}")
         if failures and (strangers := failures.keys() - {chunk.request_id for chunk in plan.chunks}):
             raise ValueError(f"failures names {sorted(strangers)}, which have no chunk in the plan")
