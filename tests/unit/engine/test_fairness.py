@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from actors.engine.fairness import LEAST_SHARE, TokenCounters
 
 
@@ -28,23 +30,19 @@ def test_who_comes_back_is_lifted_to_the_least_of_the_active() -> None:
     assert counters["idle"] == 20.0
 
 
-def test_a_debt_outlives_idling() -> None:
+@pytest.mark.parametrize(
+    ("active", "comes"),
+    [(("a", "b"), "a"), (("a",), "new")],
+    ids=["its own debt outlives idling", "the last one leaves its counter behind"],
+)
+def test_who_comes_once_a_tenant_went_begins_where_that_one_was(active: tuple[str, ...], comes: str) -> None:
     counters = TokenCounters()
-    counters.join("a", 1.0)
-    counters.join("b", 1.0)
+    for tenant in active:
+        counters.join(tenant, 1.0)
     counters.charge("a", 50)
     counters.leave("a")
-    counters.join("a", 1.0)
-    assert counters["a"] == 50.0
-
-
-def test_the_last_one_leaves_its_counter_behind() -> None:
-    counters = TokenCounters()
-    counters.join("a", 1.0)
-    counters.charge("a", 7)
-    counters.leave("a")
-    counters.join("new", 1.0)
-    assert counters["new"] == 7.0
+    counters.join(comes, 1.0)
+    assert counters[comes] == 50.0
 
 
 def test_tenants_that_went_are_forgotten() -> None:
