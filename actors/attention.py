@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from actors.attention_engine import AttentionEngine, EngineFigures
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
-from actors.engine.scheduler import NeverFits, QueueFull, SchedulerLimits
+from actors.engine.scheduler import NeverFits, QueueFull
 from actors.kv_memory import NoMemory, allocate_cache
 from actors.loop import LoopThread
 from actors.messages import Kind
@@ -79,7 +79,7 @@ class AttentionShard(Recorded):
     def __init__(self, name: str, model: ModelSettings, engine: EngineSettings, make_endpoint: EndpointFactory) -> None:
         self.name = name
         self._settings = model
-        self._limits = engine
+        self._engine_settings = engine
         self._spec = load_spec(model.path)
         self._model: AttentionModel | None = None
         self._engine: AttentionEngine | None = None
@@ -119,10 +119,10 @@ class AttentionShard(Recorded):
         """Allocate the KV cache, connect to the router of this shard and start to serve. By then the experts of this
         node are loaded, so what is measured to be free is free. Raises TransportError, NoMemory."""
         assert self._model is not None  # load comes first
-        settings = self._settings
-        cache, blocks = allocate_cache(self._spec, settings, self._limits)
-        runner = StepRunner(self._model, cache, MicroBatchTuner(self._limits.micro_batches), settings.torch_device)
-        self._engine = AttentionEngine(self.name, _limits(self._limits), blocks, runner, self._spans, self._tell)
+        settings, engine = self._settings, self._engine_settings
+        cache, blocks = allocate_cache(self._spec, settings, engine)
+        runner = StepRunner(self._model, cache, MicroBatchTuner(engine.micro_batches), settings.torch_device)
+        self._engine = AttentionEngine(self.name, engine.limits, blocks, runner, self._spans, self._tell)
         wire = self._endpoint.connect(router, time.monotonic() + timeout_s, medium)
         self._moe = MoEClient(
             wire,
@@ -252,15 +252,3 @@ class AttentionShard(Recorded):
 
     def _count(self, read: int) -> None:
         self._loaded_bytes += read
-
-
-def _limits(engine: EngineSettings) -> SchedulerLimits:
-    return SchedulerLimits(
-        engine.context_length,
-        engine.max_running,
-        engine.token_budget,
-        engine.max_waiting,
-        prefix_cache=engine.prefix_cache,
-        max_gap=engine.max_gap,
-        batch_patience_s=engine.batch_patience_s,
-    )

@@ -22,13 +22,13 @@ def allocate_cache(spec: MoEDecoderSpec, model: ModelSettings, engine: EngineSet
     block_bytes = engine.block_size * KVCache.bytes_per_token(spec, dtype)
     kv_bytes = _measured(device, engine) if engine.kv_bytes is None else engine.kv_bytes
     held = kv_bytes // block_bytes * engine.block_size
-    if held < engine.context_length:
+    if held < engine.limits.context_length:
         whence = (
             "" if engine.kv_bytes is not None else f", {engine.kv_share:g} of what is free, shared by {engine.sharing},"
         )
         raise NoMemory(
             f"attention.kv_memory: {kv_bytes} bytes{whence} hold {held} tokens; context_length is "
-            f"{engine.context_length}: write less, or give the cache more"
+            f"{engine.limits.context_length}: write less, or give the cache more"
         )
     try:
         # Whoever measures next must find it taken.

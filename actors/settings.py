@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 
+from actors.engine.admission import SchedulerLimits
 from actors.quant_kind import QuantKind
 
 
@@ -57,22 +58,16 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Limits of one attention shard (see ``actors.engine.admission.SchedulerLimits`` for those that it shares).
+    """How one attention shard forms its steps (``limits``), and what it computes them with.
 
     ``kv_bytes`` bounds the KV cache; None: it gets ``kv_share`` of what is free once all weights are loaded, divided by
-    ``sharing``, the number of attention shards in that memory. ``token_budget``: rows of a step. ``micro_batches``:
-    of a step; 0: as many as the measured times of both fleets ask for.
+    ``sharing``, the number of attention shards in that memory. ``block_size``: tokens of a KV block.
+    ``micro_batches``: of a step; 0: as many as the measured times of both fleets ask for.
     """
 
-    context_length: int
+    limits: SchedulerLimits
     kv_bytes: int | None
     block_size: int
-    max_running: int
-    max_waiting: int
-    token_budget: int
     kv_share: float = 0.5
     sharing: int = 1
-    prefix_cache: bool = True
-    max_gap: float = 2.2
-    batch_patience_s: float = 60.0
     micro_batches: int = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from actors.engine.admission import SchedulerLimits
 from actors.model.families import load_spec
 from actors.model.kv_cache import KVCache
 from actors.model.spec import MoEDecoderSpec
@@ -52,18 +53,21 @@ class SettingsFactory:
         """Limits of an attention shard. Those of one node share its memory, unless each has a GPU's."""
         attention = self.config.attention
         beside = sum(b.node_id == bundle.node_id for b in all_bundles)
-        return EngineSettings(
+        limits = SchedulerLimits(
             context_length=self.context_length(bundle.node_id),
-            kv_bytes=attention.kv_memory,
-            kv_share=attention.kv_memory_share,
-            sharing=beside if self.config.device == "cpu" else max(1, int(1 / attention.gpus)),
-            block_size=attention.block_size,
             max_running=attention.max_running,
-            max_waiting=attention.max_waiting,
             token_budget=attention.token_budget,
+            max_waiting=attention.max_waiting,
             prefix_cache=attention.prefix_cache,
             max_gap=attention.max_gap,
             batch_patience_s=attention.batch_patience_s,
+        )
+        return EngineSettings(
+            limits,
+            kv_bytes=attention.kv_memory,
+            block_size=attention.block_size,
+            kv_share=attention.kv_memory_share,
+            sharing=beside if self.config.device == "cpu" else max(1, int(1 / attention.gpus)),
             micro_batches=attention.micro_batches,
         )
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 import actors.kv_memory
+from actors.engine.admission import SchedulerLimits
 from actors.kv_memory import NoMemory, allocate_cache
 from actors.model.families import load_spec
 from actors.settings import EngineSettings, ModelSettings
 from tests.checkpoints import write_deepseek_v3
 
 TOKEN_BYTES = 3 * (32 + 8) * 4
-ENGINE = EngineSettings(
-    context_length=64, kv_bytes=None, block_size=16, max_running=4, max_waiting=4, token_budget=8, kv_share=0.5
-)
+LIMITS = SchedulerLimits(context_length=64, max_running=4, token_budget=8, max_waiting=4)
+ENGINE = EngineSettings(LIMITS, kv_bytes=None, block_size=16, kv_share=0.5)
 
 
 @pytest.fixture(scope="module")

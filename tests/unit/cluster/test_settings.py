@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from actors.engine.admission import SchedulerLimits
 from actors.model.families import load_spec
 from actors.model.quant.scheme import QuantScheme
 from cluster.config import ConfigError, load_config
@@ -33,14 +35,25 @@ def test_the_context_is_what_model_and_cache_allow(checkpoint: Path) -> None:
     assert factory(checkpoint).context_length("a") == 512
     assert factory(checkpoint, **{"attention.kv_memory": TOKEN_BYTES * 100}).context_length("a") == 96
     bundle = Bundle("attention-0", "a")
-    assert factory(checkpoint, context_length=77).engine(bundle, [bundle]).context_length == 77
+    assert factory(checkpoint, context_length=77).engine(bundle, [bundle]).limits.context_length == 77
+
+
+def test_what_is_configured_for_the_engine_reaches_it(checkpoint: Path) -> None:
+    limits: dict[str, Any] = {"max_running": 3, "token_budget": 5, "max_waiting": 7}
+    limits |= {"prefix_cache": False, "max_gap": 1.5, "batch_patience_s": 9.0}
+    own = {"block_size": 4, "micro_batches": 2}
+    bundle = Bundle("attention-0", "a")
+    keys = {f"attention.{name}": value for name, value in (limits | own).items()}
+    engine = factory(checkpoint, **keys).engine(bundle, [bundle])
+    assert engine.limits == SchedulerLimits(512, **limits)
+    assert {name: getattr(engine, name) for name in own} == own
 
 
 def test_memory_that_is_to_be_measured_is_shared_by_the_replicas_of_a_node(checkpoint: Path) -> None:
     bundles = [Bundle("attention-0", "a"), Bundle("attention-1", "a"), Bundle("attention-2", "b")]
     settings = factory(checkpoint, **{"attention.kv_memory": "auto", "attention.kv_memory_share": 0.25})
     engines = [settings.engine(bundle, bundles) for bundle in bundles]
-    assert [(e.kv_bytes, e.kv_share, e.sharing, e.context_length) for e in engines] == [
+    assert [(e.kv_bytes, e.kv_share, e.sharing, e.limits.context_length) for e in engines] == [
         (None, 0.25, 2, 512),
         (None, 0.25, 2, 512),
         (None, 0.25, 1, 512),
