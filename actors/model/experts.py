@@ -10,7 +10,9 @@ from torch import Tensor
 from actors.quant_kind import QuantKind
 
 from .errors import MissingExpert
+from .expert_table import native_tables
 from .heap import HeapTrimmer
+from .linear import native
 from .mlp import SwiGLU
 from .parallel import READERS, load_each
 from .reader import TensorReader
@@ -32,6 +34,7 @@ class ExpertBank:
         self._d_model = d_model
         self._dtype = dtype
         self._row_block = row_block
+        self._tables = native_tables(self._held)
 
     @classmethod
     def load(
@@ -91,6 +94,9 @@ class ExpertBank:
         """
         if rows.dtype != self._dtype:
             raise ValueError(f"rows are {rows.dtype}, this bank computes in {self._dtype}")
+        table = self._tables.get(layer)
+        if table is not None and native(pair_row.shape[0] / table.held, self._row_block, rows):
+            return table.forward(layer, rows, pair_row, pair_expert)
         order = torch.argsort(pair_expert, stable=True)
         numbers, counts = torch.unique_consecutive(pair_expert[order], return_counts=True)
         wanted = [

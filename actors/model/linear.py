@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from actors.native import products
 
 from .quant.int8_product import int8_linear
 from .quant.qtensor import QTensor
@@ -12,6 +15,9 @@ Matrix = Tensor | QTensor
 
 _FEW = 11
 
+_MANY = 24
+"""Rows above which torch's bf16 products are faster than the kernels, which are made for few."""
+
 
 def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None, row_block: int = 0) -> Tensor:
     """``x @ weight.T + bias``. x: [R, K], weight: [N, K], bias: [N] or None, one dtype; returns [R, N].
@@ -19,12 +25,12 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None, row_block: int
     A quantised weight stays as it is: some of its rows at a time are dequantised to x's dtype and multiplied, or, with
     ``int8_activations``, x is quantised too and multiplied as integers.
 
-    ``row_block > 0`` is the deterministic mode: every product is computed on exactly that many rows, copied
-    to aligned memory and zero padded. GEMM libraries choose their kernel, and with it the order of additions,
-    by the number of rows; with one row alone (GEMV) MKL looks at the operands' alignment as well. For 8 rows
-    MKL (fp32), oneDNN (bf16) and torch's fp16 products were found independent of position, mates, alignment and thread
-    count; 1, 2 and 4 rows are not safe. Nor are 2 to 8 columns where K is no multiple of 4 (fp32): such a weight is
-    padded to _FEW + 1 rows first.
+    ``row_block > 0`` is the deterministic mode. The package's own kernels keep it as they are. Without them (a GPU,
+    fp16, no compiler) every product is computed on exactly that many rows, copied to aligned memory and zero padded.
+    GEMM libraries choose their kernel, and with it the order of additions, by the number of rows; with one row alone
+    (GEMV) MKL looks at the operands' alignment as well. For 8 rows MKL (fp32), oneDNN (bf16) and torch's fp16 products
+    were found independent of position, mates, alignment and thread count; 1, 2 and 4 rows are not safe. Nor are 2 to 8
+    columns where K is no multiple of 4 (fp32): such a weight is padded to _FEW + 1 rows first.
     """
     if isinstance(weight, Tensor):
         return _dense(x, weight, bias, row_block)
@@ -44,7 +50,15 @@ def _weight_only(x: Tensor, weight: QTensor, bias: Tensor | None, row_block: int
     return out
 
 
+def native(rows: float, row_block: int, x: Tensor, *weights: object) -> bool:
+    """Whether products of so many ``rows`` with each of ``weights`` are the kernels' (x: any rows, for its dtype)."""
+    many = x.dtype == torch.bfloat16 and rows > _MANY and not row_block
+    return not many and products.usable(x, *weights)
+
+
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, row_block: int) -> Tensor:
+    if native(x.shape[0], row_block, x, weight):
+        return products.linear(x, weight, bias)
     if row_block == 0:
         return F.linear(x, weight, bias)
     few = weight.shape[0]

@@ -1,0 +1,76 @@
+"""The compiled kernels of the package, where they were built, and which of them this CPU runs."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+ISA_VARIABLE = "EXPERTMESH_ISA"
+"""Environment: an instruction set to use instead of the best, or ``none`` to compute with torch alone."""
+
+NONE = "none"
+
+log = logging.getLogger(__name__)
+
+
+class Library:
+    """The C functions of ``src/kernels.cpp``, for one instruction set. Calls leave the GIL."""
+
+    def __init__(self, functions: ctypes.CDLL, isa: str) -> None:
+        """Raises ValueError for an instruction set that this CPU or this build does not have."""
+        known = instruction_sets(functions)
+        if isa not in known:
+            raise ValueError(f"{ISA_VARIABLE}: {isa!r}; here it may be {', '.join(known)} or {NONE}")
+        self.isa = isa
+        self.number = known.index(isa)
+        self.linear = functions.expertmesh_linear
+        self.experts = functions.expertmesh_experts
+
+
+def instruction_sets(functions: ctypes.CDLL) -> list[str]:
+    """Those of this CPU that the kernels were compiled for, the best first."""
+    names: list[str] = []
+    while name := functions.expertmesh_isa(len(names)):
+        names.append(name.decode())
+    return names
+
+
+@cache
+def functions() -> ctypes.CDLL | None:
+    """The shared library; None, and said once, where the package was installed without a C++ compiler."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_kernels{suffix}")
+        if path.exists():
+            return _declared(ctypes.CDLL(str(path)))
+    log.warning(
+        "the CPU kernels are not built (no C++ compiler when the package was installed?): computing with torch, slower"
+    )
+    return None
+
+
+@cache
+def library() -> Library | None:
+    """What is used in this process; None: torch alone. Raises ValueError for a wrong EXPERTMESH_ISA."""
+    wanted = os.environ.get(ISA_VARIABLE, "")
+    if wanted == NONE:
+        return None
+    found = functions()
+    if found is None:
+        if wanted:
+            raise ValueError(f"{ISA_VARIABLE}: {wanted!r}; the CPU kernels are not built, so it may be {NONE} alone")
+        return None
+    return Library(found, wanted or instruction_sets(found)[0])
+
+
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    found.expertmesh_isa.argtypes, found.expertmesh_isa.restype = [number], ctypes.c_char_p
+    found.expertmesh_linear.argtypes = [number, number, *[pointer] * 4, *[whole] * 4, number]
+    found.expertmesh_linear.restype = None
+    found.expertmesh_experts.argtypes = [number, number, *[pointer] * 6, *[whole] * 5, number]
+    found.expertmesh_experts.restype = whole
+    return found

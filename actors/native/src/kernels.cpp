@@ -1,0 +1,186 @@
+// Products of few rows with weights that are read once from memory, and the experts' SwiGLU made of them.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "pool.h"
+
+namespace expertmesh {
+
+static inline float from_bf16(uint16_t x) {
+  const uint32_t bits = uint32_t{x} << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+static inline uint16_t to_bf16(float x) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 64);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+static inline int64_t padded(int64_t k) { return (k + 31) & ~int64_t{31}; }
+
+// Numbers from one laid out row to the next: an odd number of cache lines, or all rows would share a few sets of the cache.
+static inline int64_t stride(int64_t k) { return (padded(k) + 63) / 64 * 64 + 32; }
+
+struct Linear {
+  const void *x, *w, *bias;
+  void* out;
+  int64_t rows, k, n, x_stride;
+  int threads;
+};
+
+struct Experts {
+  const void* x;
+  const int64_t *pair_row, *pair_expert;
+  const void* const* gate_up;
+  const void* const* down;
+  void* out;
+  int64_t rows, pairs, d, inter, n_experts;
+  int threads;
+};
+
+// The pairs in the order of their experts.
+struct Grouped {
+  std::vector<int64_t> experts, offset{0}, order;
+  int64_t missing = -1;  // an expert that is not held
+
+  explicit Grouped(const Experts& call) : order(call.pairs) {
+    std::vector<int64_t> at(call.n_experts + 1, 0);
+    for (int64_t p = 0; p < call.pairs; ++p) {
+      const int64_t e = call.pair_expert[p];
+      if (e < 0 || e >= call.n_experts || !call.gate_up[e]) {
+        missing = e;
+        return;
+      }
+      ++at[e + 1];
+    }
+    for (int64_t e = 0; e < call.n_experts; ++e) {
+      if (at[e + 1]) {
+        experts.push_back(e);
+        offset.push_back(offset.back() + at[e + 1]);
+      }
+      at[e + 1] += at[e];
+    }
+    for (int64_t p = 0; p < call.pairs; ++p) order[at[call.pair_expert[p]]++] = p;
+  }
+};
+
+constexpr int64_t IN_CACHE = 256 << 10;  // bytes of rows that stay in the second cache while weights stream by
+constexpr int INTER_STEP = 96;  // columns of one task; a multiple of 32 and of every TILE_N
+
+// Weight rows for one task: a few for each thread, so that both end at about the same time, but no tiny ones.
+static int64_t task_rows(int64_t n, int64_t row_bytes, int threads) {
+  const int64_t fair = (n + threads * 8 - 1) / (threads * 8), least = (64 << 10) / row_bytes + 1;
+  return (std::max(fair, least) + 23) / 24 * 24;
+}
+
+template <class T>
+static T* scratch(int64_t numbers) {
+  thread_local std::vector<T> kept;
+  if (static_cast<int64_t>(kept.size()) < numbers) kept.resize(numbers);
+  return kept.data();
+}
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+namespace avx512_bf16 {
+constexpr int TILE_M = 8, TILE_N = 3;
+#define HAS_BF16_DOT 1
+#include "products.h"
+#undef HAS_BF16_DOT
+}  // namespace avx512_bf16
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+namespace avx512 {
+constexpr int TILE_M = 8, TILE_N = 3;
+#include "products.h"
+}  // namespace avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+constexpr int TILE_M = 2, TILE_N = 3;
+#include "products.h"
+}  // namespace avx2
+#pragma GCC pop_options
+#endif
+
+namespace portable {
+constexpr int TILE_M = 2, TILE_N = 3;
+#include "products.h"
+}  // namespace portable
+
+struct Kernels {
+  const char* isa;
+  void (*linear[2])(const Linear&, Pool&);
+  int64_t (*experts[2])(const Experts&, Pool&);
+};
+
+#define KERNELS(isa) \
+  { #isa, {isa::linear<float>, isa::linear<uint16_t>}, {isa::experts<float>, isa::experts<uint16_t>} }
+
+static std::vector<Kernels> supported() {
+  std::vector<Kernels> all;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (wide && __builtin_cpu_supports("avx512bf16")) all.push_back(KERNELS(avx512_bf16));
+  if (wide) all.push_back(KERNELS(avx512));
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(KERNELS(avx2));
+#endif
+  all.push_back(KERNELS(portable));
+  return all;
+}
+
+static const std::vector<Kernels>& all() {
+  static const auto* one = new std::vector<Kernels>(supported());
+  return *one;
+}
+
+static Pool& pool() {
+  static Pool* one = new Pool;  // never freed: its threads may outlive static objects
+  return *one;
+}
+
+}  // namespace expertmesh
+
+using namespace expertmesh;
+
+extern "C" {
+
+// The name of the i-th instruction set that this CPU has, the best first; null behind the last.
+const char* expertmesh_isa(int i) { return i < static_cast<int>(all().size()) ? all()[i].isa : nullptr; }
+
+// kind: 0 fp32, 1 bf16, of all operands. x [rows, k], rows x_stride apart; w [n, k]; bias [n] or null; out [rows, n].
+void expertmesh_linear(int isa, int kind, const void* x, const void* w, const void* bias, void* out, int64_t rows,
+                       int64_t k, int64_t n, int64_t x_stride, int threads) {
+  all()[isa].linear[kind]({x, w, bias, out, rows, k, n, x_stride, threads}, pool());
+}
+
+// x [rows, d]; pair p sends row pair_row[p] to expert pair_expert[p] < n_experts, whose matrices gate_up [2 inter, d]
+// (the gate's rows first) and down [d, inter] stand at these addresses, null if it is not held; out [pairs, d], unweighted.
+// Returns an expert that is not held, before computing, else -1.
+int64_t expertmesh_experts(int isa, int kind, const void* x, const int64_t* pair_row, const int64_t* pair_expert,
+                           const void* const* gate_up, const void* const* down, void* out, int64_t rows, int64_t pairs,
+                           int64_t d, int64_t inter, int64_t n_experts, int threads) {
+  return all()[isa].experts[kind](
+      {x, pair_row, pair_expert, gate_up, down, out, rows, pairs, d, inter, n_experts, threads}, pool());
+}
+
+}  // extern "C"
