@@ -48,15 +48,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def experts(
     x: Tensor, pair_row: Tensor, pair_expert: Tensor, gate_up: Tensor, down: Tensor, inter: int
 ) -> Tensor | int:
-    """SwiGLU experts. x: [R, D]; pair_row, pair_expert: int64 [P], pair p sends row ``pair_row[p]`` to expert
+    """SwiGLU experts. x: [R, D]; pair_row, pair_expert: int [P], pair p sends row ``pair_row[p]`` to expert
     ``pair_expert[p]``; gate_up, down: int64 [E], the addresses of the experts' [2 inter, D] and [D, inter], 0 where one
-    is not held. Returns [P, D], or the number of an expert that is not held.
+    is not held. Returns [P, D], or the number of an expert that is not held. Raises IndexError for a row that x lacks.
     """
     kernels = library()
     assert kernels is not None
-    x, pair_row, pair_expert = x.contiguous(), pair_row.contiguous(), pair_expert.contiguous()
+    x = x.contiguous()
+    pair_row, pair_expert = pair_row.to(torch.int64).contiguous(), pair_expert.to(torch.int64).contiguous()
     out = x.new_empty(pair_row.shape[0], x.shape[1])
-    missing: int = kernels.experts(
+    wrong: int = kernels.experts(
         kernels.number,
         _KINDS[x.dtype],
         x.data_ptr(),
@@ -72,4 +73,7 @@ def experts(
         gate_up.shape[0],
         torch.get_num_threads(),
     )
-    return out if missing < 0 else missing
+    pairs = pair_row.shape[0]
+    if wrong >= pairs:
+        raise IndexError(f"pair {wrong - pairs} is of row {int(pair_row[wrong - pairs])}; there are {x.shape[0]}")
+    return out if wrong < 0 else int(pair_expert[wrong])

@@ -53,16 +53,15 @@ struct Experts {
 // The pairs in the order of their experts.
 struct Grouped {
   std::vector<int64_t> experts, offset{0}, order;
-  int64_t missing = -1;  // an expert that is not held
+  int64_t wrong = -1;  // see expertmesh_experts
 
   explicit Grouped(const Experts& call) : order(call.pairs) {
     std::vector<int64_t> at(call.n_experts + 1, 0);
     for (int64_t p = 0; p < call.pairs; ++p) {
       const int64_t e = call.pair_expert[p];
-      if (e < 0 || e >= call.n_experts || !call.gate_up[e]) {
-        missing = e;
-        return;
-      }
+      if (e < 0 || e >= call.n_experts || !call.gate_up[e]) wrong = p;
+      if (call.pair_row[p] < 0 || call.pair_row[p] >= call.rows) wrong = call.pairs + p;
+      if (wrong >= 0) return;
       ++at[e + 1];
     }
     for (int64_t e = 0; e < call.n_experts; ++e) {
@@ -175,7 +174,7 @@ void expertmesh_linear(int isa, int kind, const void* x, const void* w, const vo
 
 // x [rows, d]; pair p sends row pair_row[p] to expert pair_expert[p] < n_experts, whose matrices gate_up [2 inter, d]
 // (the gate's rows first) and down [d, inter] stand at these addresses, null if it is not held; out [pairs, d], unweighted.
-// Returns an expert that is not held, before computing, else -1.
+// Returns, before computing, p for a pair whose expert is not held, pairs + p for one whose row is not there, else -1.
 int64_t expertmesh_experts(int isa, int kind, const void* x, const int64_t* pair_row, const int64_t* pair_expert,
                            const void* const* gate_up, const void* const* down, void* out, int64_t rows, int64_t pairs,
                            int64_t d, int64_t inter, int64_t n_experts, int threads) {

@@ -277,7 +277,7 @@ static int64_t experts(const Experts& call, Pool& pool) {
   using W = typename KindOf<T>::W;
   using Row = typename W::Row;
   const Grouped groups(call);
-  if (groups.missing >= 0) return groups.missing;
+  if (groups.wrong >= 0) return groups.wrong;
   const T* x = static_cast<const T*>(call.x);
   T* out = static_cast<T*>(call.out);
   const int64_t d_width = stride(call.d), i_width = stride(call.inter);

@@ -18,6 +18,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def torch_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the kernels are not built: what is compared bit for bit with torch must be computed by torch."""
+    monkeypatch.setattr("actors.native.products.library", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
     """(family, seed, **overrides) -> (folder, Hugging Face model); what is asked for twice is written once."""

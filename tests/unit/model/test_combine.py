@@ -15,6 +15,7 @@ from tests.paged_runner import PagedRunner
 WIDE = {"hidden_size": 128}  # grouped_mm wants rows of whole 16 bytes
 
 
+@pytest.mark.usefixtures("torch_products")
 @pytest.mark.parametrize("family", WRITERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("top_k", [1, 3, 8])

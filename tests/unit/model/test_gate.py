@@ -41,6 +41,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("torch_products")
 @pytest.mark.parametrize(("family", "overrides"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gate_is_the_reference(

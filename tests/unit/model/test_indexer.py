@@ -139,6 +139,7 @@ def attention_input(spec: Any, count: int, dtype: torch.dtype) -> tuple[Tensor, 
     return rows.to(dtype), torch.randn(count, spec.attn.q_lora_rank, generator=generator).to(dtype)
 
 
+@pytest.mark.usefixtures("torch_products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_choice_is_that_of_the_reference(sparse: tuple[Path, Any], dtype: torch.dtype) -> None:
     path, model = sparse

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from actors.model.experts import ExpertBank
+from actors.model.local_moe import LocalMoE
 from actors.model.weights import Checkpoint
 from tests.checkpoints import DEFAULT_ROPE, WRITERS, YARN, write_deepseek_v3, write_glm4_moe
 from tests.paged_runner import PagedRunner, random_ids
@@ -250,9 +252,10 @@ def test_swapped_experts_change_the_logits(written: tuple[Path, Any]) -> None:
     path, model = written
     runner = PagedRunner(path)
     ids = random_ids(24, seed=9)
-    held = runner.bank._held
+    held = dict(runner.bank._held)
     layer = runner.spec.moe_layers[0]
     held[layer, 0], held[layer, 1] = held[layer, 1], held[layer, 0]
+    runner.moe = LocalMoE(runner.gate, ExpertBank(held, runner.spec.d_model, torch.float32))
     got = runner.step([(runner.add(ids), len(ids))])[0]
     want = reference_logits(model, ids)
     assert (got - want).abs().max() > 1e-2 * want.abs().max()

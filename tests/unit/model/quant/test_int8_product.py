@@ -127,5 +127,5 @@ def test_what_is_not_finite_stays_in_its_row(bad: float) -> None:
 def test_without_the_flag_rows_are_not_quantised() -> None:
     x, weight = rows(5, 96), matrix(24, 96, 96)
     plain = linear(x, replace(weight, int8_activations=False))
-    torch.testing.assert_close(plain, F.linear(x, weight.dequantize(torch.float32)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plain, F.linear(x, weight.dequantize(torch.float32)), rtol=1e-5, atol=1e-4)
     assert not torch.allclose(plain, linear(x, weight), rtol=1e-5, atol=1e-5)
