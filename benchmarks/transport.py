@@ -110,7 +110,7 @@ def opened(effort: Effort) -> Iterator[list[Lane]]:
 def others(effort: Effort, sizes: Sequence[int], without: Sequence[str]) -> tuple[Figures, dict[str, str]]:
     """What others need, and of those that were not measured why. One after the other: Ray works in the background."""
     figures: Figures = {}
-    missing = {name: "left out by --without" for name in without}
+    missing = dict.fromkeys(without, "left out by --without")
     makers: dict[str, Callable[[ExitStack], list[Lane]]] = {
         "gloo": _gloo_lanes,
         "pyzmq": lambda stack: [_closing(stack, ZmqLane())],

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import socket
 import tempfile
 from datetime import timedelta
 from multiprocessing.connection import Connection
