@@ -35,7 +35,6 @@ from placement.expert_map import single_replica_map
 DTYPE = torch.bfloat16
 _LAYER = 0
 _CPU = torch.device("cpu")
-_TIMES_BYTES = 16
 _SECONDS_BYTES = 8
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from actors.dispatch import split_rows
 from actors.messages import tensor_bytes
 from actors.model.combine import combine_rows
+from actors.scratch import place_rows
 from benchmarks.transport_figures import LayerBytes
 from benchmarks.transport_lanes import timed
 from benchmarks.transport_layer import DTYPE, Shape
@@ -42,8 +43,7 @@ class Link:
             shared = memoryview(mmap.mmap(file.fileno(), self.out[1] + self.into[1]))
         self.to = shared[self.out[0] :][: self.out[1]]
         self.frm = shared[self.into[0] :][: self.into[1]]
-        self.own_out: bytes | memoryview = bytes(self.out[1])
-        self.own_in = bytearray(self.into[1])
+        self.own_out, self.own_in = memoryview(bytearray(self.out[1])), bytearray(self.into[1])
         return self
 
     def send(self) -> None:
@@ -160,18 +160,18 @@ class Work:
         """The frame to a shard: its rows; the pairs behind them are not looked at."""
         share = self._shares[number]
         rows = _rows(self._attention.own_in, self._shape.rows, self._shape.width)
-        picked = rows[torch.from_numpy(share.rows)]
-        self._shards[number].own_out = tensor_bytes(picked).tobytes() + bytes(share.pair_row.nbytes * 2)
+        picked = rows.index_select(0, torch.from_numpy(share.rows))
+        self._shards[number].own_out[: picked.nbytes] = tensor_bytes(picked)
 
     def place(self, number: int) -> None:
         """A shard's results."""
         slot = self._shares[number].pair_slot
-        self._out[torch.from_numpy(slot)] = _rows(self._shards[number].own_in, slot.size, self._shape.width)
+        place_rows(self._out, slot, _rows(self._shards[number].own_in, slot.size, self._shape.width))
 
     def combine(self) -> None:
         """The frame back."""
         out = self._out.view(*self._chosen.shape, self._shape.width)
-        self._attention.own_out = tensor_bytes(combine_rows(out, self._weight, DTYPE))
+        self._attention.own_out[:] = tensor_bytes(combine_rows(out, self._weight, DTYPE))
 
 
 def _rows(buffer: bytearray, count: int, width: int) -> Tensor:
@@ -189,7 +189,9 @@ def _serve_shard(control: Connection, number: int, link: Link, shape: Shape | No
         chosen = shape.chosen()
         share = split_rows(chosen, np.arange(chosen.size), chosen.reshape(-1) % shards)[number]
         pairs = torch.from_numpy(share.pair_row.astype(np.int64))
+        out = torch.empty(pairs.numel(), shape.width, dtype=DTYPE)
         while True:
             link.recv()
-            link.own_out = tensor_bytes(_rows(link.own_in, share.rows.size, shape.width)[pairs]).tobytes() + bytes(8)
+            torch.index_select(_rows(link.own_in, share.rows.size, shape.width), 0, pairs, out=out)
+            link.own_out[: out.nbytes] = tensor_bytes(out)
             link.send()

@@ -39,8 +39,10 @@ class Network:
 
 @contextmanager
 def joined(count: int, name: str = "net") -> Iterator[Network]:
-    """``count`` nodes that reach each other; ``name`` tells the networks of a process apart. Errors: NoNamespaces. Whatever was made is gone at the end, also where
-    making it failed: a namespace takes its links with it."""
+    """``count`` nodes that reach each other; ``name`` tells the networks of a process apart. Errors: NoNamespaces.
+
+    Whatever was made is gone at the end, also where making it failed: a namespace takes its links with it.
+    """
     prefix = f"expertmesh-{os.getpid()}-{name}"
     network = Network(f"{prefix}-switch", tuple(f"{prefix}-node{n}" for n in range(count)))
     with ExitStack() as stack:
