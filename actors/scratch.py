@@ -35,7 +35,7 @@ class ScratchPool:
 
 
 def place_rows(into: Tensor, at: NDArray[np.int64], rows: Tensor) -> None:
-    """``into`` [N, D] at the indices ``at`` int64[P] becomes ``rows`` [P, D] of the same dtype and device; both contiguous.
+    """``into`` [N, D] at the indices ``at`` int64[P] becomes ``rows`` [P, D] of its dtype and device; both contiguous.
 
     In host memory by numpy, which copies row by row: torch goes element by element, six times as slow for 48 rows of
     4 KiB.
