@@ -156,7 +156,12 @@ class RayLane(Lane):
             logging_level="WARNING",
             object_store_memory=_OBJECT_STORE_BYTES,
         )
-        self._echo = ray.remote(_Echo).remote()
+
+        class Echo:  # local, so that it travels by value: a worker of Ray need not find this module
+            def echo(self, payload: np.ndarray) -> np.ndarray:
+                return payload
+
+        self._echo = ray.remote(Echo).remote()
 
     def begin(self, size: int, count: int) -> Trip:
         """See :class:`Lane`."""
@@ -166,11 +171,6 @@ class RayLane(Lane):
     def close(self) -> None:
         """See :class:`Lane`."""
         self._ray.shutdown()
-
-
-class _Echo:
-    def echo(self, payload: np.ndarray) -> np.ndarray:
-        return payload
 
 
 def _imported(name: str) -> ModuleType:
