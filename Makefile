@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PROTOS := $(wildcard protos/expertmesh/v1/*.proto)
 
-.PHONY: help setup demo test lint check-manifests format protos bench parity picture clean
+.PHONY: help setup demo test lint check-manifests format protos bench bench-transport parity picture clean
 
 help:  ## List the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## Create .venv with everything pinned in constraints.txt
 
@@ -44,9 +44,11 @@ format: setup  ## Format the code
 protos: setup  ## Regenerate the gRPC code
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=protos --pyi_out=protos --grpc_python_out=protos $(PROTOS)
 
-bench: setup  ## Measure the wires, then a served cluster under an open-loop load
-	$(BIN)/python -m benchmarks.transport
+bench: bench-transport  ## Measure the wires, then a served cluster under an open-loop load
 	$(BIN)/python -m benchmarks.engine
+
+bench-transport: setup  ## Measure the wires beside the machine's limits and beside others (ARGS=--quick: a minute)
+	$(BIN)/python -m benchmarks.transport $(ARGS)
 
 parity: setup  ## Compare every model family with transformers: docs/parity.md
 	$(BIN)/python -m tests.parity

@@ -38,6 +38,8 @@ def split_rows(chosen: NDArray[np.int64], slots: NDArray[np.int64], owner: NDArr
             continue
         mine = owner == shard
         slot = slots[mine]
-        rows, pair_row = np.unique(slot // k, return_inverse=True)
-        result.append(ShardRows(shard, rows, pair_row.astype(np.int32), experts[mine].astype(np.int32), slot))
+        row = slot // k  # ascending, as the slots are
+        first = np.diff(row, prepend=-1) > 0
+        pair_row = np.cumsum(first, dtype=np.int32) - np.int32(1)
+        result.append(ShardRows(shard, row[first], pair_row, experts[mine].astype(np.int32), slot))
     return result

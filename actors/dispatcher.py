@@ -36,7 +36,7 @@ from actors.messages import (
 )
 from actors.model.combine import combine_rows
 from actors.routes import NOBODY, ExpertRoutes
-from actors.scratch import ScratchPool
+from actors.scratch import ScratchPool, place_rows
 from actors.span_log import SpanLog
 from actors.transport.base import Buffer, Frame, FrameTag, PeerGone, ProtocolError, Wire, WireTimeout
 
@@ -213,7 +213,7 @@ class Dispatcher:
             raise ProtocolError(f"expert shard {shard} sent {results.shape[0]} rows, owed are {share.pair_slot.size}")
         handle.experts_s = max(handle.experts_s, seconds_from(seconds))
         del handle.owed[frame.tag.attempt]
-        handle.out[torch.from_numpy(share.pair_slot).to(self._device)] = results
+        place_rows(handle.out, share.pair_slot, results)
         self._finish_if_complete(handle)
 
     def fail(self, source: Wire, tag: FrameTag, reason: str) -> None:
@@ -287,7 +287,7 @@ class Dispatcher:
         handle.owed[handle.attempts] = (name, share)
         tag = FrameTag(routes.epoch, handle.number, handle.tag.micro_batch, handle.tag.layer, handle.attempts)
         whole = share.rows.size == handle.rows.shape[0]
-        picked = handle.rows if whole else handle.rows[torch.from_numpy(share.rows).to(self._device)]
+        picked = handle.rows if whole else handle.rows.index_select(0, torch.from_numpy(share.rows).to(self._device))
         parts = [tensor_part(picked, wire), array_bytes(share.pair_row), array_bytes(share.pair_expert)]
         if handle.span is not None:
             handle.span.asked(name)

@@ -1,258 +1,338 @@
-"""Round trips over the wires, beside what the machine can do at all.
+"""The data plane's figures beside what this machine can do at all: one table, one run.
 
-    python -m benchmarks.transport [--seconds 0.5] [--spin-us 50]
+    python -m benchmarks.transport [--quick] [--rounds 3] [--without ray pyzmq] [-o NAME]
 
-Two processes (threads for ``local``) send one frame to and fro. "unix socket" and "pipe + memory" are the
-plainest programs that do the same: the first copies through the kernel, the second through one shared buffer
-per direction with a pipe as its bell. "memcpy x4" is four copies of the payload in one thread: what a ring
-costs at least, which is copied into and out of on the way there and back. Figures are p50 / p99 in
-microseconds.
+Prints what README.md beside this file explains, and writes NAME.json. Ours and the limits take turns within each round,
+so that whatever else this machine does meets both; a figure is the median of its rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import mmap
+import json
 import os
-import socket
-import subprocess
+import platform
 import sys
-import threading
 import time
-from collections.abc import Callable
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from actors.transport.base import FrameTag, Medium, PeerGone, Wire
-from actors.transport.endpoint import Endpoint
-from actors.transport.local import local_pair
+import torch
+from rich.console import Console
+from rich.table import Table
 
-SIZES = (4 << 10, 64 << 10, 1 << 20, 4 << 20)
-_SECRET = b"a benchmark's secret"
-_PATIENCE_S = 60.0
-_ROOT = Path(__file__).resolve().parents[1]
+from actors.transport.base import Medium, WireTimeout
+from benchmarks.transport_figures import Cost, Trips, Wanted, fit, gb_per_s, layer_bounds, ratio, trips
+from benchmarks.transport_lanes import Copies, Lane, LocalLane, MemoryLane, PipeLane, WireLane, tcp_lane, unix_lane
+from benchmarks.transport_layer import Layer, Shape, moved
+from benchmarks.transport_layer_raw import RawLayer
+from benchmarks.transport_others import GlooLane, GlooPair, Missing, RayLane, ZmqLane
 
-RoundTrip = Callable[[], object]
-
-
-def measure(round_trip: RoundTrip, seconds: float) -> tuple[float, float]:
-    """(p50, p99) in microseconds of calls during ``seconds``, at least 20, after a tenth of that as warm-up."""
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < 22 or time.perf_counter() < begin + 1.1 * seconds:
-        start = time.perf_counter()
-        round_trip()
-        times.append(time.perf_counter() - start)
-    times = sorted(times[len(times) // 11 :])
-    return times[len(times) // 2] * 1e6, times[int(len(times) * 0.99)] * 1e6
-
-
-def echo(wire: Wire) -> None:
-    """Send every frame back until the peer goes."""
-    while True:
-        try:
-            frame = wire.recv(time.monotonic() + _PATIENCE_S)
-        except PeerGone:
-            wire.close()
-            return
-        wire.send(frame.kind, frame.tag, frame.parts, time.monotonic() + _PATIENCE_S)
+KIB, MIB = 1 << 10, 1 << 20
+SIZES = (64, 4 * KIB, 64 * KIB, MIB, 4 * MIB, 64 * MIB)
+SHARDS = (1, 2, 4, 8, 16)
+ROUTERS = (1, 2, 4, 8)
+OTHERS = ("gloo", "pyzmq", "ray")
+IDLE_S = 2.0
+_PIPED_WIDTH = 170
+_LEAST, _MOST = 5, 2000
+_WARM_UP_S = 0.2
 
 
-def over_wire(wire: Wire, seconds: float) -> list[tuple[float, float]]:
-    """One figure per size."""
-    figures = []
-    for size in SIZES:
-        payload, tag = os.urandom(size), FrameTag()
+@dataclass(frozen=True)
+class Effort:
+    """``burst_s``: about so long one contender is measured in a round."""
 
-        def round_trip(payload: bytes = payload, tag: FrameTag = tag) -> None:
-            deadline = time.monotonic() + _PATIENCE_S
-            wire.send(1, tag, (payload,), deadline)
-            wire.recv(deadline)
+    rounds: int
+    burst_s: float
+    spin_us: float
 
-        figures.append(measure(round_trip, seconds))
-    wire.close()
+
+Figures = dict[str, dict[int, Trips]]
+"""By contender's name and size."""
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def sized(burst: Callable[[int], Sequence[float]], burst_s: float) -> int:
+    """How many trips take about ``burst_s``, by those that warm up: where processes share cores, who waits for them
+    learns in its first hundred waits how to."""
+    count, spent, times = 3, 0.0, [0.0]
+    while spent < _WARM_UP_S:
+        times = sorted(burst(count))
+        spent += max(sum(times), 1e-4 * count)
+        count = min(2 * count, _MOST)
+    return max(_LEAST, min(_MOST, round(burst_s / max(times[len(times) // 2], 1e-7))))
+
+
+def in_turns(bursts: Mapping[str, Callable[[int], Sequence[float]]], effort: Effort) -> dict[str, Trips]:
+    """Each contender once in each round, one after the other."""
+    counts = {name: sized(burst, effort.burst_s) for name, burst in bursts.items()}
+    seen: dict[str, list[Sequence[float]]] = {name: [] for name in bursts}
+    for _ in range(effort.rounds):
+        for name, burst in bursts.items():
+            seen[name].append(burst(counts[name]))
+    return {name: trips(rounds) for name, rounds in seen.items()}
+
+
+def measure(lanes: Sequence[Lane], sizes: Sequence[int], effort: Effort) -> Figures:
+    """Round trips of every lane and size."""
+    figures: Figures = {lane.name: {} for lane in lanes}
+    for size in sizes:
+        say(f"round trips of {size_text(size)} over {', '.join(figures)}")
+        bursts = {lane.name: lambda count, lane=lane, size=size: lane.burst(size, count) for lane in lanes}
+        for name, figure in in_turns(bursts, effort).items():
+            figures[name][size] = figure
     return figures
 
 
-def local_figures(seconds: float, spin_us: float) -> list[tuple[float, float]]:
-    """Two threads of this process."""
-    ours, theirs = local_pair("here", "there", spin_us)
-    thread = threading.Thread(target=echo, args=(theirs,))
-    thread.start()
-    figures = over_wire(ours, seconds)
-    thread.join()
-    return figures
+@contextmanager
+def opened(effort: Effort) -> Iterator[list[Lane]]:
+    """Our wires and the limits."""
+    makers: Sequence[Callable[[], Lane]] = (
+        lambda: LocalLane(effort.spin_us),
+        lambda: WireLane(Medium.SHM, effort.spin_us),
+        lambda: MemoryLane(SIZES[-1]),
+        Copies,
+        lambda: WireLane(Medium.TCP, effort.spin_us),
+        tcp_lane,
+        unix_lane,
+        PipeLane,
+    )
+    with ExitStack() as stack:
+        lanes = []
+        for make in makers:
+            lanes.append(make())
+            stack.callback(lanes[-1].close)
+        yield lanes
 
 
-def wire_figures(medium: Medium, seconds: float, spin_us: float) -> list[tuple[float, float]]:
-    """This process and one more."""
-    wires: list[Wire] = []
-    came = threading.Event()
-
-    def on_wire(wire: Wire) -> None:
-        wires.append(wire)
-        came.set()
-
-    endpoint = Endpoint("here", "node", _SECRET, on_wire=on_wire, spin_us=spin_us)
-    child, connection = _spawn("wire")
-    connection.send((endpoint.address, medium, spin_us))
-    if not came.wait(_PATIENCE_S):
-        raise RuntimeError(f"the peer process did not connect within {_PATIENCE_S} s")
-    figures = over_wire(wires[0], seconds)
-    child.wait()
-    endpoint.close()
-    connection.close()
-    return figures
-
-
-def unix_socket_figures(seconds: float) -> list[tuple[float, float]]:
-    """sendall and recv_into on a socket pair."""
-    ours, theirs = socket.socketpair()
-    child, connection = _spawn("unix", theirs.fileno())
-    theirs.close()
-    figures = []
-    for size in SIZES:
-        payload, into = os.urandom(size), memoryview(bytearray(size))
-        connection.send(size)
-        connection.recv()
-
-        def round_trip(payload: bytes = payload, into: memoryview = into) -> None:
-            ours.sendall(payload)
-            _fill(ours, into)
-
-        figures.append(measure(round_trip, seconds))
-        ours.sendall(bytes(size))  # all zeros: the next size
-    _finish(child, connection)
-    ours.close()
-    return figures
+def others(effort: Effort, sizes: Sequence[int], without: Sequence[str]) -> tuple[Figures, dict[str, str]]:
+    """What others need, and of those that were not measured why. One after the other: Ray works in the background."""
+    figures: Figures = {}
+    missing = dict.fromkeys(without, "left out by --without")
+    makers: dict[str, Callable[[ExitStack], list[Lane]]] = {
+        "gloo": _gloo_lanes,
+        "pyzmq": lambda stack: [_closing(stack, ZmqLane())],
+        "ray": lambda stack: [_closing(stack, RayLane())],
+    }
+    for name in (name for name in OTHERS if name not in without):
+        with ExitStack() as stack:
+            try:
+                lanes = makers[name](stack)
+            except Missing as reason:
+                missing[name] = str(reason)
+                continue
+            figures |= measure(lanes, sizes, effort)
+    return figures, missing
 
 
-def pipe_figures(seconds: float) -> list[tuple[float, float]]:
-    """One shared buffer per direction, a byte through a pipe as the bell: no framing, no deadline, no ring."""
-    memory = os.memfd_create("benchmark")
-    os.ftruncate(memory, 2 * SIZES[-1])
-    (their_bell, ring_them), (our_bell, ring_us) = os.pipe(), os.pipe()
-    child, connection = _spawn("pipe", memory, their_bell, ring_us)
-    shared = mmap.mmap(memory, 2 * SIZES[-1])
-    figures = []
-    for size in SIZES:
-        payload, into = os.urandom(size), memoryview(bytearray(size))
-        connection.send(size)
-        connection.recv()
-
-        def round_trip(payload: bytes = payload, into: memoryview = into, size: int = size) -> None:
-            with memoryview(shared) as view:
-                view[:size] = payload
-                os.write(ring_them, b"x")
-                os.read(our_bell, 1)
-                into[:] = view[SIZES[-1] : SIZES[-1] + size]
-
-        figures.append(measure(round_trip, seconds))
-        os.write(ring_them, b".")
-    _finish(child, connection)
-    shared.close()
-    for fd in (memory, their_bell, ring_them, our_bell, ring_us):
-        os.close(fd)
-    return figures
+def _gloo_lanes(stack: ExitStack) -> list[Lane]:
+    pair = GlooPair()
+    stack.callback(pair.close)
+    return [GlooLane(pair, collective) for collective in (False, True)]
 
 
-def memcpy_figures(seconds: float) -> list[tuple[float, float]]:
-    """Four copies, in one thread."""
-    figures = []
-    for size in SIZES:
-        source, target = memoryview(bytearray(os.urandom(size))), memoryview(bytearray(size))
-
-        def copies(source: memoryview = source, target: memoryview = target) -> None:
-            for _ in range(2):
-                target[:] = source
-                source[:] = target
-
-        figures.append(measure(copies, seconds / 2))
-    return figures
+def _closing(stack: ExitStack, lane: Lane) -> Lane:
+    stack.callback(lane.close)
+    return lane
 
 
-def _fill(sock: socket.socket, into: memoryview) -> None:
-    while into:
-        into = into[sock.recv_into(into) :]
+def idle_share(lane: WireLane | LocalLane) -> float:
+    """Of a core, what a thread uses that waits in ``recv`` for IDLE_S. Traffic before has made it eager to poll."""
+    lane.burst(64, 200)
+    before = time.thread_time()
+    try:
+        lane.wire.recv(time.monotonic() + IDLE_S)
+    except WireTimeout:
+        return (time.thread_time() - before) / IDLE_S
+    raise RuntimeError(f"{lane.name}: a frame came that nobody had sent")
 
 
-def _spawn(role: str, *fds: int) -> tuple[subprocess.Popen[bytes], Connection]:
-    ours, theirs = Pipe()
-    with theirs:
-        numbers = [theirs.fileno(), *fds]
-        child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.transport", "--peer", role, *map(str, numbers)],
-            pass_fds=numbers,
-            cwd=_ROOT,
-        )
-    return child, ours
+def loops_idle_share(layer: Layer) -> float:
+    """Of a core, what the processes of a router and its shards use together while nothing happens for IDLE_S."""
+    before = layer.cpu()
+    time.sleep(IDLE_S)
+    return (layer.cpu() - before) / IDLE_S
 
 
-def _finish(child: subprocess.Popen[bytes], connection: Connection) -> None:
-    connection.send(0)
-    child.wait()
-    connection.close()
+def measure_layer(shape: Shape, effort: Effort) -> dict[str, Trips]:
+    """One layer over two shards: raw, over shm, over tcp; and what raw frames take with the same index work."""
+    say("a layer: attention, router, 2 expert shards and back")
+    with ExitStack() as stack:
+        layers = {
+            "memory + pipe": RawLayer(moved(shape, 2), None),
+            "memory + pipe, frames made and combined": RawLayer(moved(shape, 2), shape),
+            "shm": Layer(shape, Medium.SHM, 2),
+            "tcp": Layer(shape, Medium.TCP, 2),
+        }
+        for layer in layers.values():
+            stack.callback(layer.close)
+        return in_turns({name: layer.burst for name, layer in layers.items()}, effort)
 
 
-def _peer(role: str, control: int, *fds: int) -> None:
-    with Connection(control) as connection:
-        if role == "wire":
-            address, medium, spin_us = connection.recv()
-            endpoint = Endpoint("there", "node", _SECRET, spin_us=spin_us)
-            echo(endpoint.connect(address, time.monotonic() + _PATIENCE_S, medium))
-            endpoint.close()
-        elif role == "unix":
-            _unix_peer(connection, socket.socket(fileno=fds[0]))
-        else:
-            _pipe_peer(connection, *fds)
+def measure_growth(shape: Shape, effort: Effort, medium: Medium) -> tuple[dict[int, Trips], dict[int, Trips]]:
+    """A layer by the number of expert shards (one router), and by that of routers (two shards)."""
+    grown: list[dict[int, Trips]] = []
+    for counts, make in (
+        (SHARDS, lambda n: Layer(shape, medium, n)),
+        (ROUTERS, lambda n: Layer(shape, medium, 2, n)),
+    ):
+        say(f"a layer over {medium} with {', '.join(map(str, counts))} {'shards' if counts is SHARDS else 'routers'}")
+        with ExitStack() as stack:
+            layers = {str(count): make(count) for count in counts}
+            for layer in layers.values():
+                stack.callback(layer.close)
+            figures = in_turns({name: layer.burst for name, layer in layers.items()}, effort)
+        grown.append({int(name): figure for name, figure in figures.items()})
+    return grown[0], grown[1]
 
 
-def _unix_peer(connection: Connection, sock: socket.socket) -> None:
-    while size := connection.recv():
-        into, zeros = memoryview(bytearray(size)), bytes(size)
-        connection.send("ready")
-        while True:
-            _fill(sock, into)
-            if into == zeros:
-                break
-            sock.sendall(into)
-    sock.close()
+def costs(figures: Figures) -> dict[str, Cost]:
+    """Of each of our wires between processes, fitted to half of the round trips."""
+    fitted = {}
+    for name in (Medium.SHM.value, Medium.TCP.value):
+        sizes = sorted(figures[name])
+        fitted[name] = fit(sizes, [figures[name][size].p50 / 2 for size in sizes])
+    return fitted
 
 
-def _pipe_peer(connection: Connection, memory: int, bell: int, ring: int) -> None:
-    shared = memoryview(mmap.mmap(memory, 2 * SIZES[-1]))
-    while size := connection.recv():
-        own = memoryview(bytearray(size))
-        connection.send("ready")
-        while os.read(bell, 1) == b"x":
-            own[:] = shared[:size]
-            shared[SIZES[-1] : SIZES[-1] + size] = own
-            os.write(ring, b"x")
+def wishes(figures: Figures, layer: Mapping[str, Trips], idle: Mapping[str, float]) -> list[Wanted]:
+    """What is wanted of the data plane, and what it is."""
+    shm, tcp = figures["shm"], figures["tcp"]
+    raw_tcp = [
+        Wanted(f"tcp {size_text(n)} / raw tcp socket", ratio(tcp[n], figures["tcp socket"][n]), 1.3) for n in tcp
+    ]
+    made = "memory + pipe, frames made and combined"
+    return [
+        Wanted("shm 4 KiB / raw memory + pipe", ratio(shm[4 * KIB], figures["memory + pipe"][4 * KIB]), 1.5),
+        Wanted("shm 4 MiB one way / two memcpys", ratio(shm[4 * MIB], figures["memcpy x4"][4 * MIB]), 1.3),
+        Wanted("layer over shm / its frames raw", ratio(layer["shm"], layer["memory + pipe"]), 1.5),
+        Wanted("layer over shm / its frames raw, made and combined too", ratio(layer["shm"], layer[made]), 1.5),
+        *raw_tcp,
+        *(Wanted(f"share of a core while waiting: {name}", share, 0.02) for name, share in idle.items()),
+    ]
+
+
+def size_text(size: int) -> str:
+    """As people write it."""
+    for unit, name in ((MIB, "MiB"), (KIB, "KiB")):
+        if size >= unit:
+            return f"{size // unit} {name}"
+    return f"{size} B"
+
+
+def print_all(console: Console, report: Mapping[str, Any]) -> None:
+    """The table of round trips, then what is wanted, then growth."""
+    console.print(f"{report['machine']}\nRound trips: p50 / p99 in us, and GB/s both ways together")
+    figures: Figures = report["figures"]
+    sizes = sorted(next(iter(figures.values())))
+    table = Table("", *(size_text(size) for size in sizes))
+    for name, by_size in figures.items():
+        table.add_row(name, *(trip_text(size, by_size[size]) for size in sizes))
+    for name, why in report["missing"].items():
+        table.add_row(name, why)
+    console.print(table)
+    _print_wanted(console, report["wanted"])
+    _print_layers(console, report)
+
+
+def trip_text(size: int, figure: Trips) -> str:
+    """A cell."""
+    return f"{figure.p50 * 1e6:.0f} / {figure.p99 * 1e6:.0f} · {gb_per_s(size, figure.p50):.2g}"
+
+
+def _print_wanted(console: Console, wanted: Sequence[Wanted]) -> None:
+    table = Table("wanted", "is", "at most", "", title="What is wanted (the median of the rounds' ratios)")
+    for one in wanted:
+        table.add_row(one.what, f"{one.ratio:.3g}", f"{one.most:g}", "met" if one.met else "NOT met")
+    console.print(table)
+
+
+def _print_layers(console: Console, report: Mapping[str, Any]) -> None:
+    shape: Shape = report["shape"]
+    table = Table(
+        *("a layer", "p50 / p99 us"),
+        title=f"A layer without compute: {shape.rows} rows of {shape.width} bf16, top-{shape.top} of {shape.experts}",
+    )
+    for name, figure in report["layer"].items():
+        table.add_row(name, f"{figure.p50 * 1e6:.0f} / {figure.p99 * 1e6:.0f}")
+    console.print(table)
+    model: dict[str, Cost] = report["costs"]
+    for name, cost in model.items():
+        console.print(f"{name}: a frame of n bytes takes {cost.fixed_s * 1e6:.1f} us + n * {cost.byte_s * 1e9:.3f} ns")
+    table = Table("shards", "here, p50 us", "a node each, by the model: least - most us", title="One router")
+    for count, figure in report["by_shards"].items():
+        least, most = layer_bounds(moved(shape, count), model["shm"], model["tcp"])
+        table.add_row(str(count), f"{figure.p50 * 1e6:.0f}", f"{least * 1e6:.0f} - {most * 1e6:.0f}")
+    console.print(table)
+    table = Table("routers", "a layer of each, p50 us", "layers a second together", title="Two shards")
+    for count, figure in report["by_routers"].items():
+        table.add_row(str(count), f"{figure.p50 * 1e6:.0f}", f"{count / figure.p50:.0f}")
+    console.print(table)
+
+
+def machine() -> str:
+    """What the figures are of."""
+    return (
+        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}, "
+        f"Linux {platform.release()}, Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def run(effort: Effort, sizes: Sequence[int], without: Sequence[str]) -> dict[str, Any]:
+    """Everything."""
+    where, shape = machine(), Shape()
+    with opened(effort) as lanes:
+        figures = measure(lanes, sizes, effort)
+        say("waiting")
+        idle = {lane.name: idle_share(lane) for lane in lanes if isinstance(lane, WireLane | LocalLane)}
+    layer = measure_layer(shape, effort)
+    resting = Layer(shape, Medium.SHM, 2)
+    resting.burst(100)
+    idle["router and 2 shards"] = loops_idle_share(resting)
+    resting.close()
+    by_shards, by_routers = measure_growth(shape, effort, Medium.SHM)
+    theirs, missing = others(effort, sizes, without)
+    return {
+        "machine": where,
+        "shape": shape,
+        "figures": figures | theirs,
+        "missing": missing,
+        "wanted": wishes(figures, layer, idle),
+        "layer": layer,
+        "costs": costs(figures),
+        "by_shards": by_shards,
+        "by_routers": by_routers,
+    }
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.5, help="per figure")
+    """See the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.transport", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="shorter bursts: a minute, noisier")
+    parser.add_argument("--rounds", type=int, default=5, help="at least 3; in each, every contender is measured once")
     parser.add_argument("--spin-us", type=float, default=50.0, help="bound of one phase of yielding polls")
-    parser.add_argument("--peer", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--without", nargs="+", default=[], choices=OTHERS, help="others that are not measured")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("benchmarks/results/transport"), help="without suffix"
+    )
     options = parser.parse_args()
-    if options.peer:
-        _peer(options.peer[0], *map(int, options.peer[1:]))
-        return
-    rows = {
-        "local (threads)": lambda: local_figures(options.seconds, options.spin_us),
-        "shm": lambda: wire_figures(Medium.SHM, options.seconds, options.spin_us),
-        "tcp (loopback)": lambda: wire_figures(Medium.TCP, options.seconds, options.spin_us),
-        "unix socket, raw": lambda: unix_socket_figures(options.seconds),
-        "pipe + memory, raw": lambda: pipe_figures(options.seconds),
-        "memcpy x4": lambda: memcpy_figures(options.seconds),
-    }
-    print(f"round trip, p50 / p99 in us, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    print(f"{'':20}" + "".join(f"{size >> 10:>13} KiB" for size in SIZES))
-    for name, figures in rows.items():
-        print(f"{name:20}" + "".join(f"{p50:>9.0f} /{p99:>6.0f}" for p50, p99 in figures()), flush=True)
+    if options.rounds < 3:
+        parser.error(f"--rounds is {options.rounds}; at least 3, for a median")
+    effort = Effort(3 if options.quick else options.rounds, 0.05 if options.quick else 0.2, options.spin_us)
+    report = run(effort, SIZES, options.without)
+    print_all(Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH), report)
+    written = options.output.with_suffix(".json")
+    written.parent.mkdir(parents=True, exist_ok=True)
+    written.write_text(json.dumps(report, indent=1, default=asdict) + "\n", encoding="utf-8")
+    print(written)
 
 
 if __name__ == "__main__":

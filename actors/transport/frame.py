@@ -74,7 +74,7 @@ def decode_header(data: Buffer) -> Header:
     if count > MAX_PARTS:
         raise ProtocolError(f"a frame announces {count} parts; at most {MAX_PARTS} are allowed")
     lengths = fields[9 : 9 + count]
-    if any(fields[9 + count :]):
+    if fields[9 + count :] != _PADDING[count]:
         raise ProtocolError(f"a frame of {count} parts announces lengths {fields[9:]}; the unused must be 0")
     if sum(lengths) > MAX_FRAME_BYTES:
         raise ProtocolError(f"a frame announces {sum(lengths)} bytes; at most {MAX_FRAME_BYTES} are allowed")
