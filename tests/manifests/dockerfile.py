@@ -12,7 +12,7 @@ from tests.manifests.documents import ManifestError
 from tests.manifests.image import HOME, PROGRAMS, UID
 
 FINAL_STAGES = ("cuda", "cpu")
-_TOOLS = {"rsync", "openssh-client", "g++"}
+_TOOLS = {"rsync", "openssh-client"}
 """What `ray up` runs in containers: to copy files in, and on AWS, from the head's, to start the other machines."""
 _TORCH_INDEX = "https://download.pytorch.org/whl/"
 _LINES = (
