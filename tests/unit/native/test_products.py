@@ -88,6 +88,23 @@ def test_fused_multiply_add_gives_the_same_everywhere(isa: str) -> None:
     assert torch.equal(products.linear(x, weight), sums[..., 0])
 
 
+def test_experts_are_the_same_wherever_there_is_fused_multiply_add(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isa not in ("avx512", "avx512_bf16"):
+        pytest.skip(f"{isa}: compared with avx2 is what is wider")
+    (weights,) = expert_weights(1, 96, 97, torch.float32)
+    tables = [addresses([tensor.contiguous()]) for tensor in weights]
+    pairs = torch.arange(9), torch.zeros(9, dtype=torch.int64)
+    x = random(9, 96, dtype=torch.float32)
+    wide = products.experts(x, *pairs, *tables, 97)
+    assert BUILT is not None
+    narrow = Library(BUILT, "avx2")
+    monkeypatch.setattr("actors.native.products.library", lambda: narrow)
+    other = products.experts(x, *pairs, *tables, 97)
+    assert isinstance(wide, Tensor)
+    assert isinstance(other, Tensor)
+    assert torch.equal(wide, other)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_and_slices(dtype: torch.dtype) -> None:
     wide, weight = random(6, 200, dtype=dtype), random(48, 100, dtype=dtype, seed=1)
