@@ -69,8 +69,8 @@ def library() -> Library | None:
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     found.expertmesh_isa.argtypes, found.expertmesh_isa.restype = [number], ctypes.c_char_p
-    found.expertmesh_linear.argtypes = [number, number, *[pointer] * 4, *[whole] * 4, number]
+    found.expertmesh_linear.argtypes = [*[number] * 3, *[pointer] * 4, *[whole] * 4, number]
     found.expertmesh_linear.restype = None
-    found.expertmesh_experts.argtypes = [number, number, *[pointer] * 6, *[whole] * 5, number]
+    found.expertmesh_experts.argtypes = [*[number] * 4, *[pointer] * 5, *[whole] * 5, number]
     found.expertmesh_experts.restype = whole
     return found

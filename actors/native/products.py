@@ -1,28 +1,36 @@
 """Products of rows with weights on the CPU, whose results for a row depend on that row alone.
 
 Each output is a sum in one fixed order, whatever the number of rows, of threads and of columns: these kernels serve the
-deterministic mode as they are. Weights are read where they lie, [N, K], once for a few rows.
+deterministic mode as they are. Weights are read where they lie, [N, K], once for a few rows; quantised ones become fp32
+on the way, ``(number - zero) * scale``, and nothing else is rounded before the result.
 """
 
 from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .library import library
+from .matrix import NOWHERE, Place, Quantised, place, row_kind, weight_kind
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+Weight = Tensor | Quantised
+
+_Place = ctypes.c_int64 * len(Place._fields)
 
 
-def usable(x: Tensor, *weights: object) -> bool:
-    """Whether the kernels take rows x [R, K] and these weights: dense, on the CPU, of one dtype, fp32 or bf16."""
-    if x.device.type != "cpu" or x.dtype not in _KINDS or library() is None:
+def usable(x: Tensor, *weights: Weight) -> bool:
+    """Whether the kernels multiply rows x [R, K] (fp32 or bf16, on the CPU) with each of these weights."""
+    if x.device.type != "cpu" or row_kind(x.dtype) is None or library() is None:
         return False
-    return all(isinstance(w, Tensor) and w.dtype == x.dtype and w.is_contiguous() for w in weights)
+    return all(weight_kind(weight, x.dtype) is not None for weight in weights)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``: x [R, K], weight [N, K], bias [N], all :func:`usable`; returns [R, N]."""
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``: x [R, K], weight [N, K], both :func:`usable`, bias [N] as x; returns [R, N] as x."""
     kernels = library()
     assert kernels is not None
     if x.stride(-1) != 1:
@@ -31,9 +39,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     out = x.new_empty(rows, weight.shape[0])
     kernels.linear(
         kernels.number,
-        _KINDS[x.dtype],
+        row_kind(x.dtype),
+        weight_kind(weight, x.dtype),
         x.data_ptr(),
-        weight.data_ptr(),
+        _Place(*place(weight)),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         rows,
@@ -45,35 +54,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Expert:
+    """Where a SwiGLU's gate, up [I, D] and down [D, I] lie, and of what kind they are: gate and up of one, in their
+    order. ``dtype``: of the rows that it takes, None: any."""
+
+    places: tuple[Place, Place, Place]
+    kinds: tuple[int, int]
+    inter: int
+    dtype: torch.dtype | None
+
+
+
 def experts(
     x: Tensor, pair_row: Tensor, pair_expert: Tensor, gate_up: Tensor, down: Tensor, inter: int
 ) -> Tensor | int:
-    """SwiGLU experts. x: [R, D]; pair_row, pair_expert: int [P], pair p sends row ``pair_row[p]`` to expert
-    ``pair_expert[p]``; gate_up, down: int64 [E], the addresses of the experts' [2 inter, D] and [D, inter], 0 where one
-    is not held. Returns [P, D], or the number of an expert that is not held. Raises IndexError for a row that x lacks.
-    """
-    kernels = library()
-    assert kernels is not None
-    x = x.contiguous()
-    pair_row, pair_expert = pair_row.to(torch.int64).contiguous(), pair_expert.to(torch.int64).contiguous()
-    out = x.new_empty(pair_row.shape[0], x.shape[1])
-    wrong: int = kernels.experts(
-        kernels.number,
-        _KINDS[x.dtype],
-        x.data_ptr(),
-        pair_row.data_ptr(),
-        pair_expert.data_ptr(),
-        gate_up.data_ptr(),
-        down.data_ptr(),
-        out.data_ptr(),
-        x.shape[0],
-        pair_row.shape[0],
-        x.shape[1],
-        inter,
-        gate_up.shape[0],
-        torch.get_num_threads(),
-    )
-    pairs = pair_row.shape[0]
-    if wrong >= pairs:
-        raise IndexError(f"pair {wrong - pairs} is of row {int(pair_row[wrong - pairs])}; there are {x.shape[0]}")
-    return out if wrong < 0 else int(pair_expert[wrong])
+    raise NotImplementedError

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <type_traits>
 #include <vector>
 
@@ -28,23 +29,43 @@ static inline uint16_t to_bf16(float x) {  // round to nearest even; NaN stays N
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
+static inline float from_fp16(uint16_t x) {  // finite
+  const uint32_t magnitude = (x & 0x7fffu) << 13, sign = (x & 0x8000u) << 16;
+  float out;
+  std::memcpy(&out, &magnitude, 4);
+  out *= 0x1p112f;  // the exponents' biases differ by so much
+  return sign ? -out : out;
+}
+
 static inline int64_t padded(int64_t k) { return (k + 31) & ~int64_t{31}; }
 
 // Numbers from one laid out row to the next: an odd number of cache lines, or all rows would share a few sets of the cache.
 static inline int64_t stride(int64_t k) { return (padded(k) + 63) / 64 * 64 + 32; }
 
+enum Kind { DENSE, INT8, INT4 };  // of a weight; dense: of the rows' own type
+enum ScaleKind { FP32, BF16, FP16 };
+
+// A weight [N, K]; see actors/native/matrix.py.
+struct Matrix {
+  const void *data, *scale, *zero;
+  int64_t group, scale_kind;
+};
+
 struct Linear {
-  const void *x, *w, *bias;
+  int kind;
+  const void* x;
+  const Matrix& w;
+  const void* bias;
   void* out;
   int64_t rows, k, n, x_stride;
   int threads;
 };
 
 struct Experts {
+  int gate_up_kind, down_kind;
   const void* x;
   const int64_t *pair_row, *pair_expert;
-  const void* const* gate_up;
-  const void* const* down;
+  const Matrix* matrices;  // of each expert gate, up and down
   void* out;
   int64_t rows, pairs, d, inter, n_experts;
   int threads;
@@ -55,11 +76,13 @@ struct Grouped {
   std::vector<int64_t> experts, offset{0}, order;
   int64_t wrong = -1;  // see expertmesh_experts
 
+  int64_t count() const { return static_cast<int64_t>(experts.size()); }
+
   explicit Grouped(const Experts& call) : order(call.pairs) {
     std::vector<int64_t> at(call.n_experts + 1, 0);
     for (int64_t p = 0; p < call.pairs; ++p) {
       const int64_t e = call.pair_expert[p];
-      if (e < 0 || e >= call.n_experts || !call.gate_up[e]) wrong = p;
+      if (e < 0 || e >= call.n_experts || !call.matrices[3 * e].data) wrong = p;
       if (call.pair_row[p] < 0 || call.pair_row[p] >= call.rows) wrong = call.pairs + p;
       if (wrong >= 0) return;
       ++at[e + 1];
@@ -76,6 +99,7 @@ struct Grouped {
 };
 
 constexpr int64_t IN_CACHE = 256 << 10;  // bytes of rows that stay in the second cache while weights stream by
+constexpr int64_t DIRECT_ROWS = 8;  // up to so many, quantised weights are dequantised anew for each tile of rows
 constexpr int INTER_STEP = 96;  // columns of one task; a multiple of 32 and of every TILE_N
 
 // Weight rows for one task: a few for each thread, so that both end at about the same time, but no tiny ones.
@@ -84,7 +108,11 @@ static int64_t task_rows(int64_t n, int64_t row_bytes, int threads) {
   return (std::max(fair, least) + 23) / 24 * 24;
 }
 
-template <class T>
+// Weights of so many bytes each, for which the second cache has room beside the rows.
+static int64_t weights_in_cache(int64_t row_bytes) { return std::max<int64_t>(1, IN_CACHE / 2 / row_bytes / 24) * 24; }
+
+// Memory of this thread that stays for its next call with the same use.
+template <class T, int use = 0>
 static T* scratch(int64_t numbers) {
   thread_local std::vector<T> kept;
   if (static_cast<int64_t>(kept.size()) < numbers) kept.resize(numbers);
@@ -96,6 +124,7 @@ static T* scratch(int64_t numbers) {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 namespace avx512_bf16 {
 constexpr int TILE_M = 8, TILE_N = 3;
+#define HAS_AVX512 1
 #define HAS_BF16_DOT 1
 #include "products.h"
 #undef HAS_BF16_DOT
@@ -107,6 +136,7 @@ constexpr int TILE_M = 8, TILE_N = 3;
 namespace avx512 {
 constexpr int TILE_M = 8, TILE_N = 3;
 #include "products.h"
+#undef HAS_AVX512
 }  // namespace avx512
 #pragma GCC pop_options
 
@@ -114,7 +144,9 @@ constexpr int TILE_M = 8, TILE_N = 3;
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 constexpr int TILE_M = 2, TILE_N = 3;
+#define HAS_AVX2 1
 #include "products.h"
+#undef HAS_AVX2
 }  // namespace avx2
 #pragma GCC pop_options
 #endif
@@ -166,20 +198,24 @@ extern "C" {
 // The name of the i-th instruction set that this CPU has, the best first; null behind the last.
 const char* expertmesh_isa(int i) { return i < static_cast<int>(all().size()) ? all()[i].isa : nullptr; }
 
-// kind: 0 fp32, 1 bf16, of all operands. x [rows, k], rows x_stride apart; w [n, k]; bias [n] or null; out [rows, n].
-void expertmesh_linear(int isa, int kind, const void* x, const void* w, const void* bias, void* out, int64_t rows,
-                       int64_t k, int64_t n, int64_t x_stride, int threads) {
-  all()[isa].linear[kind]({x, w, bias, out, rows, k, n, x_stride, threads}, pool());
+// type: 0 fp32, 1 bf16, of all operands that are not quantised. x [rows, k], rows x_stride apart; w [n, k], quantised with
+// k a multiple of 32; bias [n] or null; out [rows, n].
+void expertmesh_linear(int isa, int type, int kind, const void* x, const void* w, const void* bias, void* out,
+                       int64_t rows, int64_t k, int64_t n, int64_t x_stride, int threads) {
+  all()[isa].linear[type](
+      {kind, x, *static_cast<const Matrix*>(w), bias, out, rows, k, n, x_stride, threads}, pool());
 }
 
-// x [rows, d]; pair p sends row pair_row[p] to expert pair_expert[p] < n_experts, whose matrices gate_up [2 inter, d]
-// (the gate's rows first) and down [d, inter] stand at these addresses, null if it is not held; out [pairs, d], unweighted.
-// Returns, before computing, p for a pair whose expert is not held, pairs + p for one whose row is not there, else -1.
-int64_t expertmesh_experts(int isa, int kind, const void* x, const int64_t* pair_row, const int64_t* pair_expert,
-                           const void* const* gate_up, const void* const* down, void* out, int64_t rows, int64_t pairs,
+// x [rows, d]; pair p sends row pair_row[p] to expert pair_expert[p] < n_experts; matrices: the gate and up [inter, d] and
+// down [d, inter] of each expert, addresses null if it is not held; out [pairs, d], unweighted. Returns, before
+// computing, p for a pair whose expert is not held, pairs + p for one whose row is not there, else -1.
+int64_t expertmesh_experts(int isa, int type, int gate_up_kind, int down_kind, const void* x, const int64_t* pair_row,
+                           const int64_t* pair_expert, const void* matrices, void* out, int64_t rows, int64_t pairs,
                            int64_t d, int64_t inter, int64_t n_experts, int threads) {
-  return all()[isa].experts[kind](
-      {x, pair_row, pair_expert, gate_up, down, out, rows, pairs, d, inter, n_experts, threads}, pool());
+  const auto* w = static_cast<const Matrix*>(matrices);
+  return all()[isa].experts[type]({gate_up_kind, down_kind, x, pair_row, pair_expert, w, out, rows, pairs, d, inter,
+                                   n_experts, threads},
+                                  pool());
 }
 
 }  // extern "C"

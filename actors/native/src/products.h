@@ -40,14 +40,33 @@ static inline __attribute__((always_inline)) void sums(const vf* acc, float* out
   for (int i = 0; i < N; ++i) out[i] = d[0][i];
 }
 
-// How 32 numbers of a weight meet 32 of a row: both as loaded, and the multiply-add of their lanes.
-struct Fp32 {
-  using Stored = float;
+static inline float widen(float x) { return x; }
+static inline float widen(uint16_t x) { return from_bf16(x); }
+
+// Kinds of weights: how 32 numbers of one meet 32 of a row, both as loaded, and the multiply-add of their lanes. A Line
+// is a weight's row in memory; a Group what its numbers have in common until the next one, nothing for dense weights.
+template <class S>
+struct Dense {
+  using Stored = S;
+  using Line = const S*;
+  struct Group {};
+  static constexpr bool dense = true;
+  static int64_t row_bytes(int64_t k) { return k * sizeof(S); }
+  static int64_t room(const Matrix&, int64_t) { return 0; }
+  static Line line(const Matrix& w, int64_t row, int64_t k, float*) { return static_cast<const S*>(w.data) + row * k; }
+  static inline __attribute__((always_inline)) int64_t group_size(Line, int64_t k) { return k; }
+  static inline __attribute__((always_inline)) Group group(Line, int64_t) { return {}; }
+  static inline __attribute__((always_inline)) void prefetch(Line line, int64_t i) {
+    for (size_t j = 0; j < 32; j += 64 / sizeof(S)) __builtin_prefetch(line + i + j);
+  }
+};
+
+struct Fp32 : Dense<float> {
   using Row = float;
   struct Numbers {
     vf first, second;
   };
-  static inline __attribute__((always_inline)) Numbers weight(const float* p) { return {load(p), load(p + 16)}; }
+  static inline __attribute__((always_inline)) Numbers weight(Line line, Group, int64_t i) { return row(line + i); }
   static inline __attribute__((always_inline)) Numbers row(const float* p) { return {load(p), load(p + 16)}; }
   static inline __attribute__((always_inline)) vf add(Numbers x, Numbers w, vf sum) {
     return x.second * w.second + (x.first * w.first + sum);
@@ -59,29 +78,28 @@ struct Fp32 {
 };
 
 // Numbers of bf16 become fp32, the even ones and the odd ones apart; rows are laid out in fp32 in that order.
-struct Widened {
-  using Stored = uint16_t;
+struct Widened : Dense<uint16_t> {
   using Row = float;
   using Numbers = Fp32::Numbers;
-  static inline __attribute__((always_inline)) Numbers weight(const uint16_t* p) {
-    const vu both = *reinterpret_cast<const vu*>(p);
+  static inline __attribute__((always_inline)) Numbers weight(Line line, Group, int64_t i) {
+    const vu both = *reinterpret_cast<const vu*>(line + i);
     return {(vf)(both << 16), (vf)(both & 0xffff0000u)};
   }
   static inline __attribute__((always_inline)) Numbers row(const float* p) { return Fp32::row(p); }
   static inline __attribute__((always_inline)) vf add(Numbers x, Numbers w, vf sum) { return Fp32::add(x, w, sum); }
-  static void lay_out(const uint16_t* from, int64_t k, float* to) {
+  template <class T>
+  static void lay_out(const T* from, int64_t k, float* to) {
     for (int64_t i = 0; i < padded(k); i += 32)
-      for (int64_t j = 0; j < 32; ++j) to[i + (j & 1) * 16 + j / 2] = i + j < k ? from_bf16(from[i + j]) : 0.0f;
+      for (int64_t j = 0; j < 32; ++j) to[i + (j & 1) * 16 + j / 2] = i + j < k ? widen(from[i + j]) : 0.0f;
   }
 };
 
 #if HAS_BF16_DOT
-struct Dotted {
-  using Stored = uint16_t;
+struct Dotted : Dense<uint16_t> {
   using Row = uint16_t;
   using Numbers = __m512bh;
-  static inline __attribute__((always_inline)) Numbers weight(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
-  static inline __attribute__((always_inline)) Numbers row(const uint16_t* p) { return weight(p); }
+  static inline __attribute__((always_inline)) Numbers weight(Line line, Group, int64_t i) { return row(line + i); }
+  static inline __attribute__((always_inline)) Numbers row(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static inline __attribute__((always_inline)) vf add(Numbers x, Numbers w, vf sum) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, x, w);
   }
@@ -95,22 +113,138 @@ using Bf16 = Dotted;
 using Bf16 = Widened;
 #endif
 
-// acc[m][n] += x[m] . w[n], lane by lane, for MR rows and NR weights over k numbers, a multiple of 32.
+// 16 bytes, signed or not, as 32-bit integers.
+template <class B>
+static inline __attribute__((always_inline)) vi widen16(const B* p) {
+#if HAS_AVX512
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (vi)(std::is_signed_v<B> ? _mm512_maskz_cvtepi8_epi32(0xffff, bytes) : _mm512_maskz_cvtepu8_epi32(0xffff, bytes));
+#elif HAS_AVX2
+  using half = int32_t __attribute__((vector_size(32)));
+  const auto eight = [](const B* q) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(q));
+    return (half)(std::is_signed_v<B> ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+  };
+  return __builtin_shufflevector(eight(p), eight(p + 8), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  vi out;
+  for (int i = 0; i < 16; ++i) out[i] = p[i];
+  return out;
+#endif
+}
+
+// Quantised weights: (number - zero) * scale in fp32, as actors/model/quant/qtensor.py has it; rows are fp32 as well. Z:
+// of zero points; MIDDLE: the zero point where none is kept.
+template <class Z, int BITS, int MIDDLE>
+struct Quantised {
+  using Row = float;
+  using Numbers = Fp32::Numbers;
+  struct Line {
+    const uint8_t* data;
+    const float *scale, *zero;
+    int64_t group;
+  };
+  static constexpr bool dense = false;
+  static int64_t row_bytes(int64_t k) { return k * BITS / 8; }
+  static int64_t groups(const Matrix& w, int64_t k) { return (k + w.group - 1) / w.group; }
+  static int64_t room(const Matrix& w, int64_t k) { return 2 * groups(w, k); }
+  static Line line(const Matrix& w, int64_t row, int64_t k, float* room) {
+    const int64_t count = groups(w, k), first = row * count;
+    float* zero = room + count;
+    if (w.scale_kind == FP32) widen_all(static_cast<const float*>(w.scale) + first, count, room);
+    if (w.scale_kind == BF16) widen_all(static_cast<const uint16_t*>(w.scale) + first, count, room);
+    if (w.scale_kind == FP16)
+      for (int64_t g = 0; g < count; ++g) room[g] = from_fp16(static_cast<const uint16_t*>(w.scale)[first + g]);
+    for (int64_t g = 0; g < count; ++g) zero[g] = w.zero ? static_cast<const Z*>(w.zero)[first + g] : MIDDLE;
+    return {static_cast<const uint8_t*>(w.data) + row * row_bytes(k), room, zero, w.group};
+  }
+  template <class S>
+  static void widen_all(const S* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+  }
+  static inline __attribute__((always_inline)) int64_t group_size(const Line& line, int64_t) { return line.group; }
+  static inline __attribute__((always_inline)) void prefetch(const Line& line, int64_t i) {
+    __builtin_prefetch(line.data + (i * BITS >> 3));
+  }
+  static inline __attribute__((always_inline)) Numbers row(const float* p) { return Fp32::row(p); }
+  static inline __attribute__((always_inline)) vf add(Numbers x, Numbers w, vf sum) { return Fp32::add(x, w, sum); }
+};
+
+struct Int8 : Quantised<int8_t, 8, 0> {
+  struct Group {
+    vf scale, zero;
+  };
+  static inline __attribute__((always_inline)) Group group(const Line& line, int64_t g) {
+    return {line.scale[g] - vf{}, line.zero[g] - vf{}};
+  }
+  static inline __attribute__((always_inline)) Numbers weight(const Line& line, const Group& group, int64_t i) {
+    const auto* p = reinterpret_cast<const int8_t*>(line.data + i);
+    return {(__builtin_convertvector(widen16(p), vf) - group.zero) * group.scale,
+            (__builtin_convertvector(widen16(p + 16), vf) - group.zero) * group.scale};
+  }
+  template <class T>
+  static void lay_out(const T* from, int64_t k, float* to) {
+    widen_all(from, k, to);
+  }
+};
+
+// Two numbers in a byte, the first in its low half: rows have even and odd columns apart, as for Widened.
+struct Int4 : Quantised<uint8_t, 4, 8> {
+#if HAS_AVX512
+  // All 16 numbers of the group: one instruction looks up 16 of them, by the lowest 4 bits.
+  struct Group {
+    vf table;
+  };
+  static inline __attribute__((always_inline)) Group group(const Line& line, int64_t g) {
+    return {(vf{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} - line.zero[g]) * line.scale[g]};
+  }
+  static inline __attribute__((always_inline)) Numbers weight(const Line& line, const Group& group, int64_t i) {
+    const vi both = widen16(line.data + (i >> 1));
+    return {__builtin_shuffle(group.table, both), __builtin_shuffle(group.table, both >> 4)};
+  }
+#else
+  using Group = Int8::Group;
+  static inline __attribute__((always_inline)) Group group(const Line& line, int64_t g) {
+    return {line.scale[g] - vf{}, line.zero[g] - vf{}};
+  }
+  static inline __attribute__((always_inline)) Numbers weight(const Line& line, const Group& group, int64_t i) {
+    const vi both = widen16(line.data + (i >> 1));
+    return {(__builtin_convertvector(both & 15, vf) - group.zero) * group.scale,
+            (__builtin_convertvector(both >> 4, vf) - group.zero) * group.scale};
+  }
+#endif
+  template <class T>
+  static void lay_out(const T* from, int64_t k, float* to) {
+    Widened::lay_out(from, k, to);
+  }
+};
+
+// acc[m][n] += x[m] . w[n], lane by lane, for MR rows and NR weights over k numbers, a multiple of 32. What stands ahead
+// numbers behind each weight is fetched meanwhile.
 template <class W, int MR, int NR>
 static inline __attribute__((always_inline)) void accumulate(
-    const typename W::Row* const* x, const typename W::Stored* const* w, int64_t k, int64_t ahead, vf* sum) {
-  constexpr int kLine = 64 / sizeof(typename W::Stored);
+    const typename W::Row* const* x, const typename W::Line* w, int64_t k, int64_t ahead, vf* sum) {
   vf acc[MR * NR];  // a copy, which stays in registers
   for (int i = 0; i < MR * NR; ++i) acc[i] = sum[i];
-  for (int64_t i = 0; i < k; i += 32) {
-    typename W::Numbers weight[NR];
-    for (int n = 0; n < NR; ++n) {
-      weight[n] = W::weight(w[n] + i);
-      for (int j = 0; j < 32; j += kLine) __builtin_prefetch(w[n] + i + ahead + j);
-    }
-    for (int m = 0; m < MR; ++m) {
-      const typename W::Numbers row = W::row(x[m] + i);
-      for (int n = 0; n < NR; ++n) acc[m * NR + n] = W::add(row, weight[n], acc[m * NR + n]);
+  const int64_t size = W::group_size(w[0], k);
+  for (int64_t start = 0, g = 0; start < k; start += size, ++g) {
+    typename W::Group group[NR];
+#pragma GCC unroll 32
+    for (int n = 0; n < NR; ++n) group[n] = W::group(w[n], g);
+    const int64_t end = std::min(start + size, k);
+    for (int64_t i = start; i < end; i += 32) {
+      typename W::Numbers weight[NR];
+#pragma GCC unroll 32
+      for (int n = 0; n < NR; ++n) {
+        weight[n] = W::weight(w[n], group[n], i);
+        W::prefetch(w[n], i + ahead);
+      }
+#pragma GCC unroll 32
+      for (int m = 0; m < MR; ++m) {
+        const typename W::Numbers row = W::row(x[m] + i);
+#pragma GCC unroll 32
+        for (int n = 0; n < NR; ++n) acc[m * NR + n] = W::add(row, weight[n], acc[m * NR + n]);
+      }
     }
   }
   for (int i = 0; i < MR * NR; ++i) sum[i] = acc[i];
@@ -128,8 +262,6 @@ static inline __attribute__((always_inline)) void finish(const vf* acc, float* o
 
 static inline void put(float x, float* to) { *to = x; }
 static inline void put(float x, uint16_t* to) { *to = to_bf16(x); }
-static inline float widen(float x) { return x; }
-static inline float widen(uint16_t x) { return from_bf16(x); }
 
 // Rounded as storing it as T and reading it again would.
 template <class T>
@@ -159,24 +291,27 @@ static inline __attribute__((always_inline)) vf exp16(vf x) {
   return p * (vf)power;
 }
 
-// NR weight rows, [NR, k] at w, times MR rows: out[m * NR + n].
+// The NR weights from n on of w [.., k] times MR rows: out[m * NR + n].
 template <class W, int MR, int NR>
-static void product(const typename W::Row* const* x, const typename W::Stored* w, int64_t k, float* out) {
-  using T = typename W::Stored;
+static void product(const typename W::Row* const* x, const Matrix& w, int64_t n, int64_t k, float* out) {
   const int64_t whole = k & ~int64_t{31};
-  const T* rows[NR];
-  for (int n = 0; n < NR; ++n) rows[n] = w + n * k;
+  typename W::Line rows[NR];
+  const int64_t room = W::room(w, k);
+  auto* rooms = scratch<float, 1>(NR * room);
+  for (int j = 0; j < NR; ++j) rows[j] = W::line(w, n + j, k, rooms + j * room);
   vf acc[MR * NR] = {};
   accumulate<W, MR, NR>(x, rows, whole, NR * k, acc);
-  if (whole != k) {
-    T ends[NR][32] = {};
-    const typename W::Row* x_end[MR];
-    for (int m = 0; m < MR; ++m) x_end[m] = x[m] + whole;
-    for (int n = 0; n < NR; ++n) {
-      std::memcpy(ends[n], rows[n] + whole, (k - whole) * sizeof(T));
-      rows[n] = ends[n];
+  if constexpr (W::dense) {
+    if (whole != k) {
+      typename W::Stored ends[NR][32] = {};
+      const typename W::Row* x_end[MR];
+      for (int m = 0; m < MR; ++m) x_end[m] = x[m] + whole;
+      for (int j = 0; j < NR; ++j) {
+        std::memcpy(ends[j], rows[j] + whole, W::row_bytes(k - whole));
+        rows[j] = ends[j];
+      }
+      accumulate<W, MR, NR>(x_end, rows, 32, 0, acc);
     }
-    accumulate<W, MR, NR>(x_end, rows, 32, 0, acc);
   }
   finish<MR * NR>(acc, out);
 }
@@ -195,124 +330,176 @@ static inline void with_rows(int rows, const Fn& fn) {
 
 // put(m, n + j, value) for the rows from .. to of x and the NR weights from n on.
 template <class W, int NR, class Put>
-static inline void multiply_rows(const typename W::Row* const* x, int64_t from, int64_t to, const typename W::Stored* w,
-                                 int64_t k, int64_t n, const Put& put) {
+static inline void multiply_rows(const typename W::Row* const* x, int64_t from, int64_t to, const Matrix& w, int64_t n,
+                                 int64_t k, const Put& put) {
   for (int64_t first = from; first < to; first += TILE_M) {
     with_rows(static_cast<int>(std::min<int64_t>(TILE_M, to - first)), [&](auto mr) {
       constexpr int MR = decltype(mr)::value;
       float out[MR * NR];
-      product<W, MR, NR>(x + first, w + n * k, k, out);
+      product<W, MR, NR>(x + first, w, n, k, out);
       for (int m = 0; m < MR; ++m)
         for (int j = 0; j < NR; ++j) put(first + m, n + j, out[m * NR + j]);
     });
   }
 }
 
-// put(m, n, value) for all rows m of x and the weights n of [count, k] at w.
+// put(m, n, value) for all rows m of x and the weights n = from .. to of w [.., k].
 //
 // What is larger than the second cache streams by once: the weights past a few rows, or many rows past some weights.
 template <class W, class Put>
-static void multiply(const typename W::Row* const* x, int64_t rows, const typename W::Stored* w, int64_t k, int64_t count, const Put& put) {
-  const int64_t in_tiles = count - count % TILE_N;
+static void stream(const typename W::Row* const* x, int64_t rows, const Matrix& w, int64_t from, int64_t to, int64_t k,
+                   const Put& put) {
+  const int64_t in_tiles = to - (to - from) % TILE_N;
   const bool few = rows * k * static_cast<int64_t>(sizeof(typename W::Row)) <= IN_CACHE;
-  const int64_t n_step = few ? TILE_N : std::max<int64_t>(1, IN_CACHE / 2 / (k * sizeof(typename W::Stored)) / TILE_N) * TILE_N;
+  const int64_t n_step = few ? TILE_N : weights_in_cache(W::row_bytes(k));
   const int64_t m_step = few ? std::max<int64_t>(rows, 1) : TILE_M;
-  for (int64_t block = 0; block < in_tiles; block += n_step)
+  for (int64_t block = from; block < in_tiles; block += n_step)
     for (int64_t first = 0; first < rows; first += m_step)
       for (int64_t n = block; n < std::min(block + n_step, in_tiles); n += TILE_N)
-        multiply_rows<W, TILE_N>(x, first, std::min(first + m_step, rows), w, k, n, put);
-  for (int64_t n = in_tiles; n < count; ++n) multiply_rows<W, 1>(x, 0, rows, w, k, n, put);
+        multiply_rows<W, TILE_N>(x, first, std::min(first + m_step, rows), w, n, k, put);
+  for (int64_t n = in_tiles; n < to; ++n) multiply_rows<W, 1>(x, 0, rows, w, n, k, put);
+}
+
+// The weights from .. to of w, dequantised to [.., k] in the order of laid out rows.
+template <class W>
+static void dequantize(const Matrix& w, int64_t from, int64_t to, int64_t k, float* out) {
+  for (int64_t n = from; n < to; ++n, out += k) {
+    const typename W::Line line = W::line(w, n, k, scratch<float, 1>(W::room(w, k)));
+    const int64_t size = W::group_size(line, k);
+    for (int64_t start = 0, g = 0; start < k; start += size, ++g) {
+      const typename W::Group group = W::group(line, g);
+      for (int64_t i = start; i < std::min(start + size, k); i += 32) {
+        const typename W::Numbers numbers = W::weight(line, group, i);
+        *reinterpret_cast<vf*>(out + i) = numbers.first;
+        *reinterpret_cast<vf*>(out + i + 16) = numbers.second;
+      }
+    }
+  }
+}
+
+// As stream. For more than a few rows quantised weights are dequantised once, some at a time: the results are the same.
+template <class W, class Put>
+static void multiply(const typename W::Row* const* x, int64_t rows, const Matrix& w, int64_t from, int64_t to, int64_t k,
+                     const Put& put) {
+  if constexpr (!W::dense) {
+    if (rows > DIRECT_ROWS) {
+      const int64_t step = weights_in_cache(k * sizeof(float));
+      auto* wide = scratch<float, 2>(step * k);
+      for (int64_t n = from; n < to; n += step) {
+        const int64_t count = std::min(step, to - n);
+        dequantize<W>(w, n, n + count, k, wide);
+        stream<Fp32>(x, rows, Matrix{wide, nullptr, nullptr, 0, 0}, 0, count, k,
+                     [&](int64_t m, int64_t j, float value) { put(m, n + j, value); });
+      }
+      return;
+    }
+  }
+  stream<W>(x, rows, w, from, to, k, put);
+}
+
+// fn(W{}) for the kind of weights that rows of T meet.
+template <class T, class Fn>
+static void with_kind(int kind, const Fn& fn) {
+  if (kind == INT8) return fn(Int8{});
+  if (kind == INT4) return fn(Int4{});
+  if constexpr (std::is_same_v<T, float>) return fn(Fp32{});
+  else return fn(Bf16{});
 }
 
 template <class T>
-struct KindOf;
-template <>
-struct KindOf<float> {
-  using W = Fp32;
-};
-template <>
-struct KindOf<uint16_t> {
-  using W = Bf16;
-};
-
-template <class T>
 static void linear(const Linear& call, Pool& pool) {
-  using W = typename KindOf<T>::W;
-  const T* x = static_cast<const T*>(call.x);
-  const T* w = static_cast<const T*>(call.w);
-  const T* bias = static_cast<const T*>(call.bias);
-  T* out = static_cast<T*>(call.out);
-  const int64_t width = stride(call.k);
-  auto* laid = scratch<typename W::Row>(call.rows * width);
-  std::vector<const typename W::Row*> rows(call.rows);
-  for (int64_t r = 0; r < call.rows; ++r) {
-    W::lay_out(x + r * call.x_stride, call.k, laid + r * width);
-    rows[r] = laid + r * width;
-  }
-  const int64_t step = task_rows(call.n, call.k * sizeof(T), call.threads);
-  pool.run((call.n + step - 1) / step, call.threads, [&](int64_t task) {
-    const int64_t from = task * step, count = std::min(step, call.n - from);
-    multiply<W>(rows.data(), call.rows, w + from * call.k, call.k, count, [&](int64_t m, int64_t n, float value) {
-      if (bias) value += widen(bias[from + n]);
-      put(value, out + m * call.n + from + n);
+  with_kind<T>(call.kind, [&](auto kind) {
+    using W = decltype(kind);
+    const T *x = static_cast<const T*>(call.x), *bias = static_cast<const T*>(call.bias);
+    T* out = static_cast<T*>(call.out);
+    const int64_t width = stride(call.k);
+    auto* laid = scratch<typename W::Row>(call.rows * width);
+    std::vector<const typename W::Row*> rows(call.rows);
+    for (int64_t r = 0; r < call.rows; ++r) {
+      W::lay_out(x + r * call.x_stride, call.k, laid + r * width);
+      rows[r] = laid + r * width;
+    }
+    const int64_t step = task_rows(call.n, W::row_bytes(call.k), call.threads);
+    pool.run((call.n + step - 1) / step, call.threads, [&](int64_t task) {
+      const int64_t from = task * step, to = std::min(from + step, call.n);
+      multiply<W>(rows.data(), call.rows, call.w, from, to, call.k, [&](int64_t m, int64_t n, float value) {
+        if (bias) value += widen(bias[n]);
+        put(value, out + m * call.n + n);
+      });
     });
   });
 }
 
-// silu(gate) * up for 32 columns, rounded where storing would, and laid out for the next product.
-template <class W>
-static inline void activate(const float* gate, const float* up, typename W::Row* to) {
-  using T = typename W::Stored;
-  alignas(64) T h[32];
+// silu(gate) * up for 32 columns, rounded where storing them as T would.
+template <class T>
+static inline void activate(const float* gate, const float* up, T* to) {
   for (int i = 0; i < 32; i += 16) {
     const vf g = round_to<T>(load(gate + i)), u = round_to<T>(load(up + i));
     const vf out = round_to<T>(g / (1.0f + exp16(-g))) * u;
-    for (int j = 0; j < 16; ++j) put(out[j], h + i + j);
+    for (int j = 0; j < 16; ++j) put(out[j], to + i + j);
   }
-  W::lay_out(h, 32, to);
+}
+
+// silu(gate x) * (up x) for each pair in the groups' order: store(pair, column, h) gets 32 at a time.
+template <class T>
+using Store = std::function<void(int64_t pair, int64_t column, const T* h)>;
+
+template <class T, class W>
+static void activations(const Experts& call, const Grouped& groups, Pool& pool, const Store<T>& store) {
+  using Row = typename W::Row;
+  const T* x = static_cast<const T*>(call.x);
+  const int64_t d_width = stride(call.d);
+  auto* laid = scratch<Row, 3>(call.rows * d_width);
+  std::vector<const Row*> rows(call.pairs);
+  for (int64_t r = 0; r < call.rows; ++r) W::lay_out(x + r * call.d, call.d, laid + r * d_width);
+  for (int64_t p = 0; p < call.pairs; ++p) rows[p] = laid + call.pair_row[groups.order[p]] * d_width;
+  const int64_t per_expert = (call.inter + INTER_STEP - 1) / INTER_STEP;
+  pool.run(groups.count() * per_expert, call.threads, [&](int64_t task) {
+    const int64_t e = task / per_expert, from = task % per_expert * INTER_STEP;
+    const int64_t first = groups.offset[e], n_pairs = groups.offset[e + 1] - first;
+    const int64_t to = std::min<int64_t>(from + INTER_STEP, call.inter);
+    thread_local std::vector<float> both;
+    both.assign(2 * n_pairs * INTER_STEP, 0.0f);
+    float *g = both.data(), *u = g + n_pairs * INTER_STEP;
+    const Matrix* w = call.matrices + 3 * groups.experts[e];
+    const auto into = [from](float* out) {
+      return [=](int64_t m, int64_t n, float v) { out[m * INTER_STEP + n - from] = v; };
+    };
+    multiply<W>(rows.data() + first, n_pairs, w[0], from, to, call.d, into(g));
+    multiply<W>(rows.data() + first, n_pairs, w[1], from, to, call.d, into(u));
+    for (int64_t m = 0; m < n_pairs; ++m)
+      for (int64_t i = 0; i < padded(to - from); i += 32) {
+        alignas(64) T h[32];
+        activate(g + m * INTER_STEP + i, u + m * INTER_STEP + i, h);
+        store(first + m, from + i, h);
+      }
+  });
 }
 
 template <class T>
 static int64_t experts(const Experts& call, Pool& pool) {
-  using W = typename KindOf<T>::W;
-  using Row = typename W::Row;
   const Grouped groups(call);
   if (groups.wrong >= 0) return groups.wrong;
-  const T* x = static_cast<const T*>(call.x);
   T* out = static_cast<T*>(call.out);
-  const int64_t d_width = stride(call.d), i_width = stride(call.inter);
-  Row* laid = scratch<Row>(call.rows * d_width + call.pairs * i_width);
-  Row* hidden = laid + call.rows * d_width;
-  std::vector<const Row*> rows(call.pairs), mid(call.pairs);
-  for (int64_t r = 0; r < call.rows; ++r) W::lay_out(x + r * call.d, call.d, laid + r * d_width);
-  for (int64_t p = 0; p < call.pairs; ++p) {
-    rows[p] = laid + call.pair_row[groups.order[p]] * d_width;
-    mid[p] = hidden + p * i_width;
-  }
-  const int64_t hit = static_cast<int64_t>(groups.experts.size()), per_expert = (call.inter + INTER_STEP - 1) / INTER_STEP;
-  pool.run(hit * per_expert, call.threads, [&](int64_t task) {
-    const int64_t e = task / per_expert, from = task % per_expert * INTER_STEP;
-    const int64_t first = groups.offset[e], n_pairs = groups.offset[e + 1] - first;
-    const int64_t count = std::min<int64_t>(INTER_STEP, call.inter - from);
-    const T* gate = static_cast<const T*>(call.gate_up[groups.experts[e]]) + from * call.d;
-    const T* up = gate + call.inter * call.d;
-    thread_local std::vector<float> both;
-    both.assign(2 * n_pairs * INTER_STEP, 0.0f);
-    float *g = both.data(), *u = g + n_pairs * INTER_STEP;
-    const Row* const* own = rows.data() + first;
-    multiply<W>(own, n_pairs, gate, call.d, count, [&](int64_t m, int64_t n, float v) { g[m * INTER_STEP + n] = v; });
-    multiply<W>(own, n_pairs, up, call.d, count, [&](int64_t m, int64_t n, float v) { u[m * INTER_STEP + n] = v; });
-    for (int64_t m = 0; m < n_pairs; ++m)
-      for (int64_t i = 0; i < padded(count); i += 32)
-        activate<W>(g + m * INTER_STEP + i, u + m * INTER_STEP + i, hidden + (first + m) * i_width + from + i);
-  });
-  const int64_t step = task_rows(call.d, call.inter * sizeof(T), call.threads), per_down = (call.d + step - 1) / step;
-  pool.run(hit * per_down, call.threads, [&](int64_t task) {
-    const int64_t e = task / per_down, from = task % per_down * step, count = std::min(step, call.d - from);
-    const int64_t first = groups.offset[e];
-    const T* down = static_cast<const T*>(call.down[groups.experts[e]]) + from * call.inter;
-    multiply<W>(mid.data() + first, groups.offset[e + 1] - first, down, call.inter, count,
-                [&](int64_t m, int64_t n, float v) { put(v, out + groups.order[first + m] * call.d + from + n); });
+  const int64_t i_width = stride(call.inter);
+  with_kind<T>(call.down_kind, [&](auto down) {
+    using Down = decltype(down);
+    auto* hidden = scratch<typename Down::Row>(call.pairs * i_width);
+    const Store<T> store = [&](int64_t pair, int64_t column, const T* h) {
+      Down::lay_out(h, 32, hidden + pair * i_width + column);
+    };
+    with_kind<T>(call.gate_up_kind, [&](auto kind) { activations<T, decltype(kind)>(call, groups, pool, store); });
+    std::vector<const typename Down::Row*> rows(call.pairs);
+    for (int64_t p = 0; p < call.pairs; ++p) rows[p] = hidden + p * i_width;
+    const int64_t step = task_rows(call.d, Down::row_bytes(call.inter), call.threads);
+    const int64_t per_expert = (call.d + step - 1) / step;
+    pool.run(groups.count() * per_expert, call.threads, [&](int64_t task) {
+      const int64_t e = task / per_expert, from = task % per_expert * step, to = std::min(from + step, call.d);
+      const int64_t first = groups.offset[e], n_pairs = groups.offset[e + 1] - first;
+      const Matrix& w = call.matrices[3 * groups.experts[e] + 2];
+      multiply<Down>(rows.data() + first, n_pairs, w, from, to, call.inter,
+                     [&](int64_t m, int64_t n, float v) { put(v, out + groups.order[first + m] * call.d + n); });
+    });
   });
   return -1;
 }

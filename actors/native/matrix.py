@@ -1,0 +1,94 @@
+"""How the kernels are told of a weight: where it lies and how it is quantised, in numbers alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK = 32
+"""Columns of a quantised weight that the kernels take at a time."""
+
+DENSE, INT8, INT4 = 0, 1, 2
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_KINDS = {"int8": INT8, "int4": INT4}
+_SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Quantised(Protocol):
+    """What the kernels must know of a quantised weight; see :class:`actors.model.quant.qtensor.QTensor`."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def data(self) -> Tensor: ...
+    @property
+    def scale(self) -> Tensor: ...
+    @property
+    def zero(self) -> Tensor | None: ...
+    @property
+    def group(self) -> int: ...
+    @property
+    def columns(self) -> Tensor | None: ...
+    @property
+    def int8_activations(self) -> bool: ...
+
+
+class Place(NamedTuple):
+    """The C struct ``Matrix``: addresses, 0 for what there is not, and how scales are kept."""
+
+    data: int
+    scale: int = 0
+    zero: int = 0
+    group: int = 0
+    scale_kind: int = 0
+
+
+NOWHERE = Place(0)
+"""Of an expert that is not held."""
+
+
+def row_kind(dtype: torch.dtype) -> int | None:
+    """The number by which the kernels know this dtype of rows; None: they do not take it."""
+    return _DTYPES.get(dtype)
+
+
+def weight_kind(weight: Tensor | Quantised, rows: torch.dtype) -> int | None:
+    """The number of a weight's kind, DENSE, INT8 or INT4; None if the kernels do not multiply ``rows`` with it.
+
+    They take contiguous weights on the CPU: dense ones [N, K] of the rows' dtype, and int8 and int4 with K and the
+    group, unless that is all of K, multiples of BLOCK, in their columns' order, with rows that are not quantised.
+    """
+    if isinstance(weight, Tensor):
+        fits = weight.dtype == rows and weight.device.type == "cpu" and weight.is_contiguous()
+        return DENSE if fits else None
+    width = weight.shape[1]
+    if weight.columns is not None or weight.int8_activations or width % BLOCK:
+        return None
+    if weight.group % BLOCK and weight.group < width:
+        return None
+    parts = [part for part in (weight.data, weight.scale, weight.zero) if part is not None]
+    if not all(part.device.type == "cpu" and part.is_contiguous() for part in parts):
+        return None
+    return _KINDS.get(weight.kind)
+
+
+def place(weight: Tensor | Quantised, row: int = 0) -> Place:
+    """Where the rows from ``row`` on of a weight lie that has a :func:`weight_kind`; valid as long as the weight."""
+    if isinstance(weight, Tensor):
+        return Place(_address(weight, row))
+    return Place(
+        _address(weight.data, row),
+        _address(weight.scale, row),
+        0 if weight.zero is None else _address(weight.zero, row),
+        min(weight.group, weight.shape[1]),
+        _SCALES[weight.scale.dtype],
+    )
+
+
+def _address(tensor: Tensor, row: int) -> int:
+    return tensor.data_ptr() + row * tensor.stride(0) * tensor.itemsize
