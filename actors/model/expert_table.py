@@ -4,35 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from actors.native import products
+from actors.native.expert_places import ExpertPlaces
 
 from .errors import MissingExpert
 from .mlp import SwiGLU
 
 
 class ExpertTable:
-    """The held experts of one layer, all dense and of one dtype."""
+    """The held experts of one layer, all of one form."""
 
-    def __init__(self, experts: Mapping[int, SwiGLU]) -> None:
-        """experts: by number, not empty, each with one ``gate_up``; the table keeps them alive."""
+    def __init__(self, experts: Mapping[int, SwiGLU], places: ExpertPlaces) -> None:
+        """experts: by number, not empty; the table keeps them alive. places: theirs together."""
         self._experts = dict(experts)
+        self._places = places
         self.held = len(experts)
-        count = max(experts) + 1
-        self._gate_up = torch.zeros(count, dtype=torch.int64)
-        self._down = torch.zeros(count, dtype=torch.int64)
-        for number, expert in experts.items():
-            assert isinstance(expert.gate_up, Tensor)
-            assert isinstance(expert.down, Tensor)
-            self._gate_up[number] = expert.gate_up.data_ptr()
-            self._down[number] = expert.down.data_ptr()
-            self._inter = expert.down.shape[1]
+        self.down = next(iter(experts.values())).down
+        """Of one of them: the others are kept like it."""
 
     def forward(self, layer: int, rows: Tensor, pair_row: Tensor, pair_expert: Tensor) -> Tensor:
         """As :meth:`~.experts.ExpertBank.forward`."""
-        out = products.experts(rows, pair_row, pair_expert, self._gate_up, self._down, self._inter)
+        out = products.experts(rows, pair_row, pair_expert, self._places)
         if isinstance(out, int):
             raise MissingExpert(layer, out)
         return out
@@ -43,12 +37,11 @@ def native_tables(held: Mapping[tuple[int, int], SwiGLU]) -> dict[int, ExpertTab
     by_layer: dict[int, dict[int, SwiGLU]] = {}
     for (layer, number), expert in held.items():
         by_layer.setdefault(layer, {})[number] = expert
-    return {layer: ExpertTable(experts) for layer, experts in by_layer.items() if _fit(experts)}
+    tables = {layer: _table(experts) for layer, experts in by_layer.items()}
+    return {layer: table for layer, table in tables.items() if table is not None}
 
 
-def _fit(experts: Mapping[int, SwiGLU]) -> bool:
-    downs = [expert.down for expert in experts.values()]
-    first = downs[0]
-    return isinstance(first, Tensor) and all(
-        products.usable(first, expert.gate_up, expert.down) for expert in experts.values()
-    )
+def _table(experts: Mapping[int, SwiGLU]) -> ExpertTable | None:
+    single = {number: expert.places for number, expert in experts.items() if expert.places is not None}
+    together = ExpertPlaces.together(single) if len(single) == len(experts) else None
+    return None if together is None else ExpertTable(experts, together)

@@ -95,7 +95,7 @@ class ExpertBank:
         if rows.dtype != self._dtype:
             raise ValueError(f"rows are {rows.dtype}, this bank computes in {self._dtype}")
         table = self._tables.get(layer)
-        if table is not None and native(pair_row.shape[0] / table.held, self._row_block, rows):
+        if table is not None and native(pair_row.shape[0] / table.held, self._row_block, rows, table.down):
             return table.forward(layer, rows, pair_row, pair_expert)
         order = torch.argsort(pair_expert, stable=True)
         numbers, counts = torch.unique_consecutive(pair_expert[order], return_counts=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from actors.native import products
 
 from .quant.int8_product import int8_linear
-from .quant.qtensor import QTensor
+from .quant.qtensor import TILE_BYTES, QTensor
 
 Matrix = Tensor | QTensor
 
@@ -18,11 +20,16 @@ _FEW = 11
 _MANY = 24
 """Rows above which torch's bf16 products are faster than the kernels, which are made for few."""
 
+_MANY_QUANTISED = 16
+"""The same for quantised weights, of which the kernels then only make bf16 tiles: that takes as long as three to four
+products of one row (2048 x 1408)."""
+
 
 def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None, row_block: int = 0) -> Tensor:
     """``x @ weight.T + bias``. x: [R, K], weight: [N, K], bias: [N] or None, one dtype; returns [R, N].
 
-    A quantised weight stays as it is: some of its rows at a time are dequantised to x's dtype and multiplied, or, with
+    A quantised weight stays as it is: the kernels multiply int8 and int4 where they lie, in fp32. Else (fp8, act order,
+    many rows in bf16) some of its rows at a time are dequantised to x's dtype and multiplied; or, with
     ``int8_activations``, x is quantised too and multiplied as integers.
 
     ``row_block > 0`` is the deterministic mode. The package's own kernels keep it as they are. Without them (a GPU,
@@ -41,18 +48,34 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None, row_block: int
 
 
 def _weight_only(x: Tensor, weight: QTensor, bias: Tensor | None, row_block: int) -> Tensor:
+    if native(x.shape[0], row_block, x, weight):
+        return products.linear(x, weight, bias)
     if weight.columns is not None:
         x = x.index_select(1, weight.columns)
     out = x.new_empty(x.shape[0], weight.shape[0])
-    for start, tile in weight.tiles(x.dtype):
+    for start, tile in _tiles(weight, x):
         part = slice(start, start + tile.shape[0])
         out[:, part] = _dense(x, tile, None if bias is None else bias[part], row_block)
     return out
 
 
-def native(rows: float, row_block: int, x: Tensor, *weights: object) -> bool:
+def _tiles(weight: QTensor, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """As :meth:`QTensor.tiles`, by the kernels where they can."""
+    if not products.usable(x, weight):
+        yield from weight.tiles(x.dtype)
+        return
+    rows, width = weight.shape
+    height = max(1, TILE_BYTES // (4 * width))
+    for start in range(0, rows, height):
+        tile = x.new_empty(min(height, rows - start), width)
+        products.dequantize(weight, start, tile)
+        yield start, tile
+
+
+def native(rows: float, row_block: int, x: Tensor, *weights: Matrix) -> bool:
     """Whether products of so many ``rows`` with each of ``weights`` are the kernels' (x: any rows, for its dtype)."""
-    many = x.dtype == torch.bfloat16 and rows > _MANY and not row_block
+    most = _MANY if all(isinstance(weight, Tensor) for weight in weights) else _MANY_QUANTISED
+    many = x.dtype == torch.bfloat16 and rows > most and not row_block
     return not many and products.usable(x, *weights)
 
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import Matrix, linear
+from actors.native import products
+from actors.native.expert_places import ExpertPlaces
+
+from .linear import Matrix, linear, native
 from .pointwise import pointwise
 from .reader import TensorReader
 
@@ -26,8 +29,12 @@ class SwiGLU:
     nbytes: int = field(init=False)
     """Of all matrices. Found once: a model has tens of thousands of these, and whoever sums them up shall be quick."""
 
+    places: ExpertPlaces | None = field(init=False, repr=False)
+    """Where they lie, for the kernels; None: these cannot take them."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "nbytes", sum(matrix.nbytes for matrix in self._matrices()))
+        object.__setattr__(self, "places", ExpertPlaces.of(self.gate_up, self.down))
 
     @classmethod
     def load(cls, read: TensorReader, names: tuple[str, str, str], d_model: int, inter: int) -> SwiGLU:
@@ -56,6 +63,8 @@ class SwiGLU:
 
     def __call__(self, x: Tensor, row_block: int = 0) -> Tensor:
         """x: [R, D] in the weights' dtype (quantised: any); returns [R, D]. ``row_block`` as for :func:`linear`."""
+        if self.places is not None and self.places.take(x.dtype) and native(x.shape[0], row_block, x, self.down):
+            return products.swiglu(x, self.places)
         if isinstance(self.gate_up, tuple):
             gate, up = (linear(x, matrix, row_block=row_block) for matrix in self.gate_up)
         else:

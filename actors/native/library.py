@@ -28,6 +28,7 @@ class Library:
         self.isa = isa
         self.number = known.index(isa)
         self.linear = functions.expertmesh_linear
+        self.dequantize = functions.expertmesh_dequantize
         self.experts = functions.expertmesh_experts
 
 
@@ -71,6 +72,8 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.expertmesh_isa.argtypes, found.expertmesh_isa.restype = [number], ctypes.c_char_p
     found.expertmesh_linear.argtypes = [*[number] * 3, *[pointer] * 4, *[whole] * 4, number]
     found.expertmesh_linear.restype = None
+    found.expertmesh_dequantize.argtypes = [*[number] * 3, *[pointer] * 2, *[whole] * 2, number]
+    found.expertmesh_dequantize.restype = None
     found.expertmesh_experts.argtypes = [*[number] * 4, *[pointer] * 5, *[whole] * 5, number]
     found.expertmesh_experts.restype = whole
     return found

@@ -48,8 +48,7 @@ class Place(NamedTuple):
     scale_kind: int = 0
 
 
-NOWHERE = Place(0)
-"""Of an expert that is not held."""
+Weight = Tensor | Quantised
 
 
 def row_kind(dtype: torch.dtype) -> int | None:
@@ -57,24 +56,27 @@ def row_kind(dtype: torch.dtype) -> int | None:
     return _DTYPES.get(dtype)
 
 
-def weight_kind(weight: Tensor | Quantised, rows: torch.dtype) -> int | None:
-    """The number of a weight's kind, DENSE, INT8 or INT4; None if the kernels do not multiply ``rows`` with it.
+def weight_kind(weight: Weight) -> int | None:
+    """The number of a weight's kind, DENSE, INT8 or INT4; None if the kernels do not take it.
 
-    They take contiguous weights on the CPU: dense ones [N, K] of the rows' dtype, and int8 and int4 with K and the
-    group, unless that is all of K, multiples of BLOCK, in their columns' order, with rows that are not quantised.
+    They take contiguous weights on the CPU: dense ones [N, K] in fp32 and bf16, for rows of that dtype; and int8 and
+    int4 in their columns' order with K a multiple of BLOCK, and the group as well unless it is all of K. What wants its
+    rows quantised is not theirs.
     """
     if isinstance(weight, Tensor):
-        fits = weight.dtype == rows and weight.device.type == "cpu" and weight.is_contiguous()
-        return DENSE if fits else None
+        return DENSE if weight.dtype in _DTYPES and _here(weight) else None
     width = weight.shape[1]
-    if weight.columns is not None or weight.int8_activations or width % BLOCK:
+    whole_blocks = width % BLOCK == 0 and (weight.group % BLOCK == 0 or weight.group >= width)
+    if not whole_blocks or weight.columns is not None or weight.int8_activations:
         return None
-    if weight.group % BLOCK and weight.group < width:
-        return None
-    parts = [part for part in (weight.data, weight.scale, weight.zero) if part is not None]
-    if not all(part.device.type == "cpu" and part.is_contiguous() for part in parts):
-        return None
-    return _KINDS.get(weight.kind)
+    here = _here(weight.data) and _here(weight.scale) and (weight.zero is None or _here(weight.zero))
+    return _KINDS.get(weight.kind) if here else None
+
+
+def takes(weight: Weight, rows: torch.dtype) -> bool:
+    """Whether the kernels multiply rows of this dtype with ``weight``."""
+    fits = rows in _DTYPES and (not isinstance(weight, Tensor) or weight.dtype == rows)
+    return fits and weight_kind(weight) is not None
 
 
 def place(weight: Tensor | Quantised, row: int = 0) -> Place:
@@ -88,6 +90,10 @@ def place(weight: Tensor | Quantised, row: int = 0) -> Place:
         min(weight.group, weight.shape[1]),
         _SCALES[weight.scale.dtype],
     )
+
+
+def _here(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _address(tensor: Tensor, row: int) -> int:

@@ -8,25 +8,22 @@ on the way, ``(number - zero) * scale``, and nothing else is rounded before the 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .expert_places import ExpertPlaces
 from .library import library
-from .matrix import NOWHERE, Place, Quantised, place, row_kind, weight_kind
+from .matrix import Place, Quantised, Weight, place, row_kind, takes, weight_kind
 
-Weight = Tensor | Quantised
-
-_Place = ctypes.c_int64 * len(Place._fields)
+_Numbers = ctypes.c_int64 * len(Place._fields)
 
 
 def usable(x: Tensor, *weights: Weight) -> bool:
     """Whether the kernels multiply rows x [R, K] (fp32 or bf16, on the CPU) with each of these weights."""
     if x.device.type != "cpu" or row_kind(x.dtype) is None or library() is None:
         return False
-    return all(weight_kind(weight, x.dtype) is not None for weight in weights)
+    return all(takes(weight, x.dtype) for weight in weights)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -40,9 +37,9 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     kernels.linear(
         kernels.number,
         row_kind(x.dtype),
-        weight_kind(weight, x.dtype),
+        weight_kind(weight),
         x.data_ptr(),
-        _Place(*place(weight)),
+        _Numbers(*place(weight)),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         rows,
@@ -54,19 +51,57 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Expert:
-    """Where a SwiGLU's gate, up [I, D] and down [D, I] lie, and of what kind they are: gate and up of one, in their
-    order. ``dtype``: of the rows that it takes, None: any."""
+def dequantize(weight: Quantised, start: int, out: Tensor) -> None:
+    """The rows from ``start`` on of a weight that the kernels take into ``out`` [n, K], contiguous, fp32 or bf16: as
+    torch computes them in fp32, rounded once."""
+    kernels = library()
+    assert kernels is not None
+    kernels.dequantize(
+        kernels.number,
+        row_kind(out.dtype),
+        weight_kind(weight),
+        _Numbers(*place(weight, start)),
+        out.data_ptr(),
+        *out.shape,
+        torch.get_num_threads(),
+    )
 
-    places: tuple[Place, Place, Place]
-    kinds: tuple[int, int]
-    inter: int
-    dtype: torch.dtype | None
+
+def experts(x: Tensor, pair_row: Tensor, pair_expert: Tensor, places: ExpertPlaces) -> Tensor | int:
+    """SwiGLU experts. x: [R, D], which ``places`` take; pair_row, pair_expert: int [P], pair p sends row
+    ``pair_row[p]`` to expert ``pair_expert[p]``. Returns [P, D], unweighted, or the number of an expert that is not
+    held. Raises IndexError for a row that x lacks.
+    """
+    kernels = library()
+    assert kernels is not None
+    x = x.contiguous()
+    pair_row, pair_expert = pair_row.to(torch.int64).contiguous(), pair_expert.to(torch.int64).contiguous()
+    out = x.new_empty(pair_row.shape[0], x.shape[1])
+    wrong: int = kernels.experts(
+        kernels.number,
+        row_kind(x.dtype),
+        *places.kinds,
+        x.data_ptr(),
+        pair_row.data_ptr(),
+        pair_expert.data_ptr(),
+        places.numbers,
+        out.data_ptr(),
+        x.shape[0],
+        pair_row.shape[0],
+        x.shape[1],
+        places.inter,
+        len(places),
+        torch.get_num_threads(),
+    )
+    pairs = pair_row.shape[0]
+    if wrong >= pairs:
+        raise IndexError(f"pair {wrong - pairs} is of row {int(pair_row[wrong - pairs])}; there are {x.shape[0]}")
+    return out if wrong < 0 else int(pair_expert[wrong])
 
 
-
-def experts(
-    x: Tensor, pair_row: Tensor, pair_expert: Tensor, gate_up: Tensor, down: Tensor, inter: int
-) -> Tensor | int:
-    raise NotImplementedError
+def swiglu(x: Tensor, places: ExpertPlaces) -> Tensor:
+    """What :func:`experts` gives for every row of x [R, D] at expert 0; returns [R, D]."""
+    rows = x.shape[0]
+    out = experts(x, torch.arange(rows), torch.zeros(rows, dtype=torch.int64), places)
+    assert isinstance(out, Tensor)
+    return out

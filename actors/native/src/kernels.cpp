@@ -61,6 +61,14 @@ struct Linear {
   int threads;
 };
 
+struct Dequantize {
+  int kind;
+  const Matrix& w;
+  void* out;
+  int64_t n, k;
+  int threads;
+};
+
 struct Experts {
   int gate_up_kind, down_kind;
   const void* x;
@@ -159,11 +167,16 @@ constexpr int TILE_M = 2, TILE_N = 3;
 struct Kernels {
   const char* isa;
   void (*linear[2])(const Linear&, Pool&);
+  void (*dequantize[2])(const Dequantize&, Pool&);
   int64_t (*experts[2])(const Experts&, Pool&);
 };
 
 #define KERNELS(isa) \
-  { #isa, {isa::linear<float>, isa::linear<uint16_t>}, {isa::experts<float>, isa::experts<uint16_t>} }
+  {                                                              \
+    #isa, {isa::linear<float>, isa::linear<uint16_t>},           \
+        {isa::dequantize<float>, isa::dequantize<uint16_t>},     \
+        {isa::experts<float>, isa::experts<uint16_t>}            \
+  }
 
 static std::vector<Kernels> supported() {
   std::vector<Kernels> all;
@@ -204,6 +217,11 @@ void expertmesh_linear(int isa, int type, int kind, const void* x, const void* w
                        int64_t rows, int64_t k, int64_t n, int64_t x_stride, int threads) {
   all()[isa].linear[type](
       {kind, x, *static_cast<const Matrix*>(w), bias, out, rows, k, n, x_stride, threads}, pool());
+}
+
+// out [n, k], fp32 or bf16 by its type: the numbers of w, INT8 or INT4, rounded once; k a multiple of 32.
+void expertmesh_dequantize(int isa, int type, int kind, const void* w, void* out, int64_t n, int64_t k, int threads) {
+  all()[isa].dequantize[type]({kind, *static_cast<const Matrix*>(w), out, n, k, threads}, pool());
 }
 
 // x [rows, d]; pair p sends row pair_row[p] to expert pair_expert[p] < n_experts; matrices: the gate and up [inter, d] and

@@ -186,6 +186,7 @@ struct Int8 : Quantised<int8_t, 8, 0> {
   static void lay_out(const T* from, int64_t k, float* to) {
     widen_all(from, k, to);
   }
+  static inline __attribute__((always_inline)) Numbers in_order(Numbers n) { return n; }
 };
 
 // Two numbers in a byte, the first in its low half: rows have even and odd columns apart, as for Widened.
@@ -216,6 +217,10 @@ struct Int4 : Quantised<uint8_t, 4, 8> {
   template <class T>
   static void lay_out(const T* from, int64_t k, float* to) {
     Widened::lay_out(from, k, to);
+  }
+  static inline __attribute__((always_inline)) Numbers in_order(Numbers n) {
+    return {__builtin_shuffle(n.first, n.second, vi{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}),
+            __builtin_shuffle(n.first, n.second, vi{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})};
   }
 };
 
@@ -360,19 +365,15 @@ static void stream(const typename W::Row* const* x, int64_t rows, const Matrix& 
   for (int64_t n = in_tiles; n < to; ++n) multiply_rows<W, 1>(x, 0, rows, w, n, k, put);
 }
 
-// The weights from .. to of w, dequantised to [.., k] in the order of laid out rows.
-template <class W>
-static void dequantize(const Matrix& w, int64_t from, int64_t to, int64_t k, float* out) {
-  for (int64_t n = from; n < to; ++n, out += k) {
+// put(n, i, numbers) for each 32 dequantised numbers, from column i on, of the weights n = from .. to of w [.., k].
+template <class W, class Put>
+static inline void dequantize_each(const Matrix& w, int64_t from, int64_t to, int64_t k, const Put& put) {
+  for (int64_t n = from; n < to; ++n) {
     const typename W::Line line = W::line(w, n, k, scratch<float, 1>(W::room(w, k)));
     const int64_t size = W::group_size(line, k);
     for (int64_t start = 0, g = 0; start < k; start += size, ++g) {
       const typename W::Group group = W::group(line, g);
-      for (int64_t i = start; i < std::min(start + size, k); i += 32) {
-        const typename W::Numbers numbers = W::weight(line, group, i);
-        *reinterpret_cast<vf*>(out + i) = numbers.first;
-        *reinterpret_cast<vf*>(out + i + 16) = numbers.second;
-      }
+      for (int64_t i = start; i < std::min(start + size, k); i += 32) put(n, i, W::weight(line, group, i));
     }
   }
 }
@@ -387,7 +388,11 @@ static void multiply(const typename W::Row* const* x, int64_t rows, const Matrix
       auto* wide = scratch<float, 2>(step * k);
       for (int64_t n = from; n < to; n += step) {
         const int64_t count = std::min(step, to - n);
-        dequantize<W>(w, n, n + count, k, wide);
+        dequantize_each<W>(w, n, n + count, k, [&](int64_t row, int64_t i, const typename W::Numbers& numbers) {
+          float* to = wide + (row - n) * k + i;  // in the order of laid out rows
+          *reinterpret_cast<vf*>(to) = numbers.first;
+          *reinterpret_cast<vf*>(to + 16) = numbers.second;
+        });
         stream<Fp32>(x, rows, Matrix{wide, nullptr, nullptr, 0, 0}, 0, count, k,
                      [&](int64_t m, int64_t j, float value) { put(m, n + j, value); });
       }
@@ -428,6 +433,33 @@ static void linear(const Linear& call, Pool& pool) {
       });
     });
   });
+}
+
+// 32 numbers in the columns' order.
+template <class W, class T>
+static inline void store(const typename W::Numbers& numbers, T* to) {
+  const typename W::Numbers in_order = W::in_order(numbers);
+  alignas(64) uint32_t bits[32];
+  *reinterpret_cast<vu*>(bits) = (vu)round_to<T>(in_order.first);
+  *reinterpret_cast<vu*>(bits + 16) = (vu)round_to<T>(in_order.second);
+  if constexpr (std::is_same_v<T, float>) std::memcpy(to, bits, sizeof bits);
+  else for (int j = 0; j < 32; ++j) to[j] = static_cast<T>(bits[j] >> 16);
+}
+
+template <class T>
+static void dequantize(const Dequantize& call, Pool& pool) {
+  const auto all = [&](auto kind) {
+    using W = decltype(kind);
+    const int64_t step = task_rows(call.n, call.k * sizeof(T), call.threads);
+    pool.run((call.n + step - 1) / step, call.threads, [&](int64_t task) {
+      const int64_t from = task * step, to = std::min(from + step, call.n);
+      dequantize_each<W>(call.w, from, to, call.k, [&](int64_t n, int64_t i, const typename W::Numbers& numbers) {
+        store<W>(numbers, static_cast<T*>(call.out) + n * call.k + i);
+      });
+    });
+  };
+  if (call.kind == INT8) all(Int8{});
+  if (call.kind == INT4) all(Int4{});
 }
 
 // silu(gate) * up for 32 columns, rounded where storing them as T would.

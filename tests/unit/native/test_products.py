@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.native import products
+from actors.native.expert_places import ExpertPlaces
 from actors.native.library import Library, functions, instruction_sets, library
+from actors.native.matrix import Weight
 
 DTYPES = [torch.float32, torch.bfloat16]
 BUILT = functions()
@@ -92,14 +94,15 @@ def test_experts_are_the_same_wherever_there_is_fused_multiply_add(isa: str, mon
     if isa not in ("avx512", "avx512_bf16"):
         pytest.skip(f"{isa}: compared with avx2 is what is wider")
     (weights,) = expert_weights(1, 96, 97, torch.float32)
-    tables = [addresses([tensor.contiguous()]) for tensor in weights]
+    weights = [tensor.contiguous() for tensor in weights]
+    places = together([weights])
     pairs = torch.arange(9), torch.zeros(9, dtype=torch.int64)
     x = random(9, 96, dtype=torch.float32)
-    wide = products.experts(x, *pairs, *tables, 97)
+    wide = products.experts(x, *pairs, places)
     assert BUILT is not None
     narrow = Library(BUILT, "avx2")
     monkeypatch.setattr("actors.native.products.library", lambda: narrow)
-    other = products.experts(x, *pairs, *tables, 97)
+    other = products.experts(x, *pairs, places)
     assert isinstance(wide, Tensor)
     assert isinstance(other, Tensor)
     assert torch.equal(wide, other)
@@ -144,8 +147,13 @@ def expert_weights(count: int, d: int, inter: int, dtype: torch.dtype) -> list[t
     ]
 
 
-def addresses(tensors: list[Tensor]) -> Tensor:
-    return torch.tensor([tensor.data_ptr() for tensor in tensors])
+def together(experts: Sequence[Sequence[Weight]], *, first: int = 0) -> ExpertPlaces:
+    """(gate over up, down) of each, numbered from ``first``; the caller keeps them alive."""
+    single = {number: ExpertPlaces.of(*weights) for number, weights in enumerate(experts, first)}
+    places = ExpertPlaces.together({number: one for number, one in single.items() if one is not None})
+    assert places is not None
+    assert len(places) == first + len(experts)
+    return places
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -161,14 +169,14 @@ def test_experts_are_as_exact_as_torchs(dtype: torch.dtype, d: int, inter: int, 
     generator = torch.Generator().manual_seed(3)
     pair_row = torch.randint(rows, (3 * rows,), generator=generator, dtype=torch.int32)
     pair_expert = torch.randint(6, (3 * rows,), generator=generator, dtype=torch.int32)
-    gate_up, down = addresses([g for g, _ in weights]), addresses([w for _, w in weights])
-    out = products.experts(x, pair_row, pair_expert, gate_up, down, inter)
+    places = together(weights)
+    out = products.experts(x, pair_row, pair_expert, places)
     assert isinstance(out, Tensor)
     chosen = list(zip(x[pair_row], pair_expert.tolist(), strict=True))
     exact = torch.stack([swiglu(row.double(), *(w.double() for w in weights[e])) for row, e in chosen])
     torchs = torch.stack([swiglu(row, *weights[e]) for row, e in chosen])
     assert (out - exact).norm() <= 1.5 * (torchs - exact).norm()
-    one = products.experts(x[pair_row[4]][None], pair_row[:1] * 0, pair_expert[4:5], gate_up, down, inter)
+    one = products.experts(x[pair_row[4]][None], pair_row[:1] * 0, pair_expert[4:5], places)
     assert isinstance(one, Tensor)
     assert torch.equal(one[0], out[4])
 
@@ -181,26 +189,21 @@ def test_gates_of_all_sizes() -> None:
     down = torch.eye(inter)[:1].contiguous()
     for i in range(0, inter, 37):
         down[0], down[0, i] = 0, 1
-        out = products.experts(
-            torch.ones(1, 1), torch.tensor([0]), torch.tensor([0]), addresses([gate_up]), addresses([down]), inter
-        )
-        assert isinstance(out, Tensor)
+        out = products.swiglu(torch.ones(1, 1), together([(gate_up, down)]))
         torch.testing.assert_close(out[0, 0], F.silu(gates[i].double()).float(), rtol=3e-7, atol=1e-35)
 
 
 def test_an_expert_that_is_not_held_is_named() -> None:
     ((gate_up, down),) = expert_weights(1, 8, 4, torch.float32)
-    gate_up, down = gate_up.contiguous(), down.contiguous()
-    held = addresses([gate_up, gate_up]), addresses([down, down])
-    held[0][0] = 0
+    held = together([(gate_up, down)], first=1)
     for missing in (0, 2, -1):
         pairs = torch.tensor([0, 0]), torch.tensor([1, missing])
-        assert products.experts(torch.ones(1, 8), *pairs, *held, 4) == missing
+        assert products.experts(torch.ones(1, 8), *pairs, held) == missing
     for row in (1, -1):
         with pytest.raises(IndexError, match=rf"pair 1 is of row {row}; there are 1"):
-            products.experts(torch.ones(1, 8), torch.tensor([0, row]), torch.tensor([1, 1]), *held, 4)
+            products.experts(torch.ones(1, 8), torch.tensor([0, row]), torch.tensor([1, 1]), held)
     none = torch.zeros(0, dtype=torch.int64)
-    empty = products.experts(torch.ones(1, 8), none, none, *held, 4)
+    empty = products.experts(torch.ones(1, 8), none, none, held)
     assert isinstance(empty, Tensor)
     assert empty.shape == (0, 8)
 

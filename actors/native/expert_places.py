@@ -1,0 +1,66 @@
+"""Where the matrices of SwiGLU experts lie, for kernels that compute many of them in one call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .matrix import DENSE, Place, Weight, place, weight_kind
+
+_NUMBERS = 3 * len(Place._fields)
+"""Of one expert: gate, up and down."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertPlaces:
+    """Experts by number, all alike; an expert that is not held has addresses of 0. Valid as long as the weights.
+
+    ``kinds``: of gate and up, and of down. ``dtype``: of the rows that they take, None: any that the kernels know.
+    """
+
+    numbers: ctypes.Array[ctypes.c_int64]
+    kinds: tuple[int, int]
+    inter: int
+    d_model: int
+    dtype: torch.dtype | None
+
+    def __len__(self) -> int:
+        return len(self.numbers) // _NUMBERS
+
+    def take(self, rows: torch.dtype) -> bool:
+        """Whether rows of this dtype can be sent to these experts."""
+        return self.dtype is None or rows == self.dtype
+
+    @classmethod
+    def of(cls, gate_up: Weight | tuple[Weight, ...], down: Weight) -> ExpertPlaces | None:
+        """One expert, number 0. gate_up: [2I, D], the gate's rows first, or both [I, D]; down: [D, I].
+
+        None if the kernels cannot take them, or if gate and up are of two kinds.
+        """
+        d_model, inter = down.shape
+        gate, up = gate_up if isinstance(gate_up, tuple) else (gate_up, gate_up)
+        dense = {weight.dtype for weight in (gate, up, down) if isinstance(weight, Tensor)}
+        kinds = [weight_kind(weight) for weight in (gate, up, down)]
+        if len(dense) > 1 or None in kinds or kinds[0] != kinds[1]:
+            return None
+        places = place(gate), place(up, 0 if isinstance(gate_up, tuple) else inter), place(down)
+        numbers = (ctypes.c_int64 * _NUMBERS)(*(number for one in places for number in one))
+        return cls(numbers, (kinds[0] or DENSE, kinds[2] or DENSE), inter, d_model, next(iter(dense), None))
+
+    @classmethod
+    def together(cls, experts: Mapping[int, ExpertPlaces]) -> ExpertPlaces | None:
+        """Single experts under their numbers; None if they are not alike."""
+        first = next(iter(experts.values()))
+        if any(one._form() != first._form() for one in experts.values()):
+            return None
+        numbers = (ctypes.c_int64 * (_NUMBERS * (max(experts) + 1)))()
+        for index, one in experts.items():
+            numbers[index * _NUMBERS : (index + 1) * _NUMBERS] = one.numbers[:]
+        return cls(numbers, first.kinds, first.inter, first.d_model, first.dtype)
+
+    def _form(self) -> tuple[object, ...]:
+        return self.kinds, self.inter, self.d_model, self.dtype
