@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -23,20 +23,7 @@ SHAPES = [(1, 1, 1), (1, 32, 3), (5, 70, 100), (9, 576, 961), (17, 2049, 33), (1
 """Rows, K and N: tails of all three, and rows that fit in a cache and not."""
 
 
-@pytest.fixture(autouse=True, params=instruction_sets(BUILT) if BUILT else [])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    assert BUILT is not None
-    kernels = Library(BUILT, request.param)
-    monkeypatch.setattr("actors.native.products.library", lambda: kernels)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("isa", "two_threads")
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
