@@ -108,6 +108,7 @@ class AttentionShard(Recorded):
                 row_block=self._settings.row_block,
                 progress=self._count,
                 device=self._settings.torch_device,
+                quantization=self._settings.quant_kind,
             )
         return self._endpoint.address
 

@@ -18,9 +18,8 @@ class ModelSettings:
     """``dtype`` is a torch dtype's name ("float32", "bfloat16"). ``row_block`` > 0 is the deterministic mode (see
     ``actors.model.linear``). ``threads``: torch's intra-op threads in this process; 0 means the machine's cores divided
     by ``sharing``, the number of such processes on it. ``device``: where it computes, "cpu" or "cuda" (the first GPU
-    that this process sees). ``nccl``: rows travel between routers and expert shards over NCCL. ``expert_quantization``:
-    "none", or to what the experts' weights are quantised while they are loaded ("int8", "int4", "fp8").
-    ``check_weights``: NaN and infinity are looked for meanwhile."""
+    that this process sees). ``nccl``: rows travel between routers and expert shards over NCCL. ``quantization``: "none",
+    or to what this process' weights are quantised while they are loaded ("int8", "int4", "fp8"). ``check_weights``: NaN and infinity are looked for meanwhile."""
 
     path: Path
     dtype: str
@@ -30,7 +29,7 @@ class ModelSettings:
     sharing: int = 1
     device: str = "cpu"
     nccl: bool = False
-    expert_quantization: str = "none"
+    quantization: str = "none"
     check_weights: bool = True
 
     @property
@@ -47,8 +46,8 @@ class ModelSettings:
 
     @property
     def quant_kind(self) -> QuantKind | None:
-        """``expert_quantization``, None for "none"."""
-        return None if self.expert_quantization == "none" else cast(QuantKind, self.expert_quantization)
+        """``quantization``, None for "none"."""
+        return None if self.quantization == "none" else cast(QuantKind, self.quantization)
 
     @property
     def torch_device(self) -> torch.device:

@@ -98,6 +98,10 @@ class AttentionConfig(_Section):
     gpus: float = Field(1.0, gt=0, le=1, description="with device: cuda, the part of a GPU that a bundle gets")
     threads: int = Field(0, ge=0, description="torch threads; 0: one for small matrices, else one a core")
     node_labels: Labels = Field(default_factory=dict, description="nodes that may hold this fleet")
+    quantization: Literal["none", QuantKind] = Field(
+        "none",
+        description="quantise attention's projections, shared experts, dense layers and the head while they are loaded",
+    )
     kv_memory: Annotated[ByteSize | None, BeforeValidator(_none_for_auto)] = Field(
         2**30,
         ge=1,

@@ -11,7 +11,7 @@ from typing import Any
 from actors.model.errors import CheckpointError, UnsupportedModelError
 from actors.model.families import load_spec, read_json, spec_from_config
 from actors.model.header_check import KnownHeaders, find_faults
-from actors.model.inventory import Inventory, bytes_at_load, expert_shapes, held_bytes
+from actors.model.inventory import Inventory, bytes_at_load, expert_shapes, held_bytes, resident_bytes
 from actors.model.quant.layout import is_quantized, scale_bytes
 from actors.model.safetensors_header import TensorEntry
 from actors.model.spec import MoEDecoderSpec
@@ -34,12 +34,13 @@ Entries = Mapping[str, TensorEntry | None]
 
 @dataclass(frozen=True)
 class Sizes:
-    """All in bytes, but the inventory. ``expert``: a routed expert in memory, by ``experts.quantization``; "none" alone
-    if it is stored quantised, and then an estimate unless headers were seen. ``expert_on_disk`` and ``disk``, the
+    """All in bytes, but the inventory. ``attention_shard``: its weights, by ``attention.quantization``; ``expert``: a
+    routed expert in memory, by ``experts.quantization``; "none" alone if the checkpoint is quantised, and then for
+    experts an estimate unless headers were seen. ``expert_on_disk`` and ``disk``, the
     latter of all files of weights: None if they were not seen."""
 
     inventory: Inventory
-    attention_shard: int
+    attention_shard: dict[str, int]
     expert: dict[str, int]
     expert_on_disk: int | None
     kv_per_token: int
@@ -164,16 +165,18 @@ def _stem(name: str) -> str:
 
 
 def _sizes(spec: MoEDecoderSpec, entries: Entries, disk: int | None) -> Sizes:
-    inventory, shapes, itemsize = Inventory.of(spec), expert_shapes(spec), spec.dtype.itemsize
+    shapes = expert_shapes(spec)
     expert = {"none": _expert_as_stored(spec, entries, shapes)}
+    attention_shard = {"none": resident_bytes(spec)}
     if spec.quantization is None:
         expert |= {kind: bytes_at_load(shapes, kind) for kind in QUANT_KINDS}
+        attention_shard |= {kind: resident_bytes(spec, kind) for kind in QUANT_KINDS}
     return Sizes(
-        inventory,
-        inventory.attention_shard * itemsize,
+        Inventory.of(spec),
+        attention_shard,
         expert,
         _expert_on_disk(spec, entries),
-        spec.kv_floats_per_token * itemsize,
+        spec.kv_floats_per_token * spec.dtype.itemsize,
         disk,
     )
 

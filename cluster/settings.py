@@ -38,12 +38,12 @@ class SettingsFactory:
     def expert(self, bundle: Bundle, all_bundles: Sequence[Bundle]) -> ModelSettings:
         """Expert shards of one node share its cores: they work at the same time."""
         sharing = Counter(b.node_id for b in all_bundles)[bundle.node_id]
-        return self._model(bundle.node_id, self.config.experts.threads, sharing)
+        return self._model(bundle.node_id, self.config.experts.threads, sharing, self.config.experts.quantization)
 
     def attention(self, bundle: Bundle, all_bundles: Sequence[Bundle]) -> ModelSettings:
         """Attention replicas of one node share its cores."""
         sharing = Counter(b.node_id for b in all_bundles)[bundle.node_id]
-        return self._model(bundle.node_id, self.config.attention.threads, sharing)
+        return self._model(bundle.node_id, self.config.attention.threads, sharing, self.config.attention.quantization)
 
     def router(self, bundle: Bundle) -> ModelSettings:
         """Gates are small: one thread."""
@@ -123,7 +123,7 @@ class SettingsFactory:
         token_bytes = KVCache.bytes_per_token(load_spec(path), torch_dtype(self.config, path))
         return kv_bytes // (token_bytes * block_size) * block_size
 
-    def _model(self, node_id: str, threads: int, sharing: int) -> ModelSettings:
+    def _model(self, node_id: str, threads: int, sharing: int, quantization: str = "none") -> ModelSettings:
         path = self.paths[node_id]
         spec = load_spec(path)
         check_quantization(self.config, spec)
@@ -138,7 +138,7 @@ class SettingsFactory:
             sharing=sharing,
             device=self.config.device,
             nccl=self.config.transport == "nccl",
-            expert_quantization=self.config.experts.quantization,
+            quantization=quantization,
             check_weights=self.config.check_weights,
         )
 
@@ -178,10 +178,11 @@ def check_shards(config: ServerConfig, spec: MoEDecoderSpec) -> None:
 
 
 def check_quantization(config: ServerConfig, spec: MoEDecoderSpec) -> None:
-    """Raise ConfigError when experts are to be quantised that are stored quantised."""
-    wanted, stored = config.experts.quantization, spec.quantization
-    if wanted != "none" and stored is not None:
-        raise ConfigError(
-            f"experts.quantization: {wanted}, but the checkpoint is quantised already ({stored.method}, {stored.bits} "
-            "bits), which is kept as it is; write none"
-        )
+    """Raise ConfigError when weights are to be quantised of a checkpoint that is stored quantised."""
+    stored = spec.quantization
+    for fleet, section in (("experts", config.experts), ("attention", config.attention)):
+        if section.quantization != "none" and stored is not None:
+            raise ConfigError(
+                f"{fleet}.quantization: {section.quantization}, but the checkpoint is quantised already "
+                f"({stored.method}, {stored.bits} bits), which is kept as it is; write none"
+            )

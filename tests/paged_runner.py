@@ -17,6 +17,7 @@ from actors.model.gate import Gate
 from actors.model.kv_cache import KVCache
 from actors.model.local_moe import LocalMoE
 from actors.model.weights import Checkpoint
+from actors.quant_kind import QuantKind
 
 
 class PagedRunner:
@@ -29,11 +30,13 @@ class PagedRunner:
         row_block: int = 0,
         n_blocks: int = 96,
         block_size: int = 4,
+        quantization: QuantKind | None = None,
     ) -> None:
+        """``quantization``: at load, of what an attention shard holds."""
         self.spec = load_spec(path)
         everything = [(layer, e) for layer in self.spec.moe_layers for e in range(self.spec.moe.n_experts)]
         with Checkpoint(path) as checkpoint:
-            self.model = AttentionModel.load(self.spec, checkpoint, dtype, row_block)
+            self.model = AttentionModel.load(self.spec, checkpoint, dtype, row_block, quantization=quantization)
             self.gate = Gate.load(self.spec, checkpoint, dtype, row_block)
             self.bank = ExpertBank.load(self.spec, checkpoint, everything, dtype, row_block)
         self.moe: MoE = LocalMoE(self.gate, self.bank)

@@ -9,11 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from actors.quant_kind import QuantKind
+
 from .attention import PagedAttention
 from .batch import StepBatch
 from .gqa import GroupedQueryAttention
 from .kv_cache import KVCache
-from .linear import linear
+from .linear import Matrix, linear
 from .mla import LatentAttention
 from .mlp import SwiGLU
 from .norm import rms_norm
@@ -66,7 +68,7 @@ class AttentionModel:
         layers: list[LayerWeights],
         embed: Tensor,
         final_norm: Tensor,
-        lm_head: Tensor,
+        lm_head: Matrix,
         row_block: int = 0,
     ) -> None:
         self.spec = spec
@@ -86,13 +88,15 @@ class AttentionModel:
         row_block: int = 0,
         progress: Callable[[int], None] | None = None,
         device: torch.device | str = "cpu",
+        quantization: QuantKind | None = None,
     ) -> AttentionModel:
         """Read all tensors but gates and routed experts, in ``dtype``. Raises CheckpointError.
 
         ``row_block > 0`` is the deterministic mode (see :func:`linear`); ``progress`` gets bytes as they are
-        read.
+        read. ``quantization`` quantises attention's projections, but kv_b_proj and an indexer's, MLPs and the head (of
+        tied embeddings a copy) as they are read; ValueError for that of a quantised checkpoint.
         """
-        read = TensorReader(checkpoint, dtype, device, progress, scheme=spec.quantization)
+        read = TensorReader(checkpoint, dtype, device, progress, spec.quantization, quantization)
         rope = RopeTable(spec.rope, spec.max_positions, dtype, device)
         shape = (spec.vocab_size, spec.d_model)
         embed = read(spec.names.embed, shape)
@@ -102,7 +106,7 @@ class AttentionModel:
             load_each(lambda layer: _load_layer(spec, read, layer), range(spec.n_layers)),
             embed,
             read(spec.names.final_norm, (spec.d_model,)),
-            embed if spec.tie_embeddings else read(spec.names.lm_head, shape),
+            _load_head(spec, read, embed),
             row_block,
         )
 
@@ -164,6 +168,13 @@ class AttentionModel:
             logit = linear(rows, layer.shared_gate, row_block=self._row_block)
             local = pointwise(torch.sigmoid, logit, self._row_block) * local
         return local
+
+
+def _load_head(spec: MoEDecoderSpec, read: TensorReader, embed: Tensor) -> Matrix:
+    if spec.tie_embeddings and not read.quantizes:
+        return embed
+    name = spec.names.embed if spec.tie_embeddings else spec.names.lm_head
+    return read.projection([(name, (spec.vocab_size, spec.d_model))])
 
 
 def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int) -> LayerWeights:

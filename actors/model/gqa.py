@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention import PagedAttention, Planes, Queries, softmax_scores
 from .block_attention import Sight, block_attention
-from .linear import linear
+from .linear import Matrix, linear
 from .norm import rms_norm
 from .parallel import load_each
 from .reader import TensorReader
@@ -25,9 +25,9 @@ class GqaWeights:
     q_norm and k_norm: [d] each, or [H d] and [G d] if the whole projected vector is normed.
     """
 
-    qkv: Tensor
+    qkv: Matrix
     qkv_bias: Tensor | None
-    out: Tensor
+    out: Matrix
     out_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -91,14 +91,14 @@ def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int) -> GqaWeig
     def name(tensor: str) -> str:
         return spec.names.attention(layer, tensor)
 
-    qkv = read.stacked((name(f"{part}.weight"), (n, spec.d_model)) for part, n in rows.items())
+    qkv = read.projection((name(f"{part}.weight"), (n, spec.d_model)) for part, n in rows.items())
     bias = read.stacked((name(f"{part}.bias"), (n,)) for part, n in rows.items()) if attn.qkv_bias else None
     full = attn.qk_norm == "full"
     q_norm, k_norm = (rows["q_proj"], rows["k_proj"]) if full else (attn.head_dim, attn.head_dim)
     return GqaWeights(
         qkv=qkv,
         qkv_bias=bias,
-        out=read(name("o_proj.weight"), (spec.d_model, rows["q_proj"])),
+        out=read.projection([(name("o_proj.weight"), (spec.d_model, rows["q_proj"]))]),
         out_bias=read(name("o_proj.bias"), (spec.d_model,)) if attn.o_bias else None,
         q_norm=read(name("q_norm.weight"), (q_norm,)) if attn.qk_norm != "none" else None,
         k_norm=read(name("k_norm.weight"), (k_norm,)) if attn.qk_norm != "none" else None,

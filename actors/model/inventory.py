@@ -93,6 +93,20 @@ def bytes_at_load(shapes: Iterable[tuple[int, int]], kind: QuantKind) -> int:
     return sum(quantized_bytes(shape, kind) for shape in shapes)
 
 
+def resident_bytes(spec: MoEDecoderSpec, kind: QuantKind | None = None) -> int:
+    """Bytes of an attention shard's weights, computed in the model's dtype; ``kind``: as what its matrices are
+    quantised at load, with a copy of tied embeddings as the head."""
+    itemsize = spec.dtype.itemsize
+    if kind is None:
+        return Inventory.of(spec).attention_shard * itemsize
+    total = bytes_at_load([(spec.vocab_size, spec.d_model)], kind) if spec.tie_embeddings else 0
+    for tensor in resident_tensors(spec):
+        if tensor.part != "gate":
+            shape = tensor.projection
+            total += tensor.numel * itemsize if shape is None else quantized_bytes(shape, kind)
+    return total
+
+
 def held_bytes(
     shapes: Iterable[tuple[int, int]], scheme: QuantScheme | None, itemsize: int, scale_bytes: int | None = None
 ) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .attention import PagedAttention, Planes, Queries, softmax_scores
 from .block_attention import Sight, block_attention
 from .indexer import Indexer
-from .linear import linear
+from .linear import Matrix, linear
 from .norm import rms_norm
 from .parallel import load_each
 from .reader import TensorReader
@@ -37,14 +37,14 @@ class MlaWeights:
     DeepSeek-V3.2's, which reads the normed low-rank query and so exists only where there is one.
     """
 
-    down: Tensor
+    down: Matrix
     down_bias: Tensor | None
     q_norm: Tensor | None
-    q_up: Tensor | None
+    q_up: Matrix | None
     latent_norm: Tensor
     key_up: Tensor
     value_up: Tensor
-    out: Tensor
+    out: Matrix
     out_bias: Tensor | None
     indexer: Indexer | None = None
 
@@ -131,14 +131,14 @@ def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int, rope: Rope
     rows["kv_a_proj_with_mqa"] = attn.kv_lora_rank + attn.qk_rope_dim
     key_up, value_up = _load_up(spec, read, name("kv_b_proj.weight"))
     return MlaWeights(
-        down=read.stacked((name(f"{part}.weight"), (n, d_model)) for part, n in rows.items()),
+        down=read.projection((name(f"{part}.weight"), (n, d_model)) for part, n in rows.items()),
         down_bias=_load_down_bias(spec, read, layer) if attn.qkv_bias else None,
         q_norm=None if rank is None else read(name("q_a_layernorm.weight"), (rank,)),
-        q_up=None if rank is None else read(name("q_b_proj.weight"), (query_rows, rank)),
+        q_up=None if rank is None else read.projection([(name("q_b_proj.weight"), (query_rows, rank))]),
         latent_norm=read(name("kv_a_layernorm.weight"), (attn.kv_lora_rank,)),
         key_up=key_up,
         value_up=value_up,
-        out=read(name("o_proj.weight"), (d_model, attn.heads * attn.v_dim)),
+        out=read.projection([(name("o_proj.weight"), (d_model, attn.heads * attn.v_dim))]),
         out_bias=read(name("o_proj.bias"), (d_model,)) if attn.o_bias else None,
         indexer=Indexer.load(spec, attn.indexer, read, layer, rope, row_block) if attn.indexer else None,
     )

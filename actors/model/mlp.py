@@ -38,10 +38,10 @@ class SwiGLU:
 
     @classmethod
     def load(cls, read: TensorReader, names: tuple[str, str, str], d_model: int, inter: int) -> SwiGLU:
-        """Read the (gate, up, down) matrices called ``names`` as dense ones."""
+        """Read the (gate, up, down) matrices called ``names``, see :meth:`TensorReader.projection`."""
         gate, up, down = names
-        gate_up = read.stacked([(gate, (inter, d_model)), (up, (inter, d_model))])
-        return cls(gate_up, read(down, (d_model, inter)))
+        gate_up = read.projection([(gate, (inter, d_model)), (up, (inter, d_model))])
+        return cls(gate_up, read.projection([(down, (d_model, inter))]))
 
     @classmethod
     def load_expert(cls, read: TensorReader, names: tuple[str, str, str], d_model: int, inter: int) -> SwiGLU:

@@ -54,6 +54,11 @@ class TensorReader:
         self._reported = checkpoint.bytes_read
 
     @property
+    def quantizes(self) -> bool:
+        """Whether plain matrices are quantised as they are read."""
+        return self._quantize is not None
+
+    @property
     def leaves_holes(self) -> bool:
         """Whether reading makes what is dropped again: quantised and plain forms, or copies on the way to a GPU."""
         return self._scheme is not None or self._quantize is not None or self._device.type != "cpu"
@@ -76,14 +81,22 @@ class TensorReader:
             self._report()
         return out
 
+    def projection(self, parts: Iterable[Part]) -> Matrix:
+        """As :meth:`stacked`; quantised if ``quantize`` is set, but dense if it is the checkpoint that is quantised."""
+        wanted = list(parts)
+        if self._quantize is None:
+            return self.stacked(wanted)
+        return stack([self._made(name, shape) for name, shape in wanted])
+
     def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
         """The matrix ``name``, quantised if it is stored so or ``quantize`` is set."""
         stored = self._stored_quantized(name, shape)
         if stored is None and self._quantize is None:
             return self(name, shape)
-        kept = stored or self._quantized(self._checkpoint.read(name, shape), name)
+        if stored is None:
+            return self._made(name, shape)
         self._report()
-        return kept
+        return stored
 
     def stacked_matrix(self, parts: Sequence[Part]) -> Matrix | tuple[Matrix, ...]:
         """As :meth:`stacked`, of what :meth:`matrix` gives. Apart, in their order, where they cannot lie under one
@@ -126,6 +139,12 @@ class TensorReader:
             return None
         mark = mark_of(self._checkpoint, self._scheme, name)
         return self._fitting(stored, name, mark or name).to(self._device)
+
+    def _made(self, name: str, shape: tuple[int, int]) -> QTensor:
+        """The plain matrix ``name``, quantised."""
+        made = self._quantized(self._checkpoint.read(name, shape), name)
+        self._report()
+        return made
 
     def _quantized(self, plain: Tensor, name: str) -> QTensor:
         """From the precision on disk: a cast before it would add an error."""

@@ -12,6 +12,8 @@ from .spec import MoEDecoderSpec
 Part = Literal["embed", "head", "norm", "attention", "gate", "shared", "dense", "expert"]
 """``attention``: with its norms and its indexer; ``gate``: with the correction bias; ``shared``: with its gate."""
 
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"}
+
 Shapes = Iterable[tuple[str, tuple[int, ...]]]
 
 
@@ -23,6 +25,15 @@ class ExpectedTensor:
     shape: tuple[int, ...]
     part: Part
     aliases: tuple[str, ...] = ()
+
+    @property
+    def projection(self) -> tuple[int, int] | None:
+        """[N, K] of a matrix that an attention shard quantises at load if it is told to; else None."""
+        stem = self.name.removesuffix(".weight").rpartition(".")[2]
+        wide = self.part in ("head", "shared", "dense") and self.shape[0] > 1
+        if len(self.shape) != 2 or not (wide or (self.part == "attention" and stem in _PROJECTIONS)):
+            return None
+        return self.shape[0], self.shape[1]
 
     @property
     def numel(self) -> int:

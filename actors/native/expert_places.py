@@ -57,10 +57,10 @@ class ExpertPlaces:
         first = next(iter(experts.values()))
         if any(one._form() != first._form() for one in experts.values()):
             return None
-        numbers = (ctypes.c_int64 * (_NUMBERS * (max(experts) + 1)))()
+        numbers = [0] * (_NUMBERS * (max(experts) + 1))
         for index, one in experts.items():
-            numbers[index * _NUMBERS : (index + 1) * _NUMBERS] = one.numbers[:]
-        return cls(numbers, first.kinds, first.inter, first.d_model, first.dtype)
+            numbers[index * _NUMBERS : (index + 1) * _NUMBERS] = one.numbers
+        return cls((ctypes.c_int64 * len(numbers))(*numbers), first.kinds, first.inter, first.d_model, first.dtype)
 
     def _form(self) -> tuple[object, ...]:
         return self.kinds, self.inter, self.d_model, self.dtype

@@ -122,6 +122,9 @@ def facts(found: Inspection) -> list[tuple[str, str]]:
     shared = f", a shared expert of width {moe.shared_inter}" if moe.shared_inter else ""
     disk = "" if sizes.disk is None else f"; {_bytes(sizes.disk)} on disk"
     context = sizes.kv_per_token * spec.max_positions
+    none, *_ = sizes.attention_shard.values()
+    quantised = ", ".join(f"{kind} {_bytes(size)}" for kind, size in sizes.attention_shard.items() if kind != "none")
+    other = f" ({quantised})" if quantised else ""
     return [
         ("family", f"{spec.model_type} ({spec.attn.kind.upper()}{_features(found)})"),
         ("layers", f"{spec.n_layers}: {spec.n_layers - n_moe} dense, {n_moe} MoE{_mtp(found)}"),
@@ -130,7 +133,7 @@ def facts(found: Inspection) -> list[tuple[str, str]]:
         ("stored as", _stored_as(found)),
         ("context", f"{spec.max_positions:,} tokens; {_rope(found)}"),
         ("KV cache", f"{sizes.kv_per_token / 1024:,.1f} KiB a token, {_bytes(context)} for one context of full length"),
-        ("attention shard", f"{_bytes(sizes.attention_shard)}, and its KV cache: all but gates and routed experts"),
+        ("attention shard", f"{_bytes(none)}{other}, and its KV cache: all but gates and routed experts"),
     ]
 
 
@@ -206,9 +209,10 @@ def _memory(sizes: Sizes, memory: int) -> Table:
     table = _table(f"Shards of {_bytes(memory)}", "", "")
     for kind, shards in shards_for(sizes, memory).items():
         table.add_row(f"expert shards, {kind}", "not even one expert fits" if shards is None else str(shards))
-    left = memory - sizes.attention_shard
-    fits = f"{_bytes(left)} left for {left // sizes.kv_per_token:,} tokens of KV cache" if left > 0 else "does not fit"
-    table.add_row("attention shard", fits)
+    for kind, size in sizes.attention_shard.items():
+        left = memory - size
+        tokens = f"{left // sizes.kv_per_token:,} tokens of KV cache"
+        table.add_row(f"attention shard, {kind}", f"{_bytes(left)} left for {tokens}" if left > 0 else "does not fit")
     return table
 
 

@@ -416,4 +416,4 @@ def test_what_cannot_be_looked_at(folder: Path, capsys: pytest.CaptureFixture[st
 def test_the_command(tiny: Path) -> None:
     result = run("inspect", str(tiny), "--memory", "2GiB")
     assert result.returncode == 0, result.stderr
-    assert re.search(r"attention shard +\d.* tokens of KV cache", result.stdout)
+    assert re.search(r"attention shard, none +\d.* tokens of KV cache", result.stdout)

@@ -93,6 +93,10 @@ def test_quantisation_and_checks_reach_the_actors(checkpoint: Path) -> None:
     asked = {"experts.quantization": "int4", "check_weights": False}
     settings = factory(checkpoint, **asked).expert(bundle, [bundle])
     assert (settings.quant_kind, settings.check_weights) == ("int4", False)
+    assert factory(checkpoint, **asked).attention(bundle, [bundle]).quant_kind is None
+    both = factory(checkpoint, **asked, **{"attention.quantization": "int8"})
+    assert (both.expert(bundle, [bundle]).quant_kind, both.attention(bundle, [bundle]).quant_kind) == ("int4", "int8")
+    assert both.router(bundle).quant_kind is None
 
 
 def test_what_is_quantised_already_is_not_quantised_again(checkpoint: Path) -> None:
@@ -102,3 +106,5 @@ def test_what_is_quantised_already_is_not_quantised_again(checkpoint: Path) -> N
     check_quantization(config, load_spec(checkpoint))
     with pytest.raises(ConfigError, match=r"experts\.quantization: int8, but .* quantised already \(gptq, 4 bits\)"):
         check_quantization(config, spec)
+    with pytest.raises(ConfigError, match=r"attention\.quantization: int4, but .* quantised already"):
+        check_quantization(load_config(None, {"attention.quantization": "int4"}), spec)

@@ -10,6 +10,7 @@ from actors.model.linear import linear
 from actors.model.pointwise import PIECE, pointwise
 from actors.model.quant.qtensor import QTensor
 from actors.model.quant.quantize import quantize
+from actors.quant_kind import QuantKind
 
 SHAPES = [(54, 8), (333, 2), (27, 3), (64, 32), (48, 96), (576, 49), (17, 19), (576, 1536), (40, 203)]
 
@@ -129,3 +130,14 @@ def test_no_rows_and_nan_with_a_quantised_weight() -> None:
     assert got[3].isnan().all()
     got[3] = want[3]
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_many_rows_meet_quantised_weights_in_bf16(kind: QuantKind) -> None:
+    """By torch, with the weights rounded; in the deterministic mode as few rows would."""
+    x, weight = draw(64, 96, dtype=torch.bfloat16), quantize(draw(40, 96, seed=1), kind)
+    assert torch.equal(linear(x, weight), F.linear(x, weight.dequantize(torch.bfloat16)))
+    together = linear(x, weight, row_block=8)
+    for count in (1, 5, 17, 63):
+        assert torch.equal(linear(x[:count], weight, row_block=8), together[:count])
+    assert torch.equal(linear(x[:5], weight), together[:5])

@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
+from actors.model.experts import ExpertBank
 from actors.model.mlp import SwiGLU
 from actors.model.norm import rms_norm
 from actors.model.quant.qtensor import stack
 from actors.model.quant.quantize import quantize
+from actors.quant_kind import QuantKind
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -70,3 +72,19 @@ def test_norm_does_not_look_at_mates() -> None:
     whole = rms_norm(x, weight, 1e-6)
     for row in range(0, 700, 9):
         assert torch.equal(rms_norm(x[row : row + 1], weight, 1e-6)[0], whole[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_a_shared_expert_has_the_bits_of_a_routed_one(dtype: torch.dtype, kind: QuantKind | None) -> None:
+    """Whatever the number of rows, in the deterministic mode."""
+    parts = draw(96, 64, seed=1), draw(64, 48, seed=2)
+    if kind == "int4":
+        parts = draw(128, 64, seed=1), draw(64, 64, seed=2)
+    gate_up, down = (part.to(dtype) if kind is None else quantize(part, kind) for part in parts)
+    expert = SwiGLU(gate_up, down)
+    bank = ExpertBank({(0, 3): expert}, 64, dtype, row_block=8)
+    x = draw(40, 64).to(dtype)
+    routed = bank.forward(0, x, torch.arange(40), torch.full((40,), 3))
+    for count in (1, 2, 9, 40):
+        assert torch.equal(expert(x[:count], row_block=8), routed[:count])
