@@ -18,8 +18,9 @@ class ModelSettings:
     """``dtype`` is a torch dtype's name ("float32", "bfloat16"). ``row_block`` > 0 is the deterministic mode (see
     ``actors.model.linear``). ``threads``: torch's intra-op threads in this process; 0 means the machine's cores divided
     by ``sharing``, the number of such processes on it. ``device``: where it computes, "cpu" or "cuda" (the first GPU
-    that this process sees). ``nccl``: rows travel between routers and expert shards over NCCL. ``quantization``: "none",
-    or to what this process' weights are quantised while they are loaded ("int8", "int4", "fp8"). ``check_weights``: NaN and infinity are looked for meanwhile."""
+    that this process sees). ``nccl``: rows travel between routers and expert shards over NCCL. ``quantization``:
+    "none", or to what this process' weights are quantised while they are loaded ("int8", "int4", "fp8").
+    ``check_weights``: NaN and infinity are looked for meanwhile."""
 
     path: Path
     dtype: str

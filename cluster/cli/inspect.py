@@ -122,9 +122,8 @@ def facts(found: Inspection) -> list[tuple[str, str]]:
     shared = f", a shared expert of width {moe.shared_inter}" if moe.shared_inter else ""
     disk = "" if sizes.disk is None else f"; {_bytes(sizes.disk)} on disk"
     context = sizes.kv_per_token * spec.max_positions
-    none, *_ = sizes.attention_shard.values()
+    plain = sizes.attention_shard["none"]
     quantised = ", ".join(f"{kind} {_bytes(size)}" for kind, size in sizes.attention_shard.items() if kind != "none")
-    other = f" ({quantised})" if quantised else ""
     return [
         ("family", f"{spec.model_type} ({spec.attn.kind.upper()}{_features(found)})"),
         ("layers", f"{spec.n_layers}: {spec.n_layers - n_moe} dense, {n_moe} MoE{_mtp(found)}"),
@@ -133,7 +132,8 @@ def facts(found: Inspection) -> list[tuple[str, str]]:
         ("stored as", _stored_as(found)),
         ("context", f"{spec.max_positions:,} tokens; {_rope(found)}"),
         ("KV cache", f"{sizes.kv_per_token / 1024:,.1f} KiB a token, {_bytes(context)} for one context of full length"),
-        ("attention shard", f"{_bytes(none)}{other}, and its KV cache: all but gates and routed experts"),
+        ("attention shard", f"{_bytes(plain)}, and its KV cache: all but gates and routed experts"),
+        *([("attention.quantization", quantised)] if quantised else []),
     ]
 
 
