@@ -93,6 +93,17 @@ def test_experts_quantised_at_load(
     assert sum(ours[0] == theirs[0] for ours, theirs in zip(got[0], exact, strict=True)) >= len(PROMPTS) // 2
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_all_quantised_at_load(kind: str, checkpoint: tuple[Path, Any], local: Local) -> None:
+    """What attention shards hold as well: not what experts alone give, and the same however these are spread."""
+    asked = {"experts.quantization": kind}
+    got = []
+    for more in ({}, {"attention.quantization": kind}, {"attention.quantization": kind, "experts.shards": 3}):
+        with running_cluster(local(checkpoint[0], **asked, **more)) as doors, Client(doors.grpc) as quantised:
+            got.append(quantised.tokens_together(PROMPTS, 16))
+    assert got[0] != got[1] == got[2]
+
+
 def test_swapped_experts_are_noticed(checkpoint: tuple[Path, Any], tmp_path: Path, local: Local) -> None:
     path, model = checkpoint
     swap_experts(path, tmp_path, layer=1, first=0, second=5)
