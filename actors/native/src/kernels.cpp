@@ -120,7 +120,8 @@ static int64_t task_rows(int64_t n, int64_t row_bytes, int threads) {
 static int64_t weights_in_cache(int64_t row_bytes) { return std::max<int64_t>(1, IN_CACHE / 2 / row_bytes / 24) * 24; }
 
 // Memory of this thread that stays for its next call with the same use.
-template <class T, int use = 0>
+enum Use { ROWS, INPUTS, SCALES, NUMBERS };
+template <class T, Use use>
 static T* scratch(int64_t numbers) {
   thread_local std::vector<T> kept;
   if (static_cast<int64_t>(kept.size()) < numbers) kept.resize(numbers);

@@ -302,7 +302,7 @@ static void product(const typename W::Row* const* x, const Matrix& w, int64_t n,
   const int64_t whole = k & ~int64_t{31};
   typename W::Line rows[NR];
   const int64_t room = W::room(w, k);
-  auto* rooms = scratch<float, 1>(NR * room);
+  auto* rooms = scratch<float, SCALES>(NR * room);
   for (int j = 0; j < NR; ++j) rows[j] = W::line(w, n + j, k, rooms + j * room);
   vf acc[MR * NR] = {};
   accumulate<W, MR, NR>(x, rows, whole, NR * k, acc);
@@ -369,7 +369,7 @@ static void stream(const typename W::Row* const* x, int64_t rows, const Matrix& 
 template <class W, class Put>
 static inline void dequantize_each(const Matrix& w, int64_t from, int64_t to, int64_t k, const Put& put) {
   for (int64_t n = from; n < to; ++n) {
-    const typename W::Line line = W::line(w, n, k, scratch<float, 1>(W::room(w, k)));
+    const typename W::Line line = W::line(w, n, k, scratch<float, SCALES>(W::room(w, k)));
     const int64_t size = W::group_size(line, k);
     for (int64_t start = 0, g = 0; start < k; start += size, ++g) {
       const typename W::Group group = W::group(line, g);
@@ -385,7 +385,7 @@ static void multiply(const typename W::Row* const* x, int64_t rows, const Matrix
   if constexpr (!W::dense) {
     if (rows > DIRECT_ROWS) {
       const int64_t step = weights_in_cache(k * sizeof(float));
-      auto* wide = scratch<float, 2>(step * k);
+      auto* wide = scratch<float, NUMBERS>(step * k);
       for (int64_t n = from; n < to; n += step) {
         const int64_t count = std::min(step, to - n);
         dequantize_each<W>(w, n, n + count, k, [&](int64_t row, int64_t i, const typename W::Numbers& numbers) {
@@ -418,7 +418,7 @@ static void linear(const Linear& call, Pool& pool) {
     const T *x = static_cast<const T*>(call.x), *bias = static_cast<const T*>(call.bias);
     T* out = static_cast<T*>(call.out);
     const int64_t width = stride(call.k);
-    auto* laid = scratch<typename W::Row>(call.rows * width);
+    auto* laid = scratch<typename W::Row, ROWS>(call.rows * width);
     std::vector<const typename W::Row*> rows(call.rows);
     for (int64_t r = 0; r < call.rows; ++r) {
       W::lay_out(x + r * call.x_stride, call.k, laid + r * width);
@@ -481,7 +481,7 @@ static void activations(const Experts& call, const Grouped& groups, Pool& pool, 
   using Row = typename W::Row;
   const T* x = static_cast<const T*>(call.x);
   const int64_t d_width = stride(call.d);
-  auto* laid = scratch<Row, 3>(call.rows * d_width);
+  auto* laid = scratch<Row, INPUTS>(call.rows * d_width);
   std::vector<const Row*> rows(call.pairs);
   for (int64_t r = 0; r < call.rows; ++r) W::lay_out(x + r * call.d, call.d, laid + r * d_width);
   for (int64_t p = 0; p < call.pairs; ++p) rows[p] = laid + call.pair_row[groups.order[p]] * d_width;
@@ -516,7 +516,7 @@ static int64_t experts(const Experts& call, Pool& pool) {
   const int64_t i_width = stride(call.inter);
   with_kind<T>(call.down_kind, [&](auto down) {
     using Down = decltype(down);
-    auto* hidden = scratch<typename Down::Row>(call.pairs * i_width);
+    auto* hidden = scratch<typename Down::Row, ROWS>(call.pairs * i_width);
     const Store<T> store = [&](int64_t pair, int64_t column, const T* h) {
       Down::lay_out(h, 32, hidden + pair * i_width + column);
     };
