@@ -150,6 +150,17 @@ class Wire(ABC):
         Errors: WireTimeout, PeerGone, ValueError (a limit), TypeError (a tensor over another medium).
         """
 
+    def ask(
+        self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], answer_bytes: int, deadline: float
+    ) -> None:
+        """As ``send``, for a frame that the peer answers by exactly one frame of the same tag, before ``deadline``.
+
+        ``answer_bytes``: of the answer's tensors at most; a medium may make room for so much ahead (``nccl``). Tags of
+        questions that are open at the same time differ. Fence only the asking end: a question dropped has no answer.
+        Errors: as in ``send``; an answer larger than was asked for is a ValueError for the peer.
+        """
+        self.send(kind, tag, parts, deadline)
+
     @abstractmethod
     def recv(self, deadline: float) -> Frame:
         """Next frame that is not stale.

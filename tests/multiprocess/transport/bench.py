@@ -92,7 +92,7 @@ class Bench:
         """For ``run_mute``: somebody who never gets as far as a wire."""
         plan = None
         if medium is Medium.NCCL:
-            plan = GroupPlan(len(self._groups) + 1, b"", b"", ("mute",), (HERE,))
+            plan = GroupPlan(len(self._groups) + 1, b"", b"", b"", ("mute",), (HERE,))
         return Job("mute", (self._gathering if plan else self._endpoint).address, medium, 0, plan)
 
     def wait_for_mute(self, job: Job) -> None:
@@ -124,7 +124,7 @@ class Bench:
 
     def _grouped(self, names: Sequence[str], ring_bytes: int) -> list[Link]:
         backend = DoubleBackend()
-        ids = backend.unique_id(), backend.unique_id()
+        ids = backend.unique_id(), backend.unique_id(), backend.unique_id()
         plan = GroupPlan(len(self._groups) + 1, *ids, tuple(names), (HERE,))
         remotes = [self._crew.hire(Job(name, self._gathering.address, Medium.NCCL, ring_bytes, plan)) for name in names]
         group, wires = join_as_shard(plan, HERE, self._lobby, backend, soon(), PATIENCE)

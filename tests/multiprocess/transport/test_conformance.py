@@ -9,8 +9,8 @@ Which tests hold which paragraph of the contract:
 * Buffers: ``TestBuffers``. Stale frames: ``TestStaleFrames``. Threads, waiting: ``TestThreadsAndWaiting``.
 * Nothing is left behind: the ``bench`` fixture, after each of these tests, on both sides.
 
-Which media a test cannot apply to, and why: beside the fixtures ``far`` and ``stream`` in conftest.py. What is nccl's own
-(epochs of a group, batches, the watchdog) is in test_nccl.py; waiting on several wires in test_poller.py.
+Which media a test cannot apply to, and why: beside the fixtures ``far`` and ``stream`` in conftest.py. What is nccl's
+own (epochs of a group, batches, the watchdog) is in test_nccl.py; waiting on several wires in test_poller.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from torch import Tensor
 from actors.transport.base import (
     MAX_FRAME_BYTES,
     MAX_PARTS,
-    Frame,
     FrameTag,
     Medium,
     Part,
@@ -84,6 +83,18 @@ def send_often(wire: Wire, deadline: float) -> None:
     block = carried(wire, [bytes(32 * MIB)])
     for _ in range(8):
         wire.send(1, TAG, block, deadline)
+
+
+def send_both(wire: Wire, parts: list[bytes]) -> None:
+    """A frame, and an empty one after it."""
+    wire.send(1, TAG, parts, soon())
+    wire.send(1, TAG, [], soon())
+
+
+def receive_all(wire: Wire, came: list[Digest]) -> None:
+    """Until the wire ends."""
+    while True:
+        came.append(recv_digest(wire))
 
 
 def exchange(link: Link, sizes: tuple[int, ...], step: int) -> None:
@@ -310,7 +321,7 @@ class TestDeadlines:
     def test_a_send_that_times_out_tears_the_wire(self, bench: Bench, medium: Medium) -> None:
         wire, remote = bench.link(medium)
         start = time.monotonic()
-        with pytest.raises(WireTimeout, match="there|last exchange"):
+        with pytest.raises(WireTimeout, match=r"there|last exchange"):
             send_often(wire, start + 0.3)
         assert time.monotonic() - start < 2.0
         with pytest.raises(PeerGone):
@@ -461,8 +472,7 @@ class TestDeath:
         start = time.monotonic()
         came: list[Digest] = []
         with pytest.raises(PeerGone):
-            while True:
-                came.append(recv_digest(wire))
+            receive_all(wire, came)
         assert remote.process.join() == -9
         assert time.monotonic() - start < 5.0
         all_of_it = [digest(7, TAG, parts_of(*last[2:]))]
@@ -493,8 +503,7 @@ class TestDeath:
             assert isinstance(wire, StreamWire)
             cut_sending(wire, at, wire.close)
             with pytest.raises((PeerGone, ValueError)):  # shm: its memory is gone under the cut call
-                wire.send(1, TAG, parts, soon())
-                wire.send(1, TAG, [], soon())
+                send_both(wire, parts)
             if at == total:
                 assert [bytes(data_of(part)) for part in accepted.recv(soon()).parts] == parts
             with pytest.raises(PeerGone):
