@@ -9,8 +9,8 @@ Rooms have a communicator of their own, from shards to routers. **It cannot lock
 there, with the receives of all shards that it has asked in one batch. So whatever a shard sends there meets a receive
 that is at the head of its router's queue. A batch sent while the rooms are taken is answered in the exact mode.
 
-Only answers have rooms. A shard cannot know when the next rows come, and a receive that waits on an idle device holds up
-all that waits for the device as a whole: allocations, and the forming of the next epoch.
+Only answers have rooms. A shard cannot know when the next rows come, and a receive that waits on an idle device holds
+up all that waits for the device as a whole: allocations, and the forming of the next epoch.
 """
 
 from __future__ import annotations

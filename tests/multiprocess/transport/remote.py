@@ -205,16 +205,27 @@ def _die_sending_tensors(wire: NcclWire, point: Point, size: int) -> None:
     elif point is Point.COUNTS:
         group._post_batch = die
     elif point is Point.PAYLOAD:
-        write = group._outgoing._write
+        _cut_payload(group._outgoing, size // 2)
 
-        def dying(link: Any) -> bool:
-            moved: bool = write(link)
-            view, pending = link.outgoing[0] if link.outgoing else (b"", None)
-            if pending is not None and len(view) <= size // 2:
-                die()
-            return moved
 
-        group._outgoing._write = dying
+def _cut_payload(communicator: Any, half: int) -> None:
+    """kill -9 this process once the first half of a large transfer is out."""
+    write, cut = communicator._write, False
+
+    def cutting(link: Any) -> bool:
+        nonlocal cut
+        for at, (view, _) in enumerate(link.outgoing):
+            if len(view) > half:
+                cut = True
+                kept = list(link.outgoing)[:at]
+                link.outgoing = deque([*kept, (view[:half], None)])
+                break
+        moved: bool = write(link)
+        if cut and not link.outgoing:
+            die()
+        return moved
+
+    communicator._write = cutting
 
 
 class Job(NamedTuple):
