@@ -4,8 +4,8 @@ A *wire* joins two processes (or two threads, for ``local``) and carries *frames
 
 * **Order and loss.** Frames of one direction arrive whole, once, and in the order in which they were sent. A
   frame is lost only together with its wire. There is no order between different wires.
-* **Pairwise.** A wire knows one peer. A dead, stopped or slow peer breaks its own wire and no other. (``nccl``: its own
-  group, see there; other groups and all other wires go on.)
+* **Pairwise.** A wire knows one peer. A dead, stopped or slow peer breaks its own wire and no other. (``nccl``: its
+  own group, see there; other groups and all other wires go on.)
 * **Deadlines.** Every call that can wait takes ``deadline``, an absolute ``time.monotonic()`` in seconds, and
   raises :class:`WireTimeout` when it passes. A send that timed out has left the wire torn: it is closed, the peer
   sees PeerGone, and later calls raise :class:`PeerGone`. A receive that timed out has lost nothing and may be called
@@ -68,7 +68,7 @@ MAX_FRAME_BYTES = 256 << 20
 MAX_PARTS = 8
 
 MAX_BACKLOG_BYTES = 2 * MAX_FRAME_BYTES
-"""A send that waits stops taking in once this many unreceived bytes have piled up: memory is bounded."""
+"""A send that waits stops taking in once this many unreceived bytes have piled up, and what is in a ring is taken."""
 
 
 class Medium(StrEnum):
