@@ -17,8 +17,8 @@ A *wire* joins two processes (or two threads, for ``local``) and carries *frames
   every later ``recv`` raises :class:`PeerGone` once the frames that had arrived whole are consumed; part of a frame is
   never handed out; ``send`` raises it at the latest when it would have to wait. EOF of a socket tells it within
   milliseconds.
-* **A peer that joins** is a new wire from an endpoint: it is made beside those in use, which notice nothing, and one that
-  never gets through its hello is nobody's peer. The same peer connected again is another wire.
+* **A peer that joins** is a new wire from an endpoint: it is made beside those in use, which notice nothing, and one
+  that never gets through its hello is nobody's peer. The same peer connected again is another wire.
 * **Both may send first.** ``send`` of any frame up to ``MAX_FRAME_BYTES`` makes progress while the peer is in
   a ``send`` itself: it takes in what arrives meanwhile, so that two sends towards each other never lock. What
   it took in waits for ``recv``; beyond ``MAX_BACKLOG_BYTES`` of such frames it takes in no more and the peer
