@@ -293,7 +293,8 @@ class Dispatcher:
             handle.span.asked(name)
             parts += handle.span.parts
         try:
-            wire.send(Kind.DISPATCH, tag, parts, handle.deadline)
+            answer_bytes = share.pair_slot.size * self._d_model * self._dtype.itemsize
+            wire.ask(Kind.DISPATCH, tag, parts, answer_bytes, handle.deadline)
         except (PeerGone, WireTimeout) as error:
             self._drop(wire, PeerGone(str(error)))
             self.lose_shard(name)  # again: this share may have been added after its loss was reported
