@@ -14,6 +14,7 @@ import pytest
 from actors.transport.base import Medium, Wire
 from actors.transport.endpoint import Endpoint
 from actors.transport.local import LocalNetwork
+from tests.multiprocess.transport.encrypted import tls_for
 from tests.multiprocess.transport.remote import NODE, PATIENCE, SECRET, Remote, in_process, in_thread, soon
 from tests.multiprocess.transport.servers import Server
 
@@ -31,6 +32,7 @@ class Bench:
     def __init__(self) -> None:
         self._wires: queue.Queue[Wire] = queue.Queue()
         self._endpoint = Endpoint("here", NODE, SECRET, on_wire=self._wires.put)
+        self._encrypted = Endpoint("here", NODE, SECRET, on_wire=self._wires.put, tls=tls_for(Medium.TLS))
         self._network = LocalNetwork()
         self._local = self._network.endpoint("here", self._wires.put)
         self._links: list[Link] = []
@@ -41,7 +43,8 @@ class Bench:
             other = self._network.endpoint(name)
             remote = in_thread(lambda: other.connect(self._local.address, soon()))
         else:
-            remote = in_process(name, self._endpoint.address, medium, ring_bytes)
+            endpoint = self._encrypted if medium is Medium.TLS else self._endpoint
+            remote = in_process(name, endpoint.address, medium, ring_bytes)
         link = Link(self._wires.get(timeout=PATIENCE), remote)
         self._links.append(link)
         assert link.wire.peer == name
@@ -54,6 +57,7 @@ class Bench:
             link.wire.close()
             link.remote.close()
         self._endpoint.close()
+        self._encrypted.close()
         self._local.close()
 
 
@@ -72,13 +76,13 @@ def bench() -> Iterator[Bench]:
     assert not {name for name in after[2] - before[2] if "expertmesh" in name}
 
 
-@pytest.fixture(params=[Medium.LOCAL, Medium.SHM, Medium.TCP])
+@pytest.fixture(params=[Medium.LOCAL, Medium.SHM, Medium.TCP, Medium.TLS])
 def medium(request: pytest.FixtureRequest) -> Medium:
     """Every pairwise medium in turn (an nccl wire has a group around it: see test_nccl.py)."""
     return Medium(request.param)
 
 
-@pytest.fixture(params=[Medium.SHM, Medium.TCP])
+@pytest.fixture(params=[Medium.SHM, Medium.TCP, Medium.TLS])
 def far(request: pytest.FixtureRequest) -> Medium:
     """The media between processes, for what only a process can suffer."""
     return Medium(request.param)

@@ -12,12 +12,14 @@ import zlib
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from actors.transport.base import Address, FrameTag, Medium, TransportError, Wire
 from actors.transport.endpoint import Endpoint
 from actors.transport.stream import StreamWire
 from tests.multiprocess.peers import Peer
+from tests.multiprocess.transport.encrypted import folder, tls_for
 
 SECRET = b"a secret of the tests"
 NODE = "node-0"
@@ -137,9 +139,11 @@ def obey(connection: Connection, wire: Wire) -> None:
     wire.close()
 
 
-def run_process(connection: Connection, name: str, address: Address, medium: Medium, ring_bytes: int) -> None:
+def run_process(
+    connection: Connection, name: str, address: Address, medium: Medium, ring_bytes: int, certificates: Path
+) -> None:
     """In the peer process: connect, then obey."""
-    endpoint = Endpoint(name, NODE, SECRET, ring_bytes=ring_bytes)
+    endpoint = Endpoint(name, NODE, SECRET, ring_bytes=ring_bytes, tls=tls_for(medium, certificates))
     obey(connection, endpoint.connect(address, soon(), medium))
     endpoint.close()
 
@@ -196,4 +200,5 @@ def in_thread(connect: Callable[[], Wire]) -> Remote:
 
 def in_process(name: str, address: Address, medium: Medium, ring_bytes: int) -> Remote:
     """A remote in a process of its own, connected to ``address``."""
-    return Remote(Peer("tests.multiprocess.transport.remote:run_process", name, address, medium, ring_bytes))
+    run = "tests.multiprocess.transport.remote:run_process"
+    return Remote(Peer(run, name, address, medium, ring_bytes, folder()))
