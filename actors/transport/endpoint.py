@@ -48,8 +48,9 @@ class Endpoint:
     bytes. TCP listens on ``host``, which is also what others are told (a wildcard is refused: nobody could
     connect to it); port 0 lets the kernel choose. ``on_wire`` is called with each incoming wire in the
     short-lived thread of its handshake and must not block; without one the endpoint does not listen and only
-    connects. With ``tls`` there is no plain TCP: its wires, both ways, are of the medium TLS. ``ring_bytes`` is the shared memory per direction of the wires that this end connects,
-    ``spin_us`` see :class:`~.waiting.Waiter`.
+    connects. With ``tls`` there is no plain TCP: wires to and from other nodes are of the medium TLS.
+    ``ring_bytes`` is the shared memory per direction of the wires that this end connects, ``spin_us`` see
+    :class:`~.waiting.Waiter`.
     """
 
     def __init__(
@@ -164,13 +165,7 @@ class Endpoint:
 
     def _dial_network(self, address: Address, deadline: float) -> socket.socket:
         sock = _dial_tcp(address, deadline)
-        if self._tls is None:
-            return sock
-        try:
-            return self._tls.wrap(sock, server_side=False)
-        except OSError as error:
-            sock.close()
-            raise PeerGone(f"connecting to {address.name!r}: {error}") from None
+        return sock if self._tls is None else self._tls.wrap(sock, False, f"connecting to {address.name!r}")
 
     def _network_wire(self, peer: str, sock: socket.socket) -> TcpWire:
         if isinstance(sock, ssl.SSLSocket):
@@ -199,13 +194,11 @@ class Endpoint:
             select.select([self._wake_fd], [], [], 0.1)
             return
         sock.setblocking(False)
-        if medium is Medium.TLS:
-            assert self._tls is not None  # else there is no such listener
+        if self._tls is not None and medium is Medium.TLS:
             try:
-                sock = self._tls.wrap(sock, server_side=True)
-            except OSError as error:
+                sock = self._tls.wrap(sock, True, "handshake with a client")
+            except PeerGone as error:
                 log.warning("endpoint %s refused a %s client: %s", self._name, medium, error)
-                sock.close()
                 return
         self._end_oldest_of_too_many()
         thread = threading.Thread(target=self._shake_hands, args=(sock, medium), daemon=True)

@@ -28,10 +28,17 @@ class WireTls:
         self._server = _context(ssl.PROTOCOL_TLS_SERVER, certificate, key, ca)
         self._server.num_tickets = 0
 
-    def wrap(self, sock: socket.socket, server_side: bool) -> ssl.SSLSocket:
-        """Take over a connected, non-blocking socket; nothing is sent before :func:`shake_hands`. Errors: OSError."""
+    def wrap(self, sock: socket.socket, server_side: bool, what: str) -> ssl.SSLSocket:
+        """Take over a connected, non-blocking socket; nothing is sent before :func:`shake_hands`.
+
+        Errors: PeerGone naming ``what`` (it has hung up already); the socket is closed then.
+        """
         context = self._server if server_side else self._client
-        return context.wrap_socket(sock, server_side, do_handshake_on_connect=False)
+        try:
+            return context.wrap_socket(sock, server_side, do_handshake_on_connect=False)
+        except OSError as error:
+            sock.close()
+            raise PeerGone(f"{what}: {error}") from None
 
     def fits_itself(self) -> None:
         """Make sure that two ends with these files accept each other. Errors: ssl.SSLCertVerificationError."""
