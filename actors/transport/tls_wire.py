@@ -6,7 +6,7 @@ import ssl
 from collections import deque
 
 from actors.transport.base import Medium, PeerGone, ProtocolError
-from actors.transport.sockets import ENDED, NOT_YET, tls_reason
+from actors.transport.sockets import NOT_YET, tls_reason
 from actors.transport.tcp import TcpWire, take_off
 from actors.transport.tls import MAX_RECORD_BYTES
 
@@ -66,7 +66,9 @@ class TlsWire(TcpWire):
 
     def _end_by(self, what: str, error: OSError) -> None:
         text = f"{what} {self.peer!r} over {self.medium}"
-        if isinstance(error, ssl.SSLError) and not isinstance(error, ENDED):
+        if isinstance(error, ssl.SSLEOFError):
+            self._end_by_peer()
+        elif isinstance(error, ssl.SSLError):
             self._set_end(ProtocolError, f"{text}: {tls_reason(error)}")
         else:
             self._set_end(PeerGone, f"{text}: {error}")
