@@ -19,6 +19,9 @@ _VANISHED_AFTER_S = 20
 _STAGE_BYTES = 64 << 10
 """Small reads go through a stage, so that a header and a small payload cost one system call together."""
 
+READ_BYTES = _STAGE_BYTES // 2
+"""Every read has room for at least so many bytes: targets that have less are filled from the stage."""
+
 
 class TcpWire(StreamWire):
     """Takes over a connected, non-blocking, authenticated socket."""
@@ -56,7 +59,7 @@ class TcpWire(StreamWire):
 
     def _pull(self, target: memoryview) -> int:
         if not self._staged:
-            if len(target) >= _STAGE_BYTES // 2:
+            if len(target) >= READ_BYTES:
                 return self._read(target)
             self._staged = self._stage[: self._read(self._stage)]
         count = min(len(self._staged), len(target))

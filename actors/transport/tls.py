@@ -36,6 +36,7 @@ class WireTls:
         """
         context = self._server if server_side else self._client
         try:
+            sock.getpeername()  # wrap_socket would lose the descriptor of a connection that was reset
             return context.wrap_socket(sock, server_side, do_handshake_on_connect=False)
         except OSError as error:
             sock.close()

@@ -16,6 +16,9 @@ class TlsWire(TcpWire):
 
     A TLS socket has no ``sendmsg``: the front of a frame, header and small parts, is gathered into one record; what is
     larger than a record is encrypted where it lies. Either way one write is one record.
+
+    A read takes one record, and its target always has room for a whole one (``tcp.READ_BYTES``). So nothing that is
+    decrypted already stays behind in the TLS library, where it would show on no descriptor.
     """
 
     def __init__(self, peer: str, sock: ssl.SSLSocket, spin_us: float) -> None:
@@ -44,13 +47,7 @@ class TlsWire(TcpWire):
             piece = view[: MAX_RECORD_BYTES - size]
             self._record[size : size + len(piece)] = piece
             size += len(piece)
-            if size == MAX_RECORD_BYTES:
-                break
         return self._record[:size]
-
-    def _in_hand(self) -> bool:
-        # The rest of a record whose front was read is decrypted already and shows on no descriptor.
-        return super()._in_hand() or self._tls.pending() > 0
 
     def _read(self, target: memoryview) -> int:
         try:

@@ -28,6 +28,7 @@ from actors.transport.endpoint import MAX_HANDSHAKES, Endpoint
 from actors.transport.frame import HEADER_BYTES, encode_header
 from actors.transport.handshake import greet
 from actors.transport.poller import Poller
+from actors.transport.tcp import READ_BYTES
 from actors.transport.tls import MAX_RECORD_BYTES, WireTls, shake_hands
 from tests.authority import Authority
 from tests.multiprocess.transport.encrypted import folder, wire_tls
@@ -92,6 +93,14 @@ def test_a_stranger_is_shown_out_at_once(server: Server, words: bytes) -> None:
         sock.sendall(words)
         assert len(ended(sock)) <= 7, "an alert at most"
     assert time.monotonic() - start < SOON
+    server.check(Medium.TLS)
+
+
+def test_clients_that_hang_up_before_a_word_or_in_the_middle_delay_nobody(server: Server) -> None:
+    for words in (b"", b"\x16\x03\x01\x02\x00\x01") * 10:
+        with server.dial(Medium.TLS) as sock:
+            sock.sendall(words)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not a farewell
     server.check(Medium.TLS)
 
 
@@ -326,12 +335,17 @@ def raw_link(server: Server, tls: WireTls) -> tuple[ssl.SSLSocket, Wire]:
     return sock, server.wires.get(timeout=10)
 
 
+def test_a_read_has_room_for_a_record() -> None:
+    """What a wire would leave in the TLS library rings no bell."""
+    assert READ_BYTES >= MAX_RECORD_BYTES
+
+
 def test_frames_that_share_a_record_do_not_wait_for_the_next(server: Server, tls: WireTls) -> None:
     """What TLS has in hand rings no bell: a poller and a bare recv see it all the same."""
     sock, wire = raw_link(server, tls)
     poller = Poller()
     poller.add(wire)
-    sizes = (10, 0, 9000, 50)  # so small frames follow one that is read past the stage
+    sizes = (10, 0, 9000, 50)
     together = b"".join(frame(kind, payload(size, kind)) for kind, size in enumerate(sizes))
     assert len(together) < MAX_RECORD_BYTES
     for _ in range(3):
@@ -347,7 +361,6 @@ def test_frames_that_share_a_record_do_not_wait_for_the_next(server: Server, tls
 
 
 def test_a_large_frame_and_the_head_of_the_next_in_one_record(server: Server, tls: WireTls) -> None:
-    """The large part is read past the stage, where it ends in the middle of a record."""
     sock, wire = raw_link(server, tls)
     large, small = payload(40_000, 1), b"small"
     whole = frame(1, large) + frame(2, small)
