@@ -48,7 +48,7 @@ from actors.transport.base import (
 )
 from actors.transport.blocks import Block, footprint
 from actors.transport.communicator import Pending
-from actors.transport.frame import byte_view
+from actors.transport.frame import HEADER_BYTES, byte_view
 from actors.transport.inbox import InboxWire
 from actors.transport.nccl_group import NcclGroup
 from actors.transport.stream import poll_on
@@ -96,20 +96,17 @@ class NcclWire(InboxWire):
             raise ValueError(f"kind is {kind}; allowed on an nccl wire are 0 to {ANNOUNCED - 1}")
         sizes = _device_sizes(parts)
         host = [part for part in parts if not isinstance(part, Tensor)]
-        with self._use:
-            self._require_open()
-            if len(host) == len(parts):
-                self._tell(kind, tag, host, deadline)
-                self._count(0, host)
-                return
-            with self._group.batch():
-                self._group.begin_send(deadline)
-                plan = struct.pack(f"<{len(sizes)}q", *sizes)
-                self._tell(kind | ANNOUNCED, tag, [plan, *host], deadline)
-                for part in parts:
-                    if isinstance(part, Tensor) and part.numel():
-                        self._group.send(part, self._rank)
+        try:
+            with self._use:
+                self._require_open()
+                if len(host) == len(parts):
+                    self._tell(kind, tag, host, deadline)
+                else:
+                    self._send_tensors(kind, tag, parts, sizes, deadline)
                 self._count(sum(size for size in sizes if size > 0), host)
+        except WireTimeout:
+            self.close()
+            raise
 
     def filenos(self) -> tuple[int, ...]:
         """See :meth:`Wire.filenos`."""
@@ -190,12 +187,26 @@ class NcclWire(InboxWire):
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
+    def _send_tensors(
+        self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], sizes: Sequence[int], deadline: float
+    ) -> None:
+        host = [part for part in parts if not isinstance(part, Tensor)]
+        with self._group.batch():
+            self._group.begin_send(deadline, self._require_open)
+            plan = struct.pack(f"<{len(sizes)}q", *sizes)
+            self._tell(kind | ANNOUNCED, tag, [plan, *host], deadline)
+            for part in parts:
+                if isinstance(part, Tensor) and part.numel():
+                    self._group.send(part, self._rank)
+
     def _tell(self, kind: int, tag: FrameTag, parts: Sequence[Buffer], deadline: float) -> None:
         try:
             self._companion.send(kind, tag, parts, deadline)
         except (PeerGone, WireTimeout) as error:
-            # The companion is torn, so nothing can be announced any more: payload under way may never be received.
-            self._lost(PeerGone, str(error))
+            self._take_in()  # a farewell may be here already: then this is an orderly end, and the group goes on
+            if not self._farewell:
+                # The companion is torn: nothing can be announced any more, and payload under way may never be received.
+                self._lost(PeerGone, str(error))
             raise
 
     def _lost(self, error: type[TransportError], text: str) -> None:
@@ -244,13 +255,13 @@ class NcclWire(InboxWire):
         pending = self._group.receive(payload, self._rank, self.ring) if payload else None
         from_host, from_device = iter(kept), iter(tensors)
         parts: list[Part] = [next(from_host) if size == _ON_HOST else next(from_device) for size in sizes]
-        size = sum(lengths) + sum(tensor.numel() for tensor in tensors)
+        size = HEADER_BYTES + sum(lengths) + sum(tensor.numel() for tensor in tensors)
         self._landing.append(_Landing(kind, tag, tuple(parts), block, size, pending))
         self._landing_bytes += size
 
     def _count(self, on_device: int, host: Sequence[Buffer]) -> None:
         self.stats.frames_sent += 1
-        self.stats.bytes_sent += on_device + sum(len(byte_view(part)) for part in host)
+        self.stats.bytes_sent += HEADER_BYTES + on_device + sum(len(byte_view(part)) for part in host)
 
     def _hush(self) -> None:
         assert self._bell is not None

@@ -186,20 +186,25 @@ class NcclGroup:
         # In this order: an abort, which makes everything pending say done, sets the failure first.
         return pending.done() and self._failure is None
 
-    def begin_send(self, deadline: float) -> None:
+    def begin_send(self, deadline: float, require_open: Callable[[], None]) -> None:
         """Wait until this member may announce payload: until its last exchange has ended (see the module's text).
 
+        ``require_open`` raises PeerGone once the wire that wants to send was closed, so that its closer need not wait.
         Errors: PeerGone; WireTimeout, and then the group is aborted.
         """
         self._batch_deadline = max(deadline, self._batch_deadline) if self._batch else deadline
+        late = f"the last exchange of {self.name} had not ended before the deadline"
         while self._under_way is not None and not self.completed(self._under_way):
+            require_open()
+            if self._failure is not None and time.monotonic() >= deadline:
+                raise WireTimeout(late)  # the watchdog found it first
             self.require_healthy()
             moved = [member.pump() for member in list(self._members)]
             if any(moved):
                 continue
             if not self._await_news(deadline):
-                self.abort(f"{self.name} could not send: its last exchange had not ended before the deadline")
-                raise WireTimeout(f"the last exchange of {self.name} had not ended before the deadline")
+                self.abort(late)
+                raise WireTimeout(late)
         self.require_healthy()
         if self._under_way is not None:
             self._under_way = None

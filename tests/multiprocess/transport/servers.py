@@ -38,6 +38,10 @@ class Server:
         sock.connect("\0" + self.address.unix_name)
         return sock
 
+    def pair(self, medium: Medium) -> tuple[Wire, Wire]:
+        """A client's wire and the server's end of it."""
+        return self.client.connect(self.address, soon(), medium), self.wires.get(timeout=10)
+
     def check(self, medium: Medium | None = None) -> None:
         """An honest client gets a working wire, and soon."""
         start = time.monotonic()
