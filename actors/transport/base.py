@@ -77,6 +77,7 @@ class Medium(StrEnum):
     LOCAL = "local"
     SHM = "shm"
     TCP = "tcp"
+    TLS = "tcp+tls"
     NCCL = "nccl"
 
 

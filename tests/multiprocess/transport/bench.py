@@ -14,6 +14,7 @@ from actors.transport.nccl import NcclWire
 from actors.transport.nccl_group import GroupPlan, NcclGroup
 from actors.transport.nccl_join import Lobby, join_as_shard
 from tests.multiprocess.peers import Peer
+from tests.multiprocess.transport.encrypted import folder, tls_for
 from tests.multiprocess.transport.nccl_double import DoubleBackend
 from tests.multiprocess.transport.remote import HERE, NODE, PATIENCE, SECRET, Job, Remote, in_thread, soon
 
@@ -62,6 +63,7 @@ class Bench:
         self._crew = crew
         self._wires: queue.Queue[Wire] = queue.Queue()
         self._endpoint = Endpoint(HERE, NODE, SECRET, on_wire=self._wires.put)
+        self._encrypted = Endpoint(HERE, NODE, SECRET, on_wire=self._wires.put, tls=tls_for(Medium.TLS))
         self._network = LocalNetwork()
         self._local = self._network.endpoint(HERE, self._wires.put)
         self._lobby = Lobby()
@@ -93,7 +95,8 @@ class Bench:
         plan = None
         if medium is Medium.NCCL:
             plan = GroupPlan(len(self._groups) + 1, b"", b"", b"", ("mute",), (HERE,))
-        return Job("mute", (self._gathering if plan else self._endpoint).address, medium, 0, plan)
+        endpoint = self._encrypted if medium is Medium.TLS else self._endpoint
+        return Job("mute", (self._gathering if plan else endpoint).address, medium, 0, plan)
 
     def wait_for_mute(self, job: Job) -> None:
         """What the one who accepts does meanwhile. Over nccl it waits: WireTimeout tells who did not come."""
@@ -111,7 +114,7 @@ class Bench:
         self._links.clear()
         self._groups.clear()
         self._lobby.close()
-        for endpoint in (self._endpoint, self._gathering, self._local):
+        for endpoint in (self._endpoint, self._encrypted, self._gathering, self._local):
             endpoint.close()
 
     def _paired(self, medium: Medium, name: str, ring_bytes: int) -> Link:
@@ -119,7 +122,8 @@ class Bench:
             other = self._network.endpoint(name)
             remote = in_thread(lambda: other.connect(self._local.address, soon()))
         else:
-            remote = self._crew.hire(Job(name, self._endpoint.address, medium, ring_bytes))
+            endpoint = self._encrypted if medium is Medium.TLS else self._endpoint
+            remote = self._crew.hire(Job(name, endpoint.address, medium, ring_bytes, certificates=folder()))
         return Link(self._wires.get(timeout=PATIENCE), remote)
 
     def _grouped(self, names: Sequence[str], ring_bytes: int) -> list[Link]:

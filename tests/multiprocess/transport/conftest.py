@@ -11,6 +11,7 @@ import pytest
 
 from actors.transport.base import Medium
 from tests.multiprocess.transport.bench import Bench, Crew
+from tests.multiprocess.transport.encrypted import tls_for
 from tests.multiprocess.transport.remote import left_behind
 from tests.multiprocess.transport.servers import Server
 from tests.waiting import until
@@ -55,10 +56,10 @@ def medium(request: pytest.FixtureRequest) -> Medium:
     return Medium(request.param)
 
 
-FAR = [Medium.SHM, Medium.TCP, Medium.NCCL]
+FAR = [Medium.SHM, Medium.TCP, Medium.TLS, Medium.NCCL]
 """Without local: its two ends are threads of one process, which are stopped and killed together or not at all."""
 
-STREAMS = [Medium.SHM, Medium.TCP]
+STREAMS = [Medium.SHM, Medium.TCP, Medium.TLS]
 """Without local, where a frame is never in pieces; without nccl, whose announcements are such a stream's frames."""
 
 
@@ -75,10 +76,11 @@ def stream(request: pytest.FixtureRequest) -> Medium:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    """A server and a client, which leave nothing behind."""
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server and a client, under TLS where the test's ``stream`` is, which leave nothing behind."""
+    medium = request.getfixturevalue("stream") if "stream" in request.fixturenames else Medium.TCP
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
-    server = Server()
+    server = Server(tls_for(medium))
     yield server
     server.close()
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before

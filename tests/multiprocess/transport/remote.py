@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from actors.transport.nccl_group import GroupPlan, NcclGroup
 from actors.transport.nccl_join import join_as_router
 from actors.transport.stream import StreamWire
 from tests.multiprocess.peers import Peer
+from tests.multiprocess.transport.encrypted import tls_for
 from tests.multiprocess.transport.nccl_double import DoubleBackend
 
 SECRET = b"a secret of the tests"
@@ -229,13 +231,15 @@ def _cut_payload(communicator: Any, half: int) -> None:
 
 
 class Job(NamedTuple):
-    """The wire that a worker is to make: to ``address``, over ``medium``, inside the group of ``plan`` for nccl."""
+    """The wire that a worker is to make: to ``address``, over ``medium``, inside the group of ``plan`` for nccl, with
+    the files in ``certificates`` for TLS."""
 
     name: str
     address: Address
     medium: Medium
     ring_bytes: int
     plan: GroupPlan | None = None
+    certificates: Path | None = None
 
 
 def obey(connection: Connection, wire: Wire) -> None:
@@ -268,7 +272,8 @@ def run_worker(connection: Connection) -> None:
 
 
 def _work(connection: Connection, job: Job) -> None:
-    endpoint = Endpoint(job.name, NODE, SECRET, ring_bytes=job.ring_bytes)
+    tls = tls_for(job.medium, job.certificates)
+    endpoint = Endpoint(job.name, NODE, SECRET, ring_bytes=job.ring_bytes, tls=tls)
     wire, group = _made(job, endpoint)
     obey(connection, wire)
     if group is not None:
