@@ -75,5 +75,5 @@ def experts(
     )
     pairs = pair_row.shape[0]
     if wrong >= pairs:
-        raise IndexError(f"pair {wrong - pairs} is of row {int(pair_row[wrong - pairs])}; there are {x.shape[0]}")
+        raise IndexError(f"pair {wrong - pairs} has index {int(pair_row[wrong - pairs])}; there are {x.shape[0]} rows")
     return out if wrong < 0 else int(pair_expert[wrong])
