@@ -4,56 +4,80 @@
 // A row's sums run over exactly the tokens that it sees, in their order, so they depend neither on the rows beside it nor
 // on how prompt and work are cut.
 
-constexpr int64_t TOKENS = 48;  // of a block: a multiple of 16 and of TILE_N
+constexpr int64_t TOKENS = 48;  // of a block: a multiple of 16
+constexpr int SCORE_ROWS = TILE_M == 8 ? 6 : 1;  // times four tokens in registers
 constexpr int VALUE_ROWS = TILE_M == 8 ? 6 : 2, VALUE_PARTS = TILE_M == 8 ? 2 : 1;  // rows times 32 columns in registers
-static_assert(TOKENS % 16 == 0 && TOKENS % TILE_N == 0);
 
 template <class T>
 using Value = std::conditional_t<std::is_same_v<T, float>, Fp32, Widened>;
+
+// The slots of a sequence's tokens first .. last.
+static inline void find_slots(const int64_t* table, int64_t block_size, int64_t first, int64_t last, int64_t* slots) {
+  int64_t block = first / block_size, offset = first % block_size;
+  for (int64_t t = first; t < last; ++t) {
+    *slots++ = table[block] * block_size + offset;
+    if (++offset == block_size) offset = 0, ++block;
+  }
+}
 
 // What a block of tokens has in one plane for one head: where each token's numbers lie, and those behind the last whole
 // 32 copied, as nothing may be read beyond them.
 template <class T>
 struct Panel {
+  const T* head;  // its numbers in slot 0
+  int64_t dim, whole, step;
   const T* token[TOKENS];
-  T end[TOKENS][32];
-  int64_t dim, whole;
+  alignas(64) T end[TOKENS][32];
 
-  void fill(const T* plane, int64_t width, const Attention& call, int64_t group, const int64_t* slots, int64_t from, int64_t to) {
-    dim = width;
-    whole = width & ~int64_t{31};
-    for (int64_t t = from; t < to; ++t) {
-      token[t] = plane + (slots[t] * call.groups + group) * width;
-      if (whole == width) continue;
+  Panel(const void* plane, int64_t width, int64_t groups, int64_t group)
+      : head(static_cast<const T*>(plane) + group * width), dim(width), whole(width & ~int64_t{31}), step(groups * width) {}
+
+  void fill(const int64_t* slots, int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; ++t) token[t] = head + slots[t - from] * step;
+    for (int64_t t = to; t & 3; ++t) token[t] = token[from];  // scores are computed for four tokens at a time, also where
+    for (int64_t t = from; t & 3;) token[--t] = token[from];  // some of them are of no use
+    if (whole == dim) return;
+    for (int64_t t = from & ~int64_t{3}; t < ((to + 3) & ~int64_t{3}); ++t) {
       std::memset(end[t], 0, sizeof(end[t]));
-      std::memcpy(end[t], token[t] + whole, (width - whole) * sizeof(T));
+      std::memcpy(end[t], token[t] + whole, (dim - whole) * sizeof(T));
     }
+  }
+
+  void prefetch(const int64_t* slots, int64_t count) const {
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t i = 0; i < dim; i += 64 / sizeof(T)) __builtin_prefetch(head + slots[t] * step + i, 0, 2);
   }
 
   // The 32 numbers of token t from this column on.
   const T* at(int64_t t, int64_t column) const { return column < whole ? token[t] + column : end[t]; }
 };
 
-// out[m * TOKENS + j] = scale * query m . key of token first + j, for MR rows and NR tokens.
-template <class W, int MR, int NR>
+// What scores<W, MR> has summed up lane by lane.
+template <int MR>
+static inline __attribute__((always_inline)) void put_scores(const vf* acc, float scale, float* out) {
+  constexpr int rows = std::min(MR, 4);
+  const vf sum = sums<rows * 4>(acc) * scale;
+  for (int m = 0; m < rows; ++m) std::memcpy(out + m * TOKENS, reinterpret_cast<const float*>(&sum) + 4 * m, 16);
+  if constexpr (MR > 4) put_scores<MR - 4>(acc + 16, scale, out + 4 * TOKENS);
+}
+
+// out[m * TOKENS + j] = scale * query m . key of token first + j, for MR rows and four tokens.
+template <class W, int MR>
 static inline void scores(const typename W::Row* const* query, const Panel<typename W::Stored>* keys, int64_t first,
                           float scale, float* out) {
-  vf acc[MR * NR] = {};
+  vf acc[MR * 4] = {};
   const typename W::Row* x[MR];
   for (int m = 0; m < MR; ++m) x[m] = query[m];
   for (const auto* key = keys; key != keys + 2; ++key) {
-    accumulate<W, MR, NR>(x, key->token + first, key->whole, 0, acc);
+    accumulate<W, MR, 4>(x, key->token + first, key->whole, 0, acc);
     for (int m = 0; m < MR; ++m) x[m] += key->whole;
     if (key->whole == key->dim) continue;
-    const typename W::Stored* ends[NR];
-    for (int n = 0; n < NR; ++n) ends[n] = key->end[first + n];
-    accumulate<W, MR, NR>(x, ends, 32, 0, acc);
+    const typename W::Stored* ends[4];
+    for (int n = 0; n < 4; ++n) ends[n] = key->end[first + n];
+    accumulate<W, MR, 4>(x, ends, 32, 0, acc);
     for (int m = 0; m < MR; ++m) x[m] += 32;
   }
-  float sum[MR * NR];
-  finish<MR * NR>(acc, sum);
-  for (int m = 0; m < MR; ++m)
-    for (int j = 0; j < NR; ++j) out[m * TOKENS + j] = sum[m * NR + j] * scale;
+  put_scores<MR>(acc, scale, out);
 }
 
 // sum[m] += share[m][t] * value[t] for MR rows, the tokens from .. to one after the other, PARTS times 32 columns.
@@ -145,7 +169,10 @@ class Attended {
 
  public:
   Attended(const Attention& call, const AttentionTask& task, Workspace<T>& own)
-      : call_(call), task_(task), rows_(task.last - task.first), shared_(call.heads / call.groups), width_(stride(call.value_dim)) {
+      : call_(call), task_(task), rows_(task.last - task.first), shared_(call.heads / call.groups),
+        width_(stride(call.value_dim)),
+        keys_{{call.key[0], call.key_dim[0], call.groups, task.group}, {call.key[1], call.key_dim[1], call.groups, task.group}},
+        value_(call.value, call.value_dim, call.groups, task.group) {
     const int64_t first_plane = padded(call.key_dim[0]), row_width = stride(first_plane + padded(call.key_dim[1]));
     own.laid.resize(rows_ * row_width);
     own.query.resize(rows_);
@@ -168,7 +195,7 @@ class Attended {
   void run() {
     const int64_t from = first_seen(position(0), call_.window), to = position(rows_ - 1) + 1;
     for (int64_t base = from - from % TOKENS; base < to; base += TOKENS) {
-      begin(base, std::max(from, base) - base, std::min(to - base, TOKENS));
+      begin(base, std::max(from, base) - base, std::min(to - base, TOKENS), to);
       score();
       for (int64_t r = 0; r < rows_; ++r) weigh(r);
       in_tiles<VALUE_ROWS>(rows_, [&](int64_t first, auto mr) { mix<decltype(mr)::value>(first); });
@@ -185,17 +212,19 @@ class Attended {
     return (task_.span->start + row / shared_) * call_.heads + task_.group * shared_ + row % shared_;
   }
 
-  // The tokens base + from .. base + to are at hand, and every row knows which of them it sees.
-  void begin(int64_t base, int64_t from, int64_t to) {
+  // The tokens base + from .. base + to are at hand, every row knows which of them it sees, and the next ones are on the
+  // way to the second cache: in a paged cache the CPU cannot tell where they are.
+  void begin(int64_t base, int64_t from, int64_t to, int64_t end) {
     from_ = from;
     to_ = to;
-    const int64_t* table = call_.tables + task_.span->table;
-    int64_t slots[TOKENS];
-    for (int64_t t = from; t < to; ++t)
-      slots[t] = table[(base + t) / call_.block_size] * call_.block_size + (base + t) % call_.block_size;
-    for (int i = 0; i < 2; ++i)
-      keys_[i].fill(static_cast<const T*>(call_.key[i]), call_.key_dim[i], call_, task_.group, slots, from, to);
-    value_.fill(static_cast<const T*>(call_.value), call_.value_dim, call_, task_.group, slots, from, to);
+    const int64_t next = std::min(base + 2 * TOKENS, end), count = to - from;
+    int64_t slots[2 * TOKENS];
+    find_slots(call_.tables + task_.span->table, call_.block_size, base + from, next, slots);
+    for (Panel<T>* panel : {&keys_[0], &keys_[1], &value_}) {
+      if (!panel->dim) continue;
+      panel->fill(slots, from, to);
+      if (panel->head != keys_[0].head || panel == keys_) panel->prefetch(slots + count, next - base - from - count);
+    }
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t last = position(r);
       softmax_[r].from = static_cast<int>(std::clamp<int64_t>(first_seen(last, call_.window) - base, 0, TOKENS));
@@ -204,12 +233,9 @@ class Attended {
   }
 
   void score() {
-    for (int64_t t = from_; t < to_; t += TILE_N)
-      in_tiles<TILE_M>(rows_, [&](int64_t first, auto mr) {
-        constexpr int MR = decltype(mr)::value;
-        float* out = score_ + first * TOKENS + t;
-        if (t + TILE_N <= to_) return scores<W, MR, TILE_N>(&query_[first], keys_, t, call_.scale, out);
-        for (int64_t i = 0; t + i < to_; ++i) scores<W, MR, 1>(&query_[first], keys_, t + i, call_.scale, out + i);
+    for (int64_t t = from_ & ~int64_t{3}; t < to_; t += 4)
+      in_tiles<SCORE_ROWS>(rows_, [&](int64_t first, auto mr) {
+        scores<W, decltype(mr)::value>(query_ + first, keys_, t, call_.scale, score_ + first * TOKENS + t);
       });
   }
 
