@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -28,9 +28,6 @@ ATTENDED = (0, 1)
 INDEXED = (2,)
 """The one that an indexer reads."""
 
-_FEW = 32
-"""Rows of a segment above which, in the plain mode, torch's block form is faster than the paged one."""
-
 
 @dataclass(frozen=True, slots=True)
 class Queries:
@@ -47,10 +44,10 @@ class Queries:
 class PagedAttention(ABC):
     """Skeleton of an attention strategy. A strategy projects, and attends in three forms.
 
-    * *paged*: rows of any segments, by the package's own kernel straight over the cache. Decodes and small pieces of
-      prompts, where the kernel is usable.
-    * *rows*: B queries of different sequences, each over those tokens of its past that it sees. Other decodes.
-    * *block*: n consecutive queries of one sequence, causal among themselves. Other prefills.
+    * *paged*: all rows of some segments at once, by the package's own kernel straight over the cache. Decodes and
+      prefills, but for those that are faster in the block form, where the kernel is usable.
+    * *rows*: B queries of different sequences, each over those tokens of its past that it sees. Decodes elsewhere.
+    * *block*: n consecutive queries of one sequence, causal among themselves. Prefills elsewhere.
 
     A window leaves out all but the last tokens: neither form reads those before it. An indexer leaves out what it does
     not choose: the rows form reads the chosen tokens alone, the block form reads all and masks. As long as everything
@@ -63,6 +60,9 @@ class PagedAttention(ABC):
     """
 
     form: Form = "auto"
+
+    longest_paged: ClassVar[int | None] = None
+    """Rows of a segment above which, in the plain mode, the block form is faster than the paged one; None: never."""
 
     def __init__(self, attn: AttnSpec, value_dim: int, row_block: int) -> None:
         self._attn = attn
@@ -86,7 +86,7 @@ class PagedAttention(ABC):
         rows, plain, done = queries.query.shape[0], self.form == "auto" and not self._row_block, 0
         heads = queries.query.new_empty(rows, self._attn.heads, self._value_dim)
         if self._native(queries, cache.planes(layer)):
-            done = _FEW if plain else rows
+            done = self.longest_paged if plain and self.longest_paged is not None else rows
             paged = batch.paged_rows(cache.block_size, done)
             if paged is not None:
                 heads[paged.rows] = self._attend_paged(layer, queries.query[paged.rows], paged, cache)
