@@ -49,13 +49,13 @@ class PagedAttention(ABC):
     * *rows*: B queries of different sequences, each over those tokens of its past that it sees. Decodes elsewhere.
     * *block*: n consecutive queries of one sequence, causal among themselves. Prefills elsewhere.
 
-    A window leaves out all but the last tokens: neither form reads those before it. An indexer leaves out what it does
+    A window leaves out all but the last tokens: no form reads those before it. An indexer leaves out what it does
     not choose: the rows form reads the chosen tokens alone, the block form reads all and masks. As long as everything
     would be chosen, the indexer's plane is not read and nothing is scored.
 
-    In the deterministic mode (``row_block > 0``) neither batch mates nor the cutting of a prompt into chunks can change a
-    bit of a position, and a replay that prefills what was once decoded gets the same numbers. The paged form keeps this
-    as it is, so all rows take it. Where it is not usable, or where an indexer chooses, every position is computed alone
+    In the deterministic mode (``row_block > 0``) neither batch mates nor the cutting of a prompt into chunks can change
+    a bit of a position, and a replay that prefills what was once decoded gets the same numbers. The paged form keeps
+    this as it is, so all rows take it. Where it is not usable, or where an indexer chooses, every position is computed alone
     in the rows form, over exactly what it sees. ``form`` fixes one of torch's forms for all positions (tests compare).
     """
 

@@ -67,8 +67,8 @@ class DecodeGroup:
 class PagedRows:
     """Segments whose attention is computed together straight over the paged cache.
 
-    rows: int64 [R], their rows of the batch, or a slice of it if they are all of it. spans: int64 [S, 4], each segment's first
-    one among these rows, length and context, and where in ``tables`` (int64) its block table begins.
+    rows: int64 [R], their rows of the batch, or a slice if they are all of it. spans: int64 [S, 4], each segment's
+    first one among these rows, length and context, and where in ``tables`` (int64) its block table begins.
     """
 
     rows: Tensor | slice

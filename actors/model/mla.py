@@ -42,8 +42,8 @@ class MlaWeights:
     """One layer; H heads, r = kv_lora_rank, rq = q_lora_rank.
 
     down: [rq + r + dr, D] (without q_lora_rank: [H (dn+dr) + r + dr, D]), what reads the hidden row; q_up:
-    [H (dn+dr), rq]; key_up: [H, dn, r] and value_up: [H, r, dv], the two halves of kv_b_proj; out: [D, H dv]; indexer:
-    DeepSeek-V3.2's, which reads the normed low-rank query and so exists only where there is one.
+    [H (dn+dr), rq]; key_up: [H, r, dn], transposed, and value_up: [H, dv, r], the halves of kv_b_proj; out: [D, H dv];
+    indexer: DeepSeek-V3.2's, which reads the normed low-rank query and so exists only where there is one.
     """
 
     down: Tensor
@@ -61,8 +61,8 @@ class MlaWeights:
 class LatentAttention(PagedAttention):
     """The cache keeps the normed latent c [r] and the rotated key k_r [dr] that all heads share.
 
-    The paged and the rows form are the absorbed one (queries and outputs pass through kv_b_proj, the cache is used as it
-    lies), the block form the expanded one (k = [W_UK c | k_r], v = W_UV c for every past token). A prompt in chunks
+    The paged and the rows form are the absorbed one (queries and outputs pass through kv_b_proj, the cache is used as
+    it lies), the block form the expanded one (k = [W_UK c | k_r], v = W_UV c for every past token). A prompt in chunks
     expands its past once a chunk: 2 t r H (dn + dv) operations a layer for t tokens so far.
     """
 
@@ -177,8 +177,8 @@ def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int, rope: Rope
 
 
 def _load_up(spec: MoEDecoderSpec, read: TensorReader, name: str) -> tuple[Tensor, Tensor]:
-    """kv_b_proj, whose rows are per head [k_nope | v], as transposed W_UK [H, r, dn] and W_UV [H, dv, r]: as the kernels
-    want them, each output's numbers side by side."""
+    """kv_b_proj, whose rows are per head [k_nope | v], as transposed W_UK [H, r, dn] and W_UV [H, dv, r]: each output's
+    numbers side by side, as the kernels want them."""
     attn = spec.attn
     up = read(name, (attn.heads * (attn.qk_nope_dim + attn.v_dim), attn.kv_lora_rank))
     key_up, value_up = up.unflatten(0, (attn.heads, -1)).split((attn.qk_nope_dim, attn.v_dim), dim=1)

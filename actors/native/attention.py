@@ -29,8 +29,8 @@ def attention(
 
     keys: one or two planes [slots, G, d_i], whose widths add up to d; value: [slots, G, dv]; all :func:`usable`. G
     divides H: query heads in order share a plane's head. spans: int64 [S, 4], for each sequence the first of its rows,
-    their number, the tokens before them, and where in ``tables`` (int64) its list of blocks begins. Row i of a span sees
-    the tokens 0 .. context + i, or the last ``window`` of them. Rows in no span are left undefined.
+    their number, the tokens before them, and where in ``tables`` (int64) its list of blocks begins. Row i of a span
+    sees the tokens 0 .. context + i, or the last ``window`` of them. Rows in no span are left undefined.
     """
     kernels = library()
     assert kernels is not None

@@ -1,12 +1,13 @@
 // Attention over the paged cache, compiled once for each instruction set. No include guard: see kernels.cpp.
 //
-// An online softmax (FlashAttention-2, arXiv 2307.08691) in fp32 over blocks of tokens that are cut by absolute position.
-// A row's sums run over exactly the tokens that it sees, in their order, so they depend neither on the rows beside it nor
-// on how prompt and work are cut.
+// An online softmax (FlashAttention-2, arXiv 2307.08691) in fp32 over blocks of tokens that are cut by absolute
+// position. A row's sums run over exactly the tokens that it sees, in their order, so they depend neither on the rows
+// beside it nor on how prompt and work are cut.
 
 constexpr int64_t TOKENS = 48;  // of a block: a multiple of 16
 constexpr int SCORE_ROWS = TILE_M == 8 ? 6 : 1;  // times four tokens in registers
-constexpr int VALUE_ROWS = TILE_M == 8 ? 6 : 2, VALUE_PARTS = TILE_M == 8 ? 2 : 1;  // rows times 32 columns in registers
+constexpr int VALUE_ROWS = TILE_M == 8 ? 6 : 2;  // times VALUE_PARTS times 32 columns in registers
+constexpr int VALUE_PARTS = TILE_M == 8 ? 2 : 1;
 
 template <class T>
 using Value = std::conditional_t<std::is_same_v<T, float>, Fp32, Widened>;
@@ -30,12 +31,16 @@ struct Panel {
   alignas(64) T end[TOKENS][32];
 
   Panel(const void* plane, int64_t width, int64_t groups, int64_t group)
-      : head(static_cast<const T*>(plane) + group * width), dim(width), whole(width & ~int64_t{31}), step(groups * width) {}
+      : head(static_cast<const T*>(plane) + group * width),
+        dim(width),
+        whole(width & ~int64_t{31}),
+        step(groups * width) {}
 
   void fill(const int64_t* slots, int64_t from, int64_t to) {
     for (int64_t t = from; t < to; ++t) token[t] = head + slots[t - from] * step;
-    for (int64_t t = to; t & 3; ++t) token[t] = token[from];  // scores are computed for four tokens at a time, also where
-    for (int64_t t = from; t & 3;) token[--t] = token[from];  // some of them are of no use
+    // Scores are computed for four tokens at a time, also where some of them are of no use.
+    for (int64_t t = to; t & 3; ++t) token[t] = token[from];
+    for (int64_t t = from; t & 3;) token[--t] = token[from];
     if (whole == dim) return;
     for (int64_t t = from & ~int64_t{3}; t < ((to + 3) & ~int64_t{3}); ++t) {
       std::memset(end[t], 0, sizeof(end[t]));
@@ -124,7 +129,8 @@ struct Softmax {
   // Turns the scores into shares, relative to the highest score so far; returns what earlier sums are to be scaled by.
   float add(float* score) {
     vf best = vf{} - INFINITY;
-    for (int64_t i = 0; i < TOKENS; i += 16) best = greater(between(i, from, to) ? load(score + i) : vf{} - INFINITY, best);
+    for (int64_t i = 0; i < TOKENS; i += 16)
+      best = greater(between(i, from, to) ? load(score + i) : vf{} - INFINITY, best);
     const float before = highest;
     highest = std::max(before, greatest(best));
     vf sum{};
@@ -169,9 +175,13 @@ class Attended {
 
  public:
   Attended(const Attention& call, const AttentionTask& task, Workspace<T>& own)
-      : call_(call), task_(task), rows_(task.last - task.first), shared_(call.heads / call.groups),
+      : call_(call),
+        task_(task),
+        rows_(task.last - task.first),
+        shared_(call.heads / call.groups),
         width_(stride(call.value_dim)),
-        keys_{{call.key[0], call.key_dim[0], call.groups, task.group}, {call.key[1], call.key_dim[1], call.groups, task.group}},
+        keys_{{call.key[0], call.key_dim[0], call.groups, task.group},
+              {call.key[1], call.key_dim[1], call.groups, task.group}},
         value_(call.value, call.value_dim, call.groups, task.group) {
     const int64_t first_plane = padded(call.key_dim[0]), row_width = stride(first_plane + padded(call.key_dim[1]));
     own.laid.resize(rows_ * row_width);
@@ -212,8 +222,8 @@ class Attended {
     return (task_.span->start + row / shared_) * call_.heads + task_.group * shared_ + row % shared_;
   }
 
-  // The tokens base + from .. base + to are at hand, every row knows which of them it sees, and the next ones are on the
-  // way to the second cache: in a paged cache the CPU cannot tell where they are.
+  // The tokens base + from .. base + to are at hand, every row knows which of them it sees, and the next ones, up to
+  // end, are on the way to the second cache: in a paged cache the CPU cannot tell where they are.
   void begin(int64_t base, int64_t from, int64_t to, int64_t end) {
     from_ = from;
     to_ = to;
@@ -223,7 +233,8 @@ class Attended {
     for (Panel<T>* panel : {&keys_[0], &keys_[1], &value_}) {
       if (!panel->dim) continue;
       panel->fill(slots, from, to);
-      if (panel->head != keys_[0].head || panel == keys_) panel->prefetch(slots + count, next - base - from - count);
+      const bool fetched = panel == &value_ && value_.head == keys_[0].head;  // the latent is both
+      if (!fetched) panel->prefetch(slots + count, next - base - to);
     }
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t last = position(r);
@@ -256,9 +267,10 @@ class Attended {
       to = std::min(to, softmax_[first + m].to);
     }
     if (from >= to) from = to = TOKENS;
-    for (int m = 0; m < MR; ++m) mix_rows<1>(first + m, softmax_[first + m].from, std::min(from, softmax_[first + m].to));
+    const Softmax* rows = softmax_ + first;
+    for (int m = 0; m < MR; ++m) mix_rows<1>(first + m, rows[m].from, std::min(from, rows[m].to));
     mix_rows<MR>(first, from, to);
-    for (int m = 0; m < MR; ++m) mix_rows<1>(first + m, std::max(to, softmax_[first + m].from), softmax_[first + m].to);
+    for (int m = 0; m < MR; ++m) mix_rows<1>(first + m, std::max(to, rows[m].from), rows[m].to);
   }
 
   template <int MR>

@@ -1,4 +1,4 @@
-"""Paged attention against its definition, and each row's bits its own, on every instruction set that this machine has."""
+"""Paged attention against its definition, each row's bits its own, on every instruction set of this machine."""
 
 from __future__ import annotations
 
