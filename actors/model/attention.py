@@ -55,8 +55,9 @@ class PagedAttention(ABC):
 
     In the deterministic mode (``row_block > 0``) neither batch mates nor the cutting of a prompt into chunks can change
     a bit of a position, and a replay that prefills what was once decoded gets the same numbers. The paged form keeps
-    this as it is, so all rows take it. Where it is not usable, or where an indexer chooses, every position is computed alone
-    in the rows form, over exactly what it sees. ``form`` fixes one of torch's forms for all positions (tests compare).
+    this as it is, so all rows take it. Where it is not usable, or where an indexer chooses, every position is computed
+    alone in the rows form, over exactly what it sees. ``form`` fixes one of torch's forms for all positions (tests
+    compare).
     """
 
     form: Form = "auto"
