@@ -29,6 +29,8 @@ class Library:
         self.number = known.index(isa)
         self.linear = functions.expertmesh_linear
         self.experts = functions.expertmesh_experts
+        self.attention = functions.expertmesh_attention
+        self.head_products = functions.expertmesh_head_products
 
 
 def instruction_sets(functions: ctypes.CDLL) -> list[str]:
@@ -73,4 +75,8 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.expertmesh_linear.restype = None
     found.expertmesh_experts.argtypes = [number, number, *[pointer] * 6, *[whole] * 5, number]
     found.expertmesh_experts.restype = whole
+    found.expertmesh_attention.argtypes = [number, number, *[pointer] * 7, *[whole] * 8, ctypes.c_float, number]
+    found.expertmesh_attention.restype = None
+    found.expertmesh_head_products.argtypes = [number, number, *[pointer] * 3, *[whole] * 8, number]
+    found.expertmesh_head_products.restype = None
     return found

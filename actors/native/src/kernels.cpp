@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include "attention_tasks.h"
 #include "pool.h"
 
 namespace expertmesh {
@@ -98,6 +99,7 @@ namespace avx512_bf16 {
 constexpr int TILE_M = 8, TILE_N = 3;
 #define HAS_BF16_DOT 1
 #include "products.h"
+#include "attention.h"
 #undef HAS_BF16_DOT
 }  // namespace avx512_bf16
 #pragma GCC pop_options
@@ -107,6 +109,7 @@ constexpr int TILE_M = 8, TILE_N = 3;
 namespace avx512 {
 constexpr int TILE_M = 8, TILE_N = 3;
 #include "products.h"
+#include "attention.h"
 }  // namespace avx512
 #pragma GCC pop_options
 
@@ -115,6 +118,7 @@ constexpr int TILE_M = 8, TILE_N = 3;
 namespace avx2 {
 constexpr int TILE_M = 2, TILE_N = 3;
 #include "products.h"
+#include "attention.h"
 }  // namespace avx2
 #pragma GCC pop_options
 #endif
@@ -122,16 +126,21 @@ constexpr int TILE_M = 2, TILE_N = 3;
 namespace portable {
 constexpr int TILE_M = 2, TILE_N = 3;
 #include "products.h"
+#include "attention.h"
 }  // namespace portable
 
 struct Kernels {
   const char* isa;
   void (*linear[2])(const Linear&, Pool&);
   int64_t (*experts[2])(const Experts&, Pool&);
+  void (*attention[2])(const Attention&, Pool&);
+  void (*head_products[2])(const HeadProducts&, Pool&);
 };
 
 #define KERNELS(isa) \
-  { #isa, {isa::linear<float>, isa::linear<uint16_t>}, {isa::experts<float>, isa::experts<uint16_t>} }
+  { #isa, {isa::linear<float>, isa::linear<uint16_t>}, \
+    {isa::experts<float>, isa::experts<uint16_t>}, {isa::attention<float>, isa::attention<uint16_t>}, \
+    {isa::head_products<float>, isa::head_products<uint16_t>} }
 
 static std::vector<Kernels> supported() {
   std::vector<Kernels> all;
@@ -180,6 +189,24 @@ int64_t expertmesh_experts(int isa, int kind, const void* x, const int64_t* pair
                            int64_t d, int64_t inter, int64_t n_experts, int threads) {
   return all()[isa].experts[kind](
       {x, pair_row, pair_expert, gate_up, down, out, rows, pairs, d, inter, n_experts, threads}, pool());
+}
+
+// query [rows, heads, key_dim + rest_dim], out [rows, heads, value_dim]; spans [n_spans, 4] (see Span), whose tables list
+// blocks of block_size slots; key [slots, groups, key_dim], rest likewise or null, value [slots, groups, value_dim]. Row i
+// of a span sees the tokens up to context + i, the last window ones of them; window 0: all.
+void expertmesh_attention(int isa, int kind, const void* query, const void* key, const void* rest, const void* value,
+                          void* out, const int64_t* spans, const int64_t* tables, int64_t n_spans, int64_t heads,
+                          int64_t groups, int64_t key_dim, int64_t rest_dim, int64_t value_dim, int64_t block_size,
+                          int64_t window, float scale, int threads) {
+  all()[isa].attention[kind]({query, {key, rest}, value, out, spans, tables, n_spans, heads, groups, {key_dim, rest_dim},
+                              value_dim, block_size, window, scale, threads}, pool());
+}
+
+// x [rows, heads, k], w [heads, n, k], out [rows, heads, n]; rows and heads of x and out lie so many numbers apart.
+void expertmesh_head_products(int isa, int kind, const void* x, const void* w, void* out, int64_t rows, int64_t heads,
+                              int64_t k, int64_t n, int64_t x_row, int64_t x_head, int64_t out_row, int64_t out_head,
+                              int threads) {
+  all()[isa].head_products[kind]({x, w, out, rows, heads, k, n, x_row, x_head, out_row, out_head, threads}, pool());
 }
 
 }  // extern "C"

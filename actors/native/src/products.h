@@ -27,9 +27,9 @@ static inline __attribute__((always_inline)) vf ones(vf a, vf b) {
          __builtin_shuffle(a, b, vi{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
 }
 
-// Sums of the lanes of N vectors, N <= 16, in order.
+// Sums of the lanes of N vectors, N <= 16, in order: the first N lanes.
 template <int N>
-static inline __attribute__((always_inline)) void sums(const vf* acc, float* out) {
+static inline __attribute__((always_inline)) vf sums(const vf* acc) {
   constexpr int A = (N + 1) / 2, B = (A + 1) / 2, C = (B + 1) / 2, D = (C + 1) / 2;
   vf a[A], b[B], c[C], d[D];
   for (int i = 0; i < A; ++i) a[i] = low_first(acc[2 * i], acc[2 * i + 1 < N ? 2 * i + 1 : 2 * i]);
@@ -37,7 +37,13 @@ static inline __attribute__((always_inline)) void sums(const vf* acc, float* out
   for (int i = 0; i < C; ++i) c[i] = twos(b[2 * i], b[2 * i + 1 < B ? 2 * i + 1 : 2 * i]);
   for (int i = 0; i < D; ++i) d[i] = ones(c[2 * i], c[2 * i + 1 < C ? 2 * i + 1 : 2 * i]);
   static_assert(D == 1, "at most 16");
-  for (int i = 0; i < N; ++i) out[i] = d[0][i];
+  return d[0];
+}
+
+template <int N>
+static inline __attribute__((always_inline)) void sums(const vf* acc, float* out) {
+  const vf all = sums<N>(acc);
+  std::memcpy(out, &all, N * sizeof(float));
 }
 
 // How 32 numbers of a weight meet 32 of a row: both as loaded, and the multiply-add of their lanes.
@@ -100,7 +106,8 @@ template <class W, int MR, int NR>
 static inline __attribute__((always_inline)) void accumulate(
     const typename W::Row* const* x, const typename W::Stored* const* w, int64_t k, int64_t ahead, vf* sum) {
   constexpr int kLine = 64 / sizeof(typename W::Stored);
-  vf acc[MR * NR];  // a copy, which stays in registers
+  vf acc[MR * NR];  // a copy, which stays in registers; the copying is unrolled, or GCC makes two slow calls of it
+#pragma GCC unroll 32
   for (int i = 0; i < MR * NR; ++i) acc[i] = sum[i];
   for (int64_t i = 0; i < k; i += 32) {
     typename W::Numbers weight[NR];
@@ -113,6 +120,7 @@ static inline __attribute__((always_inline)) void accumulate(
       for (int n = 0; n < NR; ++n) acc[m * NR + n] = W::add(row, weight[n], acc[m * NR + n]);
     }
   }
+#pragma GCC unroll 32
   for (int i = 0; i < MR * NR; ++i) sum[i] = acc[i];
 }
 

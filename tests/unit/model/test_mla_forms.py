@@ -26,7 +26,17 @@ def test_absorbed_equals_expanded_at_every_position(tmp_path: Path, overrides: d
     assert (logits["rows"] - logits["block"]).abs().max() < 1e-5 * logits["rows"].abs().max()
 
 
-def test_decode_is_absorbed_and_equals_an_expanded_decode(deepseek: tuple[Path, Any]) -> None:
+def test_decode_is_absorbed_and_equals_an_expanded_decode(
+    deepseek: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expanded = []
+    attend = mla.LatentAttention._attend_block
+
+    def counted(*args: Any) -> Any:
+        expanded.append(args)
+        return attend(*args)
+
+    monkeypatch.setattr(mla.LatentAttention, "_attend_block", counted)
     ids = random_ids(20, seed=8)
     logits = {}
     for form in ("auto", "rows", "block"):
@@ -34,9 +44,11 @@ def test_decode_is_absorbed_and_equals_an_expanded_decode(deepseek: tuple[Path, 
         number = runner.add(ids)
         runner.step([(number, 19)])
         runner.model.attention.form = form
+        expanded.clear()
         logits[form] = runner.step([(number, 1)])[0]
-    assert torch.equal(logits["auto"], logits["rows"])
-    assert (logits["auto"] - logits["block"]).abs().max() < 1e-5 * logits["auto"].abs().max()
+        assert bool(expanded) == (form == "block")
+    for form in ("rows", "block"):
+        assert (logits["auto"] - logits[form]).abs().max() < 1e-5 * logits["auto"].abs().max()
 
 
 def test_cache_holds_the_latent_alone(deepseek: tuple[Path, Any]) -> None:
