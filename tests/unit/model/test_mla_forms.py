@@ -51,6 +51,22 @@ def test_decode_is_absorbed_and_equals_an_expanded_decode(
         assert (logits["auto"] - logits[form]).abs().max() < 1e-5 * logits["auto"].abs().max()
 
 
+def test_long_pieces_are_expanded_beside_short_ones(
+    deepseek: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of both, in one step and in turns, end up where they belong."""
+    prompts = [random_ids(count, seed=count) for count in (9, 3, 12, 4)]
+    runner = PagedRunner(deepseek[0])
+    work = [(runner.add(prompt), len(prompt)) for prompt in prompts]
+    want = runner.step(work)
+    monkeypatch.setattr(mla.LatentAttention, "longest_paged", 4)
+    runner = PagedRunner(deepseek[0])
+    got = runner.step([(runner.add(prompt), len(prompt)) for prompt in prompts])
+    for ours, whole in zip(got, want, strict=True):
+        assert not torch.equal(ours, whole) or len(ours) <= 4
+        assert (ours - whole).abs().max() < 1e-5 * whole.abs().max()
+
+
 def test_cache_holds_the_latent_alone(deepseek: tuple[Path, Any]) -> None:
     spec = PagedRunner(deepseek[0]).spec
     assert spec.kv_floats_per_token == 3 * (32 + 8)

@@ -193,10 +193,14 @@ def test_what_a_row_does_not_see_is_not_added(dtype: torch.dtype, window: int | 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("sign", ["positive", "negative", "both"])
+def test_large_scores_do_not_overflow(dtype: torch.dtype, sign: str) -> None:
     """Scores of some 1e8: one token takes it all, in whichever block it is."""
     case = make((4, 2, (64,), 64), dtype, segments=[(3, 200), (1, 500)])
     case = replace(case, query=case.query * 1e8)
+    if sign != "both":
+        query, (key,) = case.query.abs(), case.keys
+        case = replace(case, query=query if sign == "positive" else -query, keys=(key.abs(),))
     got, exact = case.run(), defined(case, torch.float64)
     assert (got - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
 
