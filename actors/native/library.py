@@ -29,6 +29,8 @@ class Library:
         self.number = known.index(isa)
         self.linear = functions.expertmesh_linear
         self.experts = functions.expertmesh_experts
+        self.combine = functions.expertmesh_combine
+        self.split = functions.expertmesh_split
 
 
 def instruction_sets(functions: ctypes.CDLL) -> list[str]:
@@ -73,4 +75,8 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.expertmesh_linear.restype = None
     found.expertmesh_experts.argtypes = [number, number, *[pointer] * 6, *[whole] * 5, number]
     found.expertmesh_experts.restype = whole
+    found.expertmesh_combine.argtypes = [*[number] * 4, *[pointer] * 5, *[whole] * 4, number]
+    found.expertmesh_combine.restype = None
+    found.expertmesh_split.argtypes = [*[pointer] * 3, whole, whole, pointer]
+    found.expertmesh_split.restype = whole
     return found

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include "dispatch.h"
 #include "pool.h"
 
 namespace expertmesh {
@@ -98,6 +99,7 @@ namespace avx512_bf16 {
 constexpr int TILE_M = 8, TILE_N = 3;
 #define HAS_BF16_DOT 1
 #include "products.h"
+#include "combine.h"
 #undef HAS_BF16_DOT
 }  // namespace avx512_bf16
 #pragma GCC pop_options
@@ -107,6 +109,7 @@ constexpr int TILE_M = 8, TILE_N = 3;
 namespace avx512 {
 constexpr int TILE_M = 8, TILE_N = 3;
 #include "products.h"
+#include "combine.h"
 }  // namespace avx512
 #pragma GCC pop_options
 
@@ -115,6 +118,7 @@ constexpr int TILE_M = 8, TILE_N = 3;
 namespace avx2 {
 constexpr int TILE_M = 2, TILE_N = 3;
 #include "products.h"
+#include "combine.h"
 }  // namespace avx2
 #pragma GCC pop_options
 #endif
@@ -122,16 +126,22 @@ constexpr int TILE_M = 2, TILE_N = 3;
 namespace portable {
 constexpr int TILE_M = 2, TILE_N = 3;
 #include "products.h"
+#include "combine.h"
 }  // namespace portable
 
 struct Kernels {
   const char* isa;
   void (*linear[2])(const Linear&, Pool&);
   int64_t (*experts[2])(const Experts&, Pool&);
+  void (*combine[2])(const Combine&, const void* const*, const float*, Pool&);
 };
 
-#define KERNELS(isa) \
-  { #isa, {isa::linear<float>, isa::linear<uint16_t>}, {isa::experts<float>, isa::experts<uint16_t>} }
+#define KERNELS(isa)                                      \
+  {                                                       \
+    #isa, {isa::linear<float>, isa::linear<uint16_t>},    \
+        {isa::experts<float>, isa::experts<uint16_t>},    \
+        {isa::combine<float>, isa::combine<uint16_t>},    \
+  }
 
 static std::vector<Kernels> supported() {
   std::vector<Kernels> all;
@@ -180,6 +190,30 @@ int64_t expertmesh_experts(int isa, int kind, const void* x, const int64_t* pair
                            int64_t d, int64_t inter, int64_t n_experts, int threads) {
   return all()[isa].experts[kind](
       {x, pair_row, pair_expert, gate_up, down, out, rows, pairs, d, inter, n_experts, threads}, pool());
+}
+
+// Weighted sums of unweighted rows, see actors/model/combine.py. kind: of the rows; weight_kind, out_kind: 0 fp32, 1 bf16.
+// rows [tokens * k, d], but those at last_slots [last_count], which are in last [last_count, d]; weight [tokens, k];
+// out [tokens, d].
+void expertmesh_combine(int isa, int kind, int weight_kind, int out_kind, const void* rows, const void* last,
+                        const int64_t* last_slots, const void* weight, void* out, int64_t tokens, int64_t k, int64_t d,
+                        int64_t last_count, int threads) {
+  const Combine call{weight, rows, last, last_slots, out, tokens, k, d, last_count, weight_kind, out_kind, threads};
+  const void** at = scratch<const void*>(tokens * k);
+  addresses(call, d * (kind == 0 ? 4 : 2), at);
+  float* widened = scratch<float>(tokens * k);
+  for (int64_t i = 0; i < tokens * k; ++i)
+    widened[i] = weight_kind == 0 ? static_cast<const float*>(weight)[i]
+                                  : from_bf16(static_cast<const uint16_t*>(weight)[i]);
+  all()[isa].combine[kind](call, at, widened, pool());
+}
+
+// Splits the pairs at slots [count], ascending, among the shards owner [count], less than 0 for nobody. chosen [T * k]:
+// the expert of each slot. out [6 count] has, count numbers each but for the table's 3 count, and shard by shard: the rows,
+// the slots, the table (shard, its rows, its pairs) whose length is returned, and two of int32: pair_row and pair_expert.
+int64_t expertmesh_split(const int64_t* chosen, const int64_t* slots, const int64_t* owner, int64_t count, int64_t k,
+                         int64_t* out) {
+  return split(chosen, slots, owner, count, k, out);
 }
 
 }  // extern "C"
