@@ -13,6 +13,7 @@ class ScratchPool:
         self._dtype = dtype
         self._device = device
         self._free: list[Tensor] = []
+        self._lent: dict[int, Tensor] = {}  # by address
 
     def take(self, rows: int, columns: int) -> Tensor:
         """Uninitialised [rows, columns]; give it back with ``give``."""
@@ -24,9 +25,9 @@ class ScratchPool:
             if self._free:
                 self._free.pop()  # too small for today's batches: replaced by a larger one
             flat = torch.empty(max(need, 1), dtype=self._dtype, device=self._device)
+        self._lent[flat.data_ptr()] = flat
         return flat[:need].view(rows, columns)
 
     def give(self, tensor: Tensor) -> None:
         """Take back what ``take`` returned; the caller must not use it any more."""
-        whole = tensor.untyped_storage()
-        self._free.append(torch.empty(0, dtype=self._dtype, device=self._device).set_(whole))
+        self._free.append(self._lent.pop(tensor.untyped_storage().data_ptr()))  # a tensor without rows has no address
