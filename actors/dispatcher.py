@@ -29,6 +29,7 @@ from actors.messages import (
     encode_times,
     expect_parts,
     failure_text,
+    rows_part,
     seconds_from,
     tensor_bytes,
     tensor_from,
@@ -280,11 +281,12 @@ class Dispatcher:
         assert routes is not None
         experts = handle.chosen.reshape(-1)[slots]
         owner = routes.owners(handle.tag.layer, experts, handle.number, handle.refused)
-        if (owner == NOBODY).any():
+        shares = split_rows(handle.chosen, slots, owner)
+        if sum([share.pair_slot.size for share in shares]) < slots.size:
             handle.stranded = np.sort(np.concatenate([handle.stranded, slots[owner == NOBODY]]))
             log.warning("%s: %d pairs wait for a shard that holds their experts", self.name, handle.stranded.size)
         with routes.batch():
-            for share in split_rows(handle.chosen, slots, owner):
+            for share in shares:
                 self._send_share(handle, routes, share)
 
     def _send_share(self, handle: DispatchHandle, routes: ExpertRoutes, share: ShardRows) -> None:
@@ -293,8 +295,8 @@ class Dispatcher:
         handle.owed[handle.attempts] = (name, share)
         tag = FrameTag(routes.epoch, handle.number, handle.tag.micro_batch, handle.tag.layer, handle.attempts)
         whole = share.rows.size == handle.rows.shape[0]
-        picked = handle.rows if whole else handle.rows.index_select(0, torch.from_numpy(share.rows).to(self._device))
-        parts = [tensor_part(picked, wire), array_bytes(share.pair_row), array_bytes(share.pair_expert)]
+        picked = tensor_part(handle.rows, wire) if whole else rows_part(handle.rows, share.rows, wire)
+        parts = [picked, array_bytes(share.pair_row), array_bytes(share.pair_expert)]
         if handle.span is not None:
             handle.span.asked(name)
             parts += handle.span.parts
