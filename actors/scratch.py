@@ -29,5 +29,5 @@ class ScratchPool:
         return flat[:need].view(rows, columns)
 
     def give(self, tensor: Tensor) -> None:
-        """Take back what ``take`` returned; the caller must not use it any more."""
+        """Take back what ``take`` returned; the caller must not use it any more. KeyError for anything else."""
         self._free.append(self._lent.pop(tensor.untyped_storage().data_ptr()))  # a tensor without rows has no address
