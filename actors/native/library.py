@@ -31,6 +31,8 @@ class Library:
         self.experts = functions.expertmesh_experts
         self.attention = functions.expertmesh_attention
         self.head_products = functions.expertmesh_head_products
+        self.combine = functions.expertmesh_combine
+        self.split = functions.expertmesh_split
 
 
 def instruction_sets(functions: ctypes.CDLL) -> list[str]:
@@ -79,4 +81,8 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.expertmesh_attention.restype = None
     found.expertmesh_head_products.argtypes = [number, number, *[pointer] * 3, *[whole] * 8, number]
     found.expertmesh_head_products.restype = None
+    found.expertmesh_combine.argtypes = [*[number] * 4, *[pointer] * 5, *[whole] * 4, number]
+    found.expertmesh_combine.restype = None
+    found.expertmesh_split.argtypes = [*[pointer] * 3, whole, whole, pointer]
+    found.expertmesh_split.restype = whole
     return found

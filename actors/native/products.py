@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .library import library
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def usable(x: Tensor, *weights: object) -> bool:
     """Whether the kernels take rows x [R, K] and these weights: dense, on the CPU, of one dtype, fp32 or bf16."""
-    if x.device.type != "cpu" or x.dtype not in _KINDS or library() is None:
+    if x.device.type != "cpu" or x.dtype not in KINDS or library() is None:
         return False
     return all(isinstance(w, Tensor) and w.dtype == x.dtype and w.is_contiguous() for w in weights)
 
@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     out = x.new_empty(rows, weight.shape[0])
     kernels.linear(
         kernels.number,
-        _KINDS[x.dtype],
+        KINDS[x.dtype],
         x.data_ptr(),
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
@@ -59,7 +59,7 @@ def experts(
     out = x.new_empty(pair_row.shape[0], x.shape[1])
     wrong: int = kernels.experts(
         kernels.number,
-        _KINDS[x.dtype],
+        KINDS[x.dtype],
         x.data_ptr(),
         pair_row.data_ptr(),
         pair_expert.data_ptr(),

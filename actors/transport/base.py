@@ -116,8 +116,7 @@ class FrameTag(NamedTuple):
         return (self.epoch, self.step, self.attempt)
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One received message. ``parts`` are views valid until the next ``recv`` on the same wire."""
 
     kind: int

@@ -11,6 +11,7 @@
 #endif
 
 #include "attention_tasks.h"
+#include "dispatch.h"
 #include "pool.h"
 
 namespace expertmesh {
@@ -100,6 +101,7 @@ constexpr int TILE_M = 8, TILE_N = 3;
 #define HAS_BF16_DOT 1
 #include "products.h"
 #include "attention.h"
+#include "combine.h"
 #undef HAS_BF16_DOT
 }  // namespace avx512_bf16
 #pragma GCC pop_options
@@ -110,6 +112,7 @@ namespace avx512 {
 constexpr int TILE_M = 8, TILE_N = 3;
 #include "products.h"
 #include "attention.h"
+#include "combine.h"
 }  // namespace avx512
 #pragma GCC pop_options
 
@@ -119,6 +122,7 @@ namespace avx2 {
 constexpr int TILE_M = 2, TILE_N = 3;
 #include "products.h"
 #include "attention.h"
+#include "combine.h"
 }  // namespace avx2
 #pragma GCC pop_options
 #endif
@@ -127,6 +131,7 @@ namespace portable {
 constexpr int TILE_M = 2, TILE_N = 3;
 #include "products.h"
 #include "attention.h"
+#include "combine.h"
 }  // namespace portable
 
 struct Kernels {
@@ -135,12 +140,17 @@ struct Kernels {
   int64_t (*experts[2])(const Experts&, Pool&);
   void (*attention[2])(const Attention&, Pool&);
   void (*head_products[2])(const HeadProducts&, Pool&);
+  void (*combine[2])(const Combine&, const void* const*, const float*, Pool&);
 };
 
-#define KERNELS(isa) \
-  { #isa, {isa::linear<float>, isa::linear<uint16_t>}, \
-    {isa::experts<float>, isa::experts<uint16_t>}, {isa::attention<float>, isa::attention<uint16_t>}, \
-    {isa::head_products<float>, isa::head_products<uint16_t>} }
+#define KERNELS(isa)                                                    \
+  {                                                                     \
+    #isa, {isa::linear<float>, isa::linear<uint16_t>},                  \
+        {isa::experts<float>, isa::experts<uint16_t>},                  \
+        {isa::attention<float>, isa::attention<uint16_t>},              \
+        {isa::head_products<float>, isa::head_products<uint16_t>},      \
+        {isa::combine<float>, isa::combine<uint16_t>},                  \
+  }
 
 static std::vector<Kernels> supported() {
   std::vector<Kernels> all;
@@ -207,6 +217,30 @@ void expertmesh_head_products(int isa, int kind, const void* x, const void* w, v
                               int64_t k, int64_t n, int64_t x_row, int64_t x_head, int64_t out_row, int64_t out_head,
                               int threads) {
   all()[isa].head_products[kind]({x, w, out, rows, heads, k, n, x_row, x_head, out_row, out_head, threads}, pool());
+}
+
+// Weighted sums of unweighted rows, see actors/model/combine.py. kind: of the rows; weight_kind, out_kind: 0 fp32, 1 bf16.
+// rows [tokens * k, d], but those at last_slots [last_count], which are in last [last_count, d]; weight [tokens, k];
+// out [tokens, d].
+void expertmesh_combine(int isa, int kind, int weight_kind, int out_kind, const void* rows, const void* last,
+                        const int64_t* last_slots, const void* weight, void* out, int64_t tokens, int64_t k, int64_t d,
+                        int64_t last_count, int threads) {
+  const Combine call{weight, rows, last, last_slots, out, tokens, k, d, last_count, weight_kind, out_kind, threads};
+  const void** at = scratch<const void*>(tokens * k);
+  addresses(call, d * (kind == 0 ? 4 : 2), at);
+  float* widened = scratch<float>(tokens * k);
+  for (int64_t i = 0; i < tokens * k; ++i)
+    widened[i] = weight_kind == 0 ? static_cast<const float*>(weight)[i]
+                                  : from_bf16(static_cast<const uint16_t*>(weight)[i]);
+  all()[isa].combine[kind](call, at, widened, pool());
+}
+
+// Splits the pairs at slots [count], ascending, among the shards owner [count], less than 0 for nobody. chosen [T * k]:
+// the expert of each slot. out [6 count] has, count numbers each but for the table's 3 count, and shard by shard: the rows,
+// the slots, the table (shard, its rows, its pairs) whose length is returned, and two of int32: pair_row and pair_expert.
+int64_t expertmesh_split(const int64_t* chosen, const int64_t* slots, const int64_t* owner, int64_t count, int64_t k,
+                         int64_t* out) {
+  return split(chosen, slots, owner, count, k, out);
 }
 
 }  // extern "C"
