@@ -91,7 +91,7 @@ class GapBound:
         return max(self.LEAST, round(min(wanted, self._most)))
 
     def _token_s(self) -> float:
-        """Seconds per prompt token: what so many of the last pieces did not exceed, larger and later ones counting more.
+        """Seconds per prompt token: what most of the last pieces did not exceed, larger and later ones counting more.
 
         Close to the median, as what disturbs a step only ever makes it longer: a mean would follow each disturbance.
         """

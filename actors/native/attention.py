@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .library import library
-from .products import _KINDS
+from .products import KINDS
 
 
 def attention(
@@ -39,7 +39,7 @@ def attention(
     rest = keys[1] if len(keys) > 1 else None
     kernels.attention(
         kernels.number,
-        _KINDS[query.dtype],
+        KINDS[query.dtype],
         query.data_ptr(),
         keys[0].data_ptr(),
         None if rest is None else rest.data_ptr(),
@@ -69,7 +69,7 @@ def head_products(x: Tensor, weight: Tensor, out: Tensor) -> None:
     assert kernels is not None
     kernels.head_products(
         kernels.number,
-        _KINDS[x.dtype],
+        KINDS[x.dtype],
         x.data_ptr(),
         weight.data_ptr(),
         out.data_ptr(),
