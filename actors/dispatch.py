@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.native import dispatch
+from actors.native.library import library
 
-@dataclass(frozen=True)
-class ShardRows:
+
+class ShardRows(NamedTuple):
     """What one shard gets of a batch: each row once, with the list of its (row, expert) pairs.
 
     ``rows`` int64[R]: indices into the batch, ascending. ``pair_row`` int32[P]: index into ``rows``.
@@ -30,6 +32,15 @@ def split_rows(chosen: NDArray[np.int64], slots: NDArray[np.int64], owner: NDArr
     of them at first, those that have to be sent again later. ``owner`` int64[S]: the shard's number for each slot, or
     less than 0 for a pair that nobody can compute now. Every slot with an owner is in exactly one result.
     """
+    if library() is not None:
+        return [ShardRows(*share) for share in dispatch.split(chosen, slots, owner)]
+    return split_rows_by_numpy(chosen, slots, owner)
+
+
+def split_rows_by_numpy(
+    chosen: NDArray[np.int64], slots: NDArray[np.int64], owner: NDArray[np.int64]
+) -> list[ShardRows]:
+    """:func:`split_rows` where the kernels are not built."""
     k = chosen.shape[1]
     experts = chosen.reshape(-1)[slots]
     result = []

@@ -29,14 +29,15 @@ from actors.messages import (
     encode_times,
     expect_parts,
     failure_text,
+    rows_part,
     seconds_from,
     tensor_bytes,
     tensor_from,
     tensor_part,
 )
-from actors.model.combine import combine_rows
+from actors.model.combine import combine_rows, place_rows
 from actors.routes import NOBODY, ExpertRoutes
-from actors.scratch import ScratchPool, place_rows
+from actors.scratch import ScratchPool
 from actors.span_log import SpanLog
 from actors.transport.base import Buffer, Frame, FrameTag, PeerGone, ProtocolError, Wire, WireTimeout
 
@@ -52,8 +53,9 @@ class DispatchHandle:
     ``rows`` [T, D] and ``chosen`` int64[T, K] are kept to send them again; ``weight`` float32 [T, K]; ``out``
     [T * K, D] is filled as results come. ``owed``: by attempt, the shard's name and what it still has to answer.
     ``stranded`` int64[S]: slots that nobody can compute before the next map. ``refused``: shards that answered with
-    an error. ``experts_s``: the longest that a shard computed so far. ``span`` if the batch is traced. ``began_ns``:
-    see ``SpanLog.begin``.
+    an error. ``last``: slots and results of the shard that answered last, which are still in its frame.
+    ``experts_s``: the longest that a shard computed so far. ``span`` if the batch is traced. ``began_ns``: see
+    ``SpanLog.begin``.
     """
 
     number: int
@@ -69,13 +71,14 @@ class DispatchHandle:
     owed: dict[int, tuple[str, ShardRows]] = field(default_factory=dict)
     stranded: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     refused: dict[str, str] = field(default_factory=dict)
+    last: tuple[NDArray[np.int64], Tensor] | None = None
     attempts: int = 0
     experts_s: float = 0.0
     began_ns: int = 0
 
     @property
     def complete(self) -> bool:
-        """Every result is in ``out``."""
+        """Every result is in ``out`` or ``last``."""
         return not self.owed and not self.stranded.size
 
 
@@ -193,7 +196,8 @@ class Dispatcher:
     def combine(self, handle: DispatchHandle) -> Tensor:
         """Weighted sum [T, D] of the results, in the order of k; every shard must have answered."""
         assert handle.complete, "a shard still owes its results"
-        return combine_rows(handle.out.view(*handle.chosen.shape, self._d_model), handle.weight, self._dtype)
+        out = handle.out.view(*handle.chosen.shape, self._d_model)
+        return combine_rows(out, handle.weight, self._dtype, *(handle.last or ()))
 
     def on_results(self, wire: Wire, frame: Frame) -> None:
         """A shard has answered. Raises ProtocolError for what it was not asked for."""
@@ -213,7 +217,10 @@ class Dispatcher:
             raise ProtocolError(f"expert shard {shard} sent {results.shape[0]} rows, owed are {share.pair_slot.size}")
         handle.experts_s = max(handle.experts_s, seconds_from(seconds))
         del handle.owed[frame.tag.attempt]
-        place_rows(handle.out, share.pair_slot, results)
+        if handle.complete:
+            handle.last = share.pair_slot, results
+        else:
+            place_rows(handle.out, share.pair_slot, results)
         self._finish_if_complete(handle)
 
     def fail(self, source: Wire, tag: FrameTag, reason: str) -> None:
@@ -274,11 +281,12 @@ class Dispatcher:
         assert routes is not None
         experts = handle.chosen.reshape(-1)[slots]
         owner = routes.owners(handle.tag.layer, experts, handle.number, handle.refused)
-        if (owner == NOBODY).any():
+        shares = split_rows(handle.chosen, slots, owner)
+        if sum([share.pair_slot.size for share in shares]) < slots.size:
             handle.stranded = np.sort(np.concatenate([handle.stranded, slots[owner == NOBODY]]))
             log.warning("%s: %d pairs wait for a shard that holds their experts", self.name, handle.stranded.size)
         with routes.batch():
-            for share in split_rows(handle.chosen, slots, owner):
+            for share in shares:
                 self._send_share(handle, routes, share)
 
     def _send_share(self, handle: DispatchHandle, routes: ExpertRoutes, share: ShardRows) -> None:
@@ -287,13 +295,14 @@ class Dispatcher:
         handle.owed[handle.attempts] = (name, share)
         tag = FrameTag(routes.epoch, handle.number, handle.tag.micro_batch, handle.tag.layer, handle.attempts)
         whole = share.rows.size == handle.rows.shape[0]
-        picked = handle.rows if whole else handle.rows.index_select(0, torch.from_numpy(share.rows).to(self._device))
-        parts = [tensor_part(picked, wire), array_bytes(share.pair_row), array_bytes(share.pair_expert)]
+        picked = tensor_part(handle.rows, wire) if whole else rows_part(handle.rows, share.rows, wire)
+        parts = [picked, array_bytes(share.pair_row), array_bytes(share.pair_expert)]
         if handle.span is not None:
             handle.span.asked(name)
             parts += handle.span.parts
         try:
-            wire.send(Kind.DISPATCH, tag, parts, handle.deadline)
+            answer_bytes = share.pair_slot.size * self._d_model * self._dtype.itemsize
+            wire.ask(Kind.DISPATCH, tag, parts, answer_bytes, handle.deadline)
         except (PeerGone, WireTimeout) as error:
             self._drop(wire, PeerGone(str(error)))
             self.lose_shard(name)  # again: this share may have been added after its loss was reported

@@ -37,10 +37,10 @@ class Groups:
         self._joining = threading.Lock()
         self._changing = threading.Lock()
 
-    def new_ids(self) -> tuple[bytes, bytes]:
-        """Names for the two communicators of a group. This process must live until everybody has joined."""
+    def new_ids(self) -> tuple[bytes, bytes, bytes]:
+        """Names for the three communicators of a group. This process must live until everybody has joined."""
         backend = self._get_backend()
-        return backend.unique_id(), backend.unique_id()
+        return backend.unique_id(), backend.unique_id(), backend.unique_id()
 
     def join_as_router(
         self,

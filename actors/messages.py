@@ -47,6 +47,16 @@ def tensor_part(tensor: Tensor, wire: Wire) -> Buffer | Tensor:
     return tensor if wire.medium is Medium.NCCL else tensor_bytes(tensor)
 
 
+def rows_part(rows: Tensor, at: NDArray[np.int64], wire: Wire) -> Buffer | Tensor:
+    """``rows[at]`` as a part of a frame for ``wire``: contiguous rows [N, D], ``at`` int64[P].
+
+    In host memory by numpy, in half of torch's time for a dozen rows.
+    """
+    if rows.is_cpu and wire.medium is not Medium.NCCL:
+        return array_bytes(rows.view(torch.uint8).numpy().take(at, 0))
+    return tensor_part(rows.index_select(0, torch.from_numpy(at).to(rows.device)), wire)
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor of any dtype: without a copy on the CPU, else copied to the host."""
     if not tensor.numel():

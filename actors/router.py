@@ -234,7 +234,7 @@ class Router(Recorded):
         if routes.group is not None:
             self._groups.leave(routes.epoch)
 
-    def new_ids(self) -> tuple[bytes, bytes]:
+    def new_ids(self) -> tuple[bytes, bytes, bytes]:
         """For a :class:`GroupPlan`. This router must live until the group has formed: it answers who joins."""
         return self._groups.new_ids()
 

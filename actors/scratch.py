@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -15,6 +13,7 @@ class ScratchPool:
         self._dtype = dtype
         self._device = device
         self._free: list[Tensor] = []
+        self._lent: dict[int, Tensor] = {}  # by address
 
     def take(self, rows: int, columns: int) -> Tensor:
         """Uninitialised [rows, columns]; give it back with ``give``."""
@@ -26,21 +25,9 @@ class ScratchPool:
             if self._free:
                 self._free.pop()  # too small for today's batches: replaced by a larger one
             flat = torch.empty(max(need, 1), dtype=self._dtype, device=self._device)
+        self._lent[flat.data_ptr()] = flat
         return flat[:need].view(rows, columns)
 
     def give(self, tensor: Tensor) -> None:
-        """Take back what ``take`` returned; the caller must not use it any more."""
-        whole = tensor.untyped_storage()
-        self._free.append(torch.empty(0, dtype=self._dtype, device=self._device).set_(whole))
-
-
-def place_rows(into: Tensor, at: NDArray[np.int64], rows: Tensor) -> None:
-    """``into`` [N, D] at the indices ``at`` int64[P] becomes ``rows`` [P, D] of its dtype and device; both contiguous.
-
-    In host memory by numpy, which copies row by row: torch goes element by element, six times as slow for 48 rows of
-    4 KiB.
-    """
-    if into.is_cpu:
-        into.view(torch.uint8).numpy()[at] = rows.view(torch.uint8).numpy()
-    else:
-        into[torch.from_numpy(at).to(into.device)] = rows
+        """Take back what ``take`` returned; the caller must not use it any more. KeyError for anything else."""
+        self._free.append(self._lent.pop(tensor.untyped_storage().data_ptr()))  # a tensor without rows has no address

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from actors.dispatch import split_rows
 from actors.messages import tensor_bytes
-from actors.model.combine import combine_rows
-from actors.scratch import place_rows
+from actors.model.combine import combine_rows, place_rows
 from benchmarks.transport_figures import LayerBytes
 from benchmarks.transport_lanes import timed
 from benchmarks.transport_layer import DTYPE, Shape

@@ -121,7 +121,7 @@ class AttentionFleet:
         epoch = experts.introduce([replica.router for replica in replicas], deadline)
         for replica in replicas:
             self._losses.follow(replica.router, epoch)
-            arguments = (addresses[replica.router.name], self._deployment.medium, left(deadline))
+            arguments = (addresses[replica.router.name], self._deployment.wires.medium, left(deadline))
             replica.shard.handle.call("connect", *arguments, timeout_s=left(deadline))
             self.replicas.append(replica)
 
@@ -151,7 +151,7 @@ class AttentionFleet:
             self.connect(replicas, addresses, experts, deadline)
             for replica in replicas:
                 peer = AttentionPeer(replica.shard.handle, addresses[replica.shard.name])
-                arguments = ("attach", peer, self._deployment.medium, left(deadline))
+                arguments = ("attach", peer, self._deployment.wires.medium, left(deadline))
                 gateways = self._deployment.roster.of(Role.ROLE_GATEWAY)
                 results({g.name: g.handle.begin(*arguments) for g in gateways}, deadline, may_be_gone=True)
         except BaseException:

@@ -210,6 +210,21 @@ class GatewayConfig(_Section):
     insecure: bool = Field(False, description="off loopback, serve even without TLS or tokens")
 
 
+class WireTlsConfig(_Section):
+    """PEM files on every node, at the same place; each actor reads them when it starts. Both ends of a wire show the
+    certificate and check the other's, for client and server use alike; names in it do not count."""
+
+    certificate: PemFile = Field(description="the node's certificate, and the chain under it")
+    key: PemFile = Field(description="its private key, not encrypted")
+    ca: PemFile = Field(description="the authority that signs the actors' certificates, and nobody else's")
+
+
+class DataPlaneConfig(_Section):
+    """The wires between actors."""
+
+    tls: WireTlsConfig | None = Field(None, description="encrypts the wires between nodes; null: only authenticated")
+
+
 class TokenConfig(_Section):
     """One token: its hash, and who comes with it."""
 
@@ -276,7 +291,10 @@ class ServerConfig(_Section):
     )
     check_weights: bool = Field(True, description="look for NaN and infinity while weights are loaded")
     deterministic: bool = Field(True, description="a row's result does not depend on its batch mates")
-    transport: Literal["auto", "nccl", "shm", "tcp", "local"] = "auto"
+    transport: Literal["auto", "nccl", "shm", "tcp", "local"] = Field(
+        "auto", description="auto: by pair; another: that medium or none; local: all in one process, without Ray"
+    )
+    data_plane: DataPlaneConfig = Field(default_factory=DataPlaneConfig)
     device: Literal["cpu", "cuda"] = Field("cpu", description="where gates, experts and attention compute")
     step_timeout_s: float = Field(30.0, gt=0, le=3600)
     recovery_timeout_s: float = Field(

@@ -137,6 +137,7 @@ class Controller:
         experts = self._experts
         epoch = experts.map.epoch if experts and experts.map else 0
         view = cluster_view(model_name(self._config.model), epoch, self._fleet, self._roster.all())
+        view.transport = self._deployment.wires.rule
         view.attention_replicas_wanted = self._attention.wanted
         view.expert_autoscaling = self._config.experts.autoscale.mode
         view.events.extend(self._events.latest(_SHOWN_EVENTS))
@@ -223,6 +224,7 @@ class Controller:
         replicas = attention.requests(self._config.attention.replicas)
         shards = expert_requests(self._deployment, self._config.experts.shards)
         bundles = self._deployment.reserve(replicas + shards, left(deadline))
+        self._deployment.settle_wires([bundle.node_id for bundle in bundles])
         self._progress.phase = "preparing the model"
         settings = self._deployment.settings([home, *(bundle.node_id for bundle in bundles)], deadline)
         spec = load_spec(settings.paths[home])

@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from actors.transport.base import Medium
+from expertmesh.v1.control_pb2 import ClusterEventKind
+
 from cluster.config import AttentionConfig, ExpertsConfig, ServerConfig
 from cluster.events import EventLog
 from cluster.fleet import Bundle, Fleet
@@ -14,6 +15,8 @@ from cluster.gpus import GpuCheck
 from cluster.model_source import resolve_model
 from cluster.roster import Roster
 from cluster.settings import SettingsFactory
+from cluster.tls_check import TlsCheck
+from cluster.wire_choice import may_take_nccl, refuse_far_pairs, wire_choice
 from placement.spec import BundleRequest
 
 PROCESS_START_S = 30.0
@@ -33,23 +36,20 @@ class ModelAbsent(RuntimeError):
 
 
 class Deployment:
-    """One per cluster. Bundles that it reserved are given back at the latest by ``release_all``.
-
-    ``medium`` is that of all pairwise wires. With ``nccl`` those between routers and expert shards only announce what
-    goes over NCCL.
-    """
+    """One per cluster. Bundles that it reserved are given back at the latest by ``release_all``. ``wires``: which
+    medium each pair of actors takes."""
 
     def __init__(self, config: ServerConfig, fleet: Fleet, roster: Roster, events: EventLog) -> None:
         self.config = config
         self.fleet = fleet
         self.roster = roster
         self.events = events
-        self.medium = Medium(config.transport) if config.transport in ("shm", "tcp") else None
-        self.nccl = config.transport == "nccl"
+        self.wires = wire_choice(config)
         self.cordoned: frozenset[str] = frozenset()
         self._bundles: dict[str, Bundle] = {}
-        self._settings = SettingsFactory(config, {})
+        self._settings = SettingsFactory(config, {}, self.wires.nccl)
         self._gpus = GpuCheck(config, fleet)
+        self._tls = TlsCheck(config, fleet)
 
     def request(self, prefix: str, fleet: AttentionConfig | ExpertsConfig, actors: int = 1) -> BundleRequest:
         """What a new shard of this fleet needs of its node, with whatever lives beside it: ``actors`` together."""
@@ -65,12 +65,27 @@ class Deployment:
         bundles = self.fleet.reserve(requests, timeout_s, self.cordoned)
         self._bundles.update((bundle.name, bundle) for bundle in bundles)
         try:
-            self._gpus.after([bundle.node_id for bundle in bundles])
+            refuse_far_pairs(self.wires, self.fleet.home(), list(self._bundles.values()))
+            nodes = [bundle.node_id for bundle in bundles]
+            self._gpus.after(nodes)
+            self._tls.after(nodes)
         except BaseException:
             for bundle in bundles:
                 self.release(bundle)
             raise
         return bundles
+
+    def settle_wires(self, node_ids: Sequence[str]) -> None:
+        """Before the first actor starts: decide, for good, whether rows go over NCCL between the actors on these nodes.
+
+        Raises ConfigError when the controller's node, where the gateway will be, cannot encrypt as configured.
+        """
+        self._tls.after([self.fleet.home()])
+        if may_take_nccl(self.config):
+            lacking = self._gpus.lacks_nccl(node_ids)
+            self.wires = replace(self.wires, nccl=not lacking, why_not_nccl=lacking)
+            self._settings = replace(self._settings, nccl=self.wires.nccl)
+        self.events.tell(ClusterEventKind.CLUSTER_EVENT_KIND_WIRES_CHOSEN, f"wires: {self.wires.rule}")
 
     def renew(self, bundle: Bundle | None, request: BundleRequest, timeout_s: float) -> Bundle:
         """Room for the successor of a dead actor: its bundle, renamed, or a new one if its node is gone.

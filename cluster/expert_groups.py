@@ -67,11 +67,11 @@ class ExpertGroups:
         dead = sorted(shard.name for shard in shards if shard not in alive)
         if dead or not members:
             raise ActorUnreachable(f"{', '.join(dead) or 'every router'} does not answer")
-        dispatch_id, results_id = members[0].handle.call("new_ids", timeout_s=left(deadline))
+        dispatch_id, results_id, rooms_id = members[0].handle.call("new_ids", timeout_s=left(deadline))
         names = tuple(router.name for router in members)
-        plan = GroupPlan(new.epoch, dispatch_id, results_id, names, tuple(shard.name for shard in shards))
+        plan = GroupPlan(new.epoch, dispatch_id, results_id, rooms_id, names, tuple(shard.name for shard in shards))
         self._next = _Formed(new.epoch, tuple(members), tuple(shards))
-        arguments = (new, addresses, self._deployment.medium, left(deadline), plan)
+        arguments = (new, addresses, self._deployment.wires.medium, left(deadline), plan)
         calls = {member: member.handle.begin("prepare", *arguments) for member in members}
         calls |= {shard: shard.handle.begin("join", plan, left(deadline)) for shard in shards}
         self._await(calls, deadline)

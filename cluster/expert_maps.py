@@ -35,7 +35,7 @@ class ExpertMaps:
         self.in_force: ExpertMap | None = None
         self._deployment = deployment
         self._routers = routers
-        self._groups = ExpertGroups(deployment) if deployment.nccl else None
+        self._groups = ExpertGroups(deployment) if deployment.wires.nccl else None
         self._epochs = itertools.count(1)
 
     def next_epoch(self) -> int:
@@ -139,7 +139,7 @@ class ExpertMaps:
         if self._groups is not None:
             return self._groups.form(new, routers, [shards[name] for name in new.shards], known, deadline)
         there = self._deployment.roster.answering(routers)
-        arguments = (new, known, self._deployment.medium, left(deadline))
+        arguments = (new, known, self._deployment.wires.medium, left(deadline))
         calls = {router.name: router.handle.begin("prepare", *arguments) for router in there}
         prepared = results(calls, deadline, may_be_gone=True)
         return [router for router in there if router.name in prepared]

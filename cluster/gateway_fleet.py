@@ -38,7 +38,7 @@ class GatewayFleet:
     def open(self, gateway: Member, controller: ActorHandle, deadline: float) -> Doors:
         """Connect it to the attention shards and let clients in."""
         self._controller = controller
-        arguments = (self._attention.peers, controller, self._deployment.medium, left(deadline))
+        arguments = (self._attention.peers, controller, self._deployment.wires.medium, left(deadline))
         gateway.handle.call("connect", *arguments, timeout_s=left(deadline))
         doors = gateway.handle.call("serve", timeout_s=left(deadline))
         assert isinstance(doors, Doors)

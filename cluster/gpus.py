@@ -12,6 +12,11 @@ from placement.spec import BundleRequest, Node
 LOOK_S = 120.0
 """A node that has not told in this time what it lacks is given up: a process that loads torch and CUDA has to start."""
 
+Missing = Callable[[], list[str]]
+"""Run on a node: what is missing there."""
+
+_CHOSEN = "nccl, which transport: auto has taken,"
+
 
 class GpuCheck:
     """Asks each node once. Without ``device: cuda`` and ``transport: nccl`` it asks nobody anything."""
@@ -35,19 +40,31 @@ class GpuCheck:
             self._refuse([node for node in self._fleet.nodes() if node.node_id in new])
             self._fit |= new
 
+    def lacks_nccl(self, node_ids: Sequence[str]) -> str:
+        """What keeps these nodes, which can compute on GPUs, from NCCL. If nothing does, a node that comes later and
+        lacks it is refused: a group has no member without it."""
+        wanted = set(node_ids)
+        told = self._told([node for node in self._fleet.nodes() if node.node_id in wanted], requirements_missing)
+        if not told:
+            self._key, self._missing, self._fit = _CHOSEN, requirements_missing, wanted
+        return told
+
     def _refuse(self, nodes: Sequence[Node], *more: str) -> None:
         assert self._missing is not None
-        found = self._fleet.on_nodes([node.node_id for node in nodes], self._missing, timeout_s=LOOK_S)
-        told = [
+        if told := self._told(nodes, self._missing, *more):
+            raise ConfigError(f"{self._key} cannot be used: {told}")
+
+    def _told(self, nodes: Sequence[Node], missing: Missing, *more: str) -> str:
+        """What each node lacks that lacks something, as sentences."""
+        found = self._fleet.on_nodes([node.node_id for node in nodes], missing, timeout_s=LOOK_S)
+        return ". ".join(
             f"node {node.address}: {'; '.join([*more, *found[node.node_id]])}"
             for node in nodes
             if more or found[node.node_id]
-        ]
-        if told:
-            raise ConfigError(f"{self._key} cannot be used: {'. '.join(told)}")
+        )
 
 
-def _what_is_needed(config: ServerConfig) -> tuple[str, Callable[[], list[str]] | None]:
+def _what_is_needed(config: ServerConfig) -> tuple[str, Missing | None]:
     """The key that asks for it, and what tells what is missing on a node."""
     if config.transport == "nccl":
         return "transport: nccl", requirements_missing

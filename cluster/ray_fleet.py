@@ -15,10 +15,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from actors.transport.base import EndpointLike, Wire
 from actors.transport.endpoint import Endpoint
-from cluster.config import ServerConfig, TelemetryConfig
+from cluster.config import ServerConfig, TelemetryConfig, WireTlsConfig
 from cluster.controller import Controller
 from cluster.fleet import ActorHandle, ActorUnreachable, Bundle, Fleet, first_failure_or_all
 from cluster.telemetry.process import ProcessTelemetry
+from cluster.tls import wire_tls
 from placement.bundles import create_group, node_of, ray_nodes, remove_group, wait_for_group
 from placement.spec import BundleRequest, Node
 from placement.spread import spread
@@ -34,13 +35,16 @@ _CONCURRENCY = 16
 
 @dataclass(frozen=True)
 class RayEndpoints:
-    """Makes an actor's endpoint inside its process: it listens on the node's own address."""
+    """Makes an actor's endpoint inside its process: it listens on the node's own address, and reads the node's own
+    files for ``tls``."""
 
     secret: bytes
+    tls: WireTlsConfig | None
 
     def __call__(self, name: str, on_wire: Callable[[Wire], None]) -> EndpointLike:
         node_id = ray.get_runtime_context().get_node_id()
-        return Endpoint(name, node_id, self.secret, host=ray.util.get_node_ip_address(), on_wire=on_wire)
+        tls = wire_tls(self.tls) if self.tls is not None else None
+        return Endpoint(name, node_id, self.secret, host=ray.util.get_node_ip_address(), on_wire=on_wire, tls=tls)
 
 
 class Hosted:
@@ -129,7 +133,7 @@ class RayController(Controller):
     """The controller as an actor: its fleet is made in its own process."""
 
     def __init__(self, config: ServerConfig, secret: bytes) -> None:
-        super().__init__(config, RayFleet(secret, config.telemetry))
+        super().__init__(config, RayFleet(secret, config))
 
 
 def start_controller(name: str, config: ServerConfig, secret: bytes) -> RayHandle:
@@ -144,9 +148,9 @@ def start_controller(name: str, config: ServerConfig, secret: bytes) -> RayHandl
 class RayFleet(Fleet):
     """Actors in placement groups, one group of one bundle per shard. Lives in the controller's process."""
 
-    def __init__(self, secret: bytes, telemetry: TelemetryConfig) -> None:
-        self._endpoints = RayEndpoints(secret)
-        self._telemetry = telemetry
+    def __init__(self, secret: bytes, config: ServerConfig) -> None:
+        self._endpoints = RayEndpoints(secret, config.data_plane.tls)
+        self._telemetry = config.telemetry
         self._home = ray.get_runtime_context().get_node_id()
         self._placed: dict[str, str] = {}
 

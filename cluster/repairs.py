@@ -52,7 +52,7 @@ class Repairs:
                 elif time.monotonic() < self._trusted_from.get(shard.name, 0.0):
                     roster.lose(shard, "routers lose it again and again")
             if members and experts.living == experts.shards:  # else the map that replaces the dead does it
-                if not self._deployment.nccl:  # there one death makes all of them suspects
+                if not self._deployment.wires.nccl:  # there one death makes all of them suspects
                     self._trusted_from.update({shard.name: time.monotonic() + _ONCE_IN_S for shard in members})
                 experts.reconnect(self._deadline())
 

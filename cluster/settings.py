@@ -30,10 +30,12 @@ done (measured at 576 x 1536 fp32, one row: 54 ms a step with one thread, 61 ms 
 
 @dataclass(frozen=True)
 class SettingsFactory:
-    """Settings for the actors of one cluster; ``paths`` gives the checkpoint's folder on each node."""
+    """Settings for the actors of one cluster; ``paths`` gives the checkpoint's folder on each node, ``nccl`` tells
+    whether rows go over it between routers and expert shards."""
 
     config: ServerConfig
     paths: dict[str, Path]
+    nccl: bool = False
 
     def expert(self, bundle: Bundle, all_bundles: Sequence[Bundle]) -> ModelSettings:
         """Expert shards of one node share its cores: they work at the same time."""
@@ -137,7 +139,7 @@ class SettingsFactory:
             step_timeout_s=self.config.step_timeout_s,
             sharing=sharing,
             device=self.config.device,
-            nccl=self.config.transport == "nccl",
+            nccl=self.nccl,
             quantization=quantization,
             check_weights=self.config.check_weights,
         )

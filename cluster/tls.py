@@ -6,7 +6,8 @@ import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.config import ConfigError, TlsConfig
+from actors.transport.tls import WireTls
+from cluster.config import ConfigError, TlsConfig, WireTlsConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,31 @@ def server_pem(tls: TlsConfig) -> ServerPem:
     certificate, key = key_pair("gateway.tls.certificate", tls.certificate, "gateway.tls.key", tls.key)
     client_ca = certificates("gateway.tls.client_ca", tls.client_ca) if tls.client_ca is not None else None
     return ServerPem(certificate, key, client_ca)
+
+
+def wire_tls(tls: WireTlsConfig) -> WireTls:
+    """Read the files of ``data_plane.tls``. Raises ConfigError with the key and the file, also if an actor with them
+    would not accept another one with them."""
+    certificates("data_plane.tls.ca", tls.ca)
+    key_pair("data_plane.tls.certificate", tls.certificate, "data_plane.tls.key", tls.key)
+    made = WireTls(tls.certificate, tls.key, tls.ca)
+    try:
+        made.check()
+    except ssl.SSLCertVerificationError as error:
+        raise ConfigError(
+            f"data_plane.tls.certificate: {tls.certificate}: not good for wires under data_plane.tls.ca ({tls.ca}): "
+            f"{error.verify_message}"
+        ) from None
+    return made
+
+
+def wire_tls_problem(tls: WireTlsConfig) -> str | None:
+    """What keeps an actor of this machine from using these files; None when nothing does."""
+    try:
+        wire_tls(tls)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def certificates(name: str, path: Path) -> bytes:

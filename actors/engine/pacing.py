@@ -30,9 +30,9 @@ class GapBound:
     _SAMPLES = 15
     _KEPT = 0.9
     _GROWTH = 1.5
-    _STALL = 3.0
-    _DEEPER = 1024
     _MUCH_LARGER = 1.5
+    _SURE = 0.6
+    _DEEPER = 1024
     _SHORTEST_S = 1e-9
 
     def __init__(self, max_gap: float) -> None:
@@ -40,7 +40,7 @@ class GapBound:
         self._max_gap = max_gap
         self._timed = False
         self._most = self.LEAST  # a piece may be little larger than those measured
-        self._tokens = self._seconds = 0.0  # their quotient is t
+        self._seen: deque[tuple[int, float]] = deque(maxlen=self._SAMPLES)  # (tokens of a piece, t)
         self._context = 0
         # By rows, in powers of 2: times of decode-only steps, and the mixed steps since the last of them.
         self._usual_s: dict[int, deque[float]] = {}
@@ -84,25 +84,32 @@ class GapBound:
                 self._learn(median(self._usual_s[rows]), n_prefill, context, elapsed_s)
 
     def _piece(self, usual_s: float) -> int:
-        if not self._tokens:
+        if not self._seen:
             return self.LEAST
         # Not rounded down: where the first token is dear, one more makes t so little smaller that growth would end.
-        wanted = (self._max_gap - 1) * usual_s * self._tokens / self._seconds
+        wanted = (self._max_gap - 1) * usual_s / self._token_s()
         return max(self.LEAST, round(min(wanted, self._most)))
+
+    def _token_s(self) -> float:
+        """Seconds per prompt token: what most of the last pieces did not exceed, larger and later ones counting more.
+
+        Close to the median, as what disturbs a step only ever makes it longer: a mean would follow each disturbance.
+        """
+        weights = {i: n * n * self._KEPT ** (len(self._seen) - i) for i, (n, _) in enumerate(self._seen)}
+        enough, total = sum(weights.values()) * self._SURE, 0.0
+        for i in sorted(weights, key=lambda i: self._seen[i][1]):
+            total += weights[i]
+            if total >= enough:
+                break
+        return self._seen[i][1]
 
     def _learn(self, usual_s: float, n_prefill: int, context: int, elapsed_s: float) -> None:
         if self.first_allowance(context) is not None:
-            self._tokens = self._seconds = 0.0
+            self._seen.clear()
         self._context = context
         piece = self._piece(usual_s)
-        # Never nothing: a noisy step must not look as if prompts were free. Never too much: one stall is no rule.
-        spent_s = max(elapsed_s - usual_s, usual_s / 20)
-        if self._tokens:
-            spent_s = min(spent_s, self._STALL * n_prefill * self._seconds / self._tokens)
-        # Least squares through the origin: the larger a piece, the more it tells. But where pieces have become much
-        # smaller, the first token's cost is shared by fewer, and what was learnt of the large ones soon must not count.
-        if n_prefill >= piece and self._tokens > self._MUCH_LARGER**2 * n_prefill**2 / (1 - self._KEPT):
-            self._tokens, self._seconds = n_prefill**2, n_prefill**2 * self._seconds / self._tokens
-        self._tokens = self._KEPT * self._tokens + n_prefill * n_prefill
-        self._seconds = self._KEPT * self._seconds + n_prefill * spent_s
+        # Never nothing: a noisy step must not look as if prompts were free.
+        self._seen.append((n_prefill, max(elapsed_s - usual_s, usual_s / 20) / n_prefill))
+        if n_prefill >= piece:  # where they have become much smaller, the first token's cost is shared by fewer
+            self._seen = deque((one for one in self._seen if one[0] <= self._MUCH_LARGER * n_prefill), self._SAMPLES)
         self._most = int(self._GROWTH * piece) if n_prefill >= piece else piece

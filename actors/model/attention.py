@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from .batch import DecodeGroup, Segment, StepBatch
+from actors.native import products
+
+from .batch import DecodeGroup, PagedRows, Segment, StepBatch
 from .block_attention import Sight, first_seen
 from .indexer import IndexQueries
 from .kv_cache import KVCache
@@ -40,22 +42,28 @@ class Queries:
 
 
 class PagedAttention(ABC):
-    """Skeleton of an attention strategy. A strategy projects, and attends in two forms.
+    """Skeleton of an attention strategy. A strategy projects, and attends in three forms.
 
-    * *rows*: B queries of different sequences, each over those tokens of its past that it sees. Decodes.
-    * *block*: n consecutive queries of one sequence, causal among themselves. Prefills.
+    * *paged*: all rows of some segments at once, by the package's own kernel straight over the cache. Decodes and
+      prefills, but for those that are faster in the block form, where the kernel is usable.
+    * *rows*: B queries of different sequences, each over those tokens of its past that it sees. Decodes elsewhere.
+    * *block*: n consecutive queries of one sequence, causal among themselves. Prefills elsewhere.
 
-    A window leaves out all but the last tokens: neither form reads those before it. An indexer leaves out what it does
+    A window leaves out all but the last tokens: no form reads those before it. An indexer leaves out what it does
     not choose: the rows form reads the chosen tokens alone, the block form reads all and masks. As long as everything
     would be chosen, the indexer's plane is not read and nothing is scored.
 
-    In the deterministic mode (``row_block > 0``) every position is computed alone in the rows form, over
-    exactly what it sees: then neither batch mates nor the cutting of a prompt into chunks can change a bit of it,
-    and a replay that prefills what was once decoded gets the same numbers. ``form`` fixes one form for all
-    positions (tests compare).
+    In the deterministic mode (``row_block > 0``) neither batch mates nor the cutting of a prompt into chunks can change
+    a bit of a position, and a replay that prefills what was once decoded gets the same numbers. The paged form keeps
+    this as it is, so all rows take it. Where it is not usable, or where an indexer chooses, every position is computed
+    alone in the rows form, over exactly what it sees. ``form`` fixes one of torch's forms for all positions (tests
+    compare).
     """
 
     form: Form = "auto"
+
+    longest_paged: ClassVar[int | None] = None
+    """Rows of a segment above which, in the plain mode, the block form is faster than the paged one; None: never."""
 
     def __init__(self, attn: AttnSpec, value_dim: int, row_block: int) -> None:
         self._attn = attn
@@ -72,16 +80,31 @@ class PagedAttention(ABC):
         """x: [T, D], normed rows of ``batch``; returns [T, D]. Writes the rows' planes into ``cache``."""
         queries, planes = self._project(layer, x, batch.positions)
         cache.write(layer, batch.slots, *planes)
-        heads = x.new_empty(x.shape[0], self._attn.heads, self._value_dim)
-        plain = self.form == "auto" and not self._row_block
-        if plain:
+        return self._output(layer, self._attend(layer, queries, batch, cache).flatten(1))
+
+    def _attend(self, layer: int, queries: Queries, batch: StepBatch, cache: KVCache) -> Tensor:
+        """The heads [T, H, dv] of all rows."""
+        rows, plain, done = queries.query.shape[0], self.form == "auto" and not self._row_block, 0
+        heads = queries.query.new_empty(rows, self._attn.heads, self._value_dim)
+        if self._native(queries, cache.planes(layer)):
+            done = self.longest_paged if plain and self.longest_paged is not None else rows
+            paged = batch.paged_rows(cache.block_size, done)
+            if paged is not None:
+                heads[paged.rows] = self._attend_paged(layer, queries.query[paged.rows], paged, cache)
+        elif plain:
+            done = 1
             for group in batch.decode_groups(cache.block_size, self._window(layer)):
                 heads[group.rows] = self._attend_group(layer, queries.of(group.rows), group, cache)
         attend = self._attend_chunk if plain or self.form == "block" else self._attend_singly
         for segment in batch.segments:
-            if not (plain and segment.length == 1):
+            if segment.length > done:
                 attend(layer, queries, segment, cache, heads)
-        return self._output(layer, heads.flatten(1))
+        return heads
+
+    def _native(self, queries: Queries, planes: Planes) -> bool:
+        """Whether the paged form serves these queries. A model with an indexer never takes it: of a position, one form
+        alone must decide."""
+        return self.form == "auto" and queries.index is None and products.usable(queries.query, *planes)
 
     def _window(self, layer: int) -> int | None:
         return self._attn.windows[layer] if self._attn.windows else None
@@ -130,6 +153,10 @@ class PagedAttention(ABC):
     @abstractmethod
     def _project(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Queries, Planes]:
         """Queries of the rows x [T, D], and the planes that the cache keeps of them."""
+
+    @abstractmethod
+    def _attend_paged(self, layer: int, query: Tensor, paged: PagedRows, cache: KVCache) -> Tensor:
+        """query: [R, H, d], those of the rows ``paged``; returns [R, H, dv]."""
 
     @abstractmethod
     def _attend_rows(self, layer: int, query: Tensor, past: Planes, mask: Tensor | None) -> Tensor:

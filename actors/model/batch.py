@@ -32,13 +32,18 @@ class Segment:
         """Tokens in the cache once this segment is computed."""
         return self.context + self.length
 
+    def check(self, block_size: int) -> int:
+        """The blocks that the tokens 0 .. end need. Raises ValueError for too short a block table."""
+        needed = -(-self.end // block_size)
+        if self.block_table.shape[0] < needed:
+            held = self.block_table.shape[0]
+            raise ValueError(f"block_table has {held} blocks, {self.end} tokens need {needed} of {block_size}")
+        return needed
+
     def slots(self, block_size: int) -> Tensor:
         """Cache slots of the tokens 0 .. end, int64 [end]. Raises ValueError for too short a block table."""
         if block_size not in self._slots:
-            needed = -(-self.end // block_size)
-            if self.block_table.shape[0] < needed:
-                held = self.block_table.shape[0]
-                raise ValueError(f"block_table has {held} blocks, {self.end} tokens need {needed} of {block_size}")
+            needed = self.check(block_size)
             offsets = torch.arange(block_size, device=self.block_table.device)
             slots = (self.block_table[:needed, None] * block_size + offsets).flatten()
             self._slots[block_size] = slots[: self.end]
@@ -58,6 +63,19 @@ class DecodeGroup:
     mask: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class PagedRows:
+    """Segments whose attention is computed together straight over the paged cache.
+
+    rows: int64 [R], their rows of the batch, or a slice if they are all of it. spans: int64 [S, 4], each segment's
+    first one among these rows, length and context, and where in ``tables`` (int64) its block table begins.
+    """
+
+    rows: Tensor | slice
+    spans: Tensor
+    tables: Tensor
+
+
 @dataclass(slots=True, eq=False)
 class StepBatch:
     """Prefills (whole or in chunks) and decodes of one step, ragged and packed.
@@ -73,6 +91,7 @@ class StepBatch:
     segments: list[Segment]
     output_rows: Tensor
     _groups: dict[tuple[int, int | None], list[DecodeGroup]] = field(default_factory=dict, init=False, repr=False)
+    _paged: dict[tuple[int, int], PagedRows | None] = field(default_factory=dict, init=False, repr=False)
 
     def decode_groups(self, block_size: int, window: int | None = None) -> list[DecodeGroup]:
         """All segments of length 1, each with the slots of its last ``window`` tokens (None: of all).
@@ -91,6 +110,32 @@ class StepBatch:
                 groups += [_group(bucket[i : i + size], *key) for i in range(0, len(bucket), size)]
             self._groups[key] = groups
         return self._groups[key]
+
+    def paged_rows(self, block_size: int, longest: int) -> PagedRows | None:
+        """All segments of up to ``longest`` rows; None if there are none.
+
+        Raises ValueError for too short a block table.
+        """
+        key = block_size, longest
+        if key not in self._paged:
+            wanted = [segment for segment in self.segments if segment.length <= longest]
+            every = len(wanted) == len(self.segments)
+            self._paged[key] = _paged_rows(wanted, block_size, every) if wanted else None
+        return self._paged[key]
+
+
+def _paged_rows(segments: list[Segment], block_size: int, every: bool) -> PagedRows:
+    """``every``: these are all segments of the batch."""
+    spans, packed, listed = [], 0, 0
+    for segment in segments:
+        segment.check(block_size)
+        spans.append((segment.start if every else packed, segment.length, segment.context, listed))
+        packed += segment.length
+        listed += segment.block_table.shape[0]
+    parts = [torch.arange(segment.start, segment.start + segment.length) for segment in segments]
+    rows = slice(None) if every else torch.cat(parts)
+    tables = torch.cat([segment.block_table for segment in segments])
+    return PagedRows(rows, torch.tensor(spans, dtype=torch.int64), tables)
 
 
 def _group(segments: list[Segment], block_size: int, window: int | None) -> DecodeGroup:

@@ -94,6 +94,8 @@ class ExpertBank:
         """
         if rows.dtype != self._dtype:
             raise ValueError(f"rows are {rows.dtype}, this bank computes in {self._dtype}")
+        if pair_row.shape != pair_expert.shape:
+            raise ValueError(f"{pair_row.shape[0]} rows of pairs, but {pair_expert.shape[0]} experts")
         table = self._tables.get(layer)
         if table is not None and native(pair_row.shape[0] / table.held, self._row_block, rows, table.down):
             return table.forward(layer, rows, pair_row, pair_expert)

@@ -8,8 +8,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from actors.native.attention import attention
+
 from .attention import PagedAttention, Planes, Queries, softmax_scores
+from .batch import PagedRows
 from .block_attention import Sight, block_attention
+from .kv_cache import KVCache
 from .linear import Matrix, linear
 from .norm import rms_norm
 from .parallel import load_each
@@ -64,6 +68,11 @@ class GroupedQueryAttention(PagedAttention):
         if weight.shape[0] == x.shape[2]:
             return rms_norm(x, weight, self._eps)
         return rms_norm(x.flatten(1), weight, self._eps).view(x.shape)
+
+    def _attend_paged(self, layer: int, query: Tensor, paged: PagedRows, cache: KVCache) -> Tensor:
+        key, value = cache.planes(layer)
+        where = paged.spans, paged.tables, cache.block_size
+        return attention(query, (key,), value, *where, self._attn.scale, self._window(layer))
 
     def _attend_rows(self, layer: int, query: Tensor, past: Planes, mask: Tensor | None) -> Tensor:
         key, value = past

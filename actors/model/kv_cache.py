@@ -56,6 +56,10 @@ class KVCache:
         for kept, plane in zip(self._layers[layer], planes, strict=True):
             kept.index_copy_(0, slots, plane)
 
+    def planes(self, layer: int) -> tuple[Tensor, ...]:
+        """The planes themselves, each [slots, ...]."""
+        return self._layers[layer]
+
     def copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copy the content of blocks (from, to), one after the other, in every layer."""
         size = self.block_size

@@ -8,10 +8,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from actors.native.attention import attention, head_products
+
 from .attention import PagedAttention, Planes, Queries, softmax_scores
+from .batch import PagedRows
 from .block_attention import Sight, block_attention
 from .indexer import Indexer
-from .linear import Matrix, linear
+from .kv_cache import KVCache
+from .linear import Matrix, linear, native
 from .norm import rms_norm
 from .parallel import load_each
 from .reader import TensorReader
@@ -20,6 +24,11 @@ from .spec import MoEDecoderSpec
 
 LATENT_EPS = 1e-6
 """Of the two norms inside: transformers builds them with the norm's default, not rms_norm_eps."""
+
+MAX_ABSORBED = 512
+"""Rows of a prompt's piece that are absorbed in the plain mode. That takes (2 r + dr) / (dn + dr + dv) times the
+operations of the expanded form, 3.4 in DeepSeek's models, but nothing is expanded: with the kernel both took the same
+time at some 1,000 rows, and at 16 rows after 2,000 tokens a tenth (bf16, AVX-512)."""
 
 MAX_EXPANDED = 1 << 25
 """Numbers of expanded keys and values held at once (bf16: 64 MiB); with more, some heads are done after others."""
@@ -33,8 +42,8 @@ class MlaWeights:
     """One layer; H heads, r = kv_lora_rank, rq = q_lora_rank.
 
     down: [rq + r + dr, D] (without q_lora_rank: [H (dn+dr) + r + dr, D]), what reads the hidden row; q_up:
-    [H (dn+dr), rq]; key_up: [H, dn, r] and value_up: [H, r, dv], the two halves of kv_b_proj; out: [D, H dv]; indexer:
-    DeepSeek-V3.2's, which reads the normed low-rank query and so exists only where there is one.
+    [H (dn+dr), rq]; key_up: [H, r, dn], transposed, and value_up: [H, dv, r], the halves of kv_b_proj; out: [D, H dv];
+    indexer: DeepSeek-V3.2's, which reads the normed low-rank query and so exists only where there is one.
     """
 
     down: Matrix
@@ -52,10 +61,12 @@ class MlaWeights:
 class LatentAttention(PagedAttention):
     """The cache keeps the normed latent c [r] and the rotated key k_r [dr] that all heads share.
 
-    The rows form is the absorbed one (queries and outputs pass through kv_b_proj, the cache is used as it
-    lies), the block form the expanded one (k = [W_UK c | k_r], v = W_UV c for every past token). A prompt in chunks
+    The paged and the rows form are the absorbed one (queries and outputs pass through kv_b_proj, the cache is used as
+    it lies), the block form the expanded one (k = [W_UK c | k_r], v = W_UV c for every past token). A prompt in chunks
     expands its past once a chunk: 2 t r H (dn + dv) operations a layer for t tokens so far.
     """
+
+    longest_paged = MAX_ABSORBED
 
     def __init__(self, spec: MoEDecoderSpec, layers: list[MlaWeights], rope: RopeTable, row_block: int = 0) -> None:
         super().__init__(spec.attn, spec.attn.v_dim, row_block)
@@ -87,15 +98,36 @@ class LatentAttention(PagedAttention):
             return Queries(query), planes
         return Queries(query, index[0]), (*planes, index[1])
 
+    def _attend_paged(self, layer: int, query: Tensor, paged: PagedRows, cache: KVCache) -> Tensor:
+        """Absorbed, as the rows form."""
+        weights, attn = self._layers[layer], self._attn
+        rows, rank, nope = query.shape[0], attn.kv_lora_rank, attn.qk_nope_dim
+        absorbed = query.new_empty(rows, attn.heads, rank + attn.qk_rope_dim)
+        absorbed[..., rank:] = query[..., nope:]
+        self._per_head(query[..., :nope], weights.key_up, absorbed[..., :rank])
+        latent, key_rope = [plane.unsqueeze(1) for plane in cache.planes(layer)]
+        where = paged.spans, paged.tables, cache.block_size
+        mixed = attention(absorbed, (latent, key_rope), latent, *where, attn.scale, self._window(layer))
+        out = query.new_empty(rows, attn.heads, attn.v_dim)
+        self._per_head(mixed, weights.value_up, out)
+        return out
+
+    def _per_head(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        """``out[:, h] = x[:, h] @ weight[h].T``: x [R, H, K], weight [H, N, K], out [R, H, N]."""
+        if native(x.shape[0], self._row_block, x, weight):
+            head_products(x, weight, out)
+        else:
+            out.copy_(torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1))
+
     def _attend_rows(self, layer: int, query: Tensor, past: Planes, mask: Tensor | None) -> Tensor:
         """Absorbed: scores = (q_nope W_UK) c + q_rope k_r; out = W_UV (sum of shares x c)."""
         weights, attn = self._layers[layer], self._attn
         latent, key_rope = past
         nope, rope = query.split((attn.qk_nope_dim, attn.qk_rope_dim), dim=-1)
-        absorbed = torch.bmm(nope.transpose(0, 1), weights.key_up).transpose(0, 1)
+        absorbed = torch.bmm(nope.transpose(0, 1), weights.key_up.transpose(1, 2)).transpose(0, 1)
         scores = torch.bmm(absorbed, latent.transpose(1, 2)) + torch.bmm(rope, key_rope.transpose(1, 2))
         mixed = torch.bmm(softmax_scores(scores, attn.scale, mask), latent)
-        return torch.bmm(mixed.transpose(0, 1), weights.value_up).transpose(0, 1)
+        return torch.bmm(mixed.transpose(0, 1), weights.value_up.transpose(1, 2)).transpose(0, 1)
 
     def _attend_block(self, layer: int, query: Tensor, past: Planes, sight: Sight) -> Tensor:
         """Expanded: keys and values of every past token, of as many heads at once as fit."""
@@ -108,9 +140,9 @@ class LatentAttention(PagedAttention):
         kept = list(sight.tiles(step, query.device)) if step < attn.heads and sight.n * tokens <= MAX_KEPT else None
         for start in range(0, attn.heads, step):
             heads = slice(start, min(start + step, attn.heads))
-            key_nope = torch.matmul(latent, weights.key_up[heads].transpose(1, 2)).transpose(0, 1)
+            key_nope = torch.matmul(latent, weights.key_up[heads]).transpose(0, 1)
             shared = key_rope.unsqueeze(1).expand(-1, heads.stop - start, -1)
-            value = torch.matmul(latent, weights.value_up[heads]).transpose(0, 1)
+            value = torch.matmul(latent, weights.value_up[heads].transpose(1, 2)).transpose(0, 1)
             key = torch.cat((key_nope, shared), dim=-1)
             tiles = sight.tiles(step, query.device) if kept is None else kept
             out[:, heads] = block_attention(query[:, heads], key, value, tiles, attn.scale)
@@ -145,11 +177,12 @@ def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int, rope: Rope
 
 
 def _load_up(spec: MoEDecoderSpec, read: TensorReader, name: str) -> tuple[Tensor, Tensor]:
-    """kv_b_proj, whose rows are per head [k_nope | v], as W_UK [H, dn, r] and transposed W_UV [H, r, dv]."""
+    """kv_b_proj, whose rows are per head [k_nope | v], as transposed W_UK [H, r, dn] and W_UV [H, dv, r]: each output's
+    numbers side by side, as the kernels want them."""
     attn = spec.attn
     up = read(name, (attn.heads * (attn.qk_nope_dim + attn.v_dim), attn.kv_lora_rank))
     key_up, value_up = up.unflatten(0, (attn.heads, -1)).split((attn.qk_nope_dim, attn.v_dim), dim=1)
-    return key_up.contiguous(), value_up.transpose(1, 2).contiguous()
+    return key_up.transpose(1, 2).contiguous(), value_up.contiguous()
 
 
 def _load_down_bias(spec: MoEDecoderSpec, read: TensorReader, layer: int) -> Tensor:

@@ -30,6 +30,10 @@ class Library:
         self.linear = functions.expertmesh_linear
         self.dequantize = functions.expertmesh_dequantize
         self.experts = functions.expertmesh_experts
+        self.attention = functions.expertmesh_attention
+        self.head_products = functions.expertmesh_head_products
+        self.combine = functions.expertmesh_combine
+        self.split = functions.expertmesh_split
 
 
 def instruction_sets(functions: ctypes.CDLL) -> list[str]:
@@ -76,4 +80,12 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.expertmesh_dequantize.restype = None
     found.expertmesh_experts.argtypes = [*[number] * 4, *[pointer] * 5, *[whole] * 5, number]
     found.expertmesh_experts.restype = whole
+    found.expertmesh_attention.argtypes = [number, number, *[pointer] * 7, *[whole] * 8, ctypes.c_float, number]
+    found.expertmesh_attention.restype = None
+    found.expertmesh_head_products.argtypes = [number, number, *[pointer] * 3, *[whole] * 8, number]
+    found.expertmesh_head_products.restype = None
+    found.expertmesh_combine.argtypes = [*[number] * 4, *[pointer] * 5, *[whole] * 4, number]
+    found.expertmesh_combine.restype = None
+    found.expertmesh_split.argtypes = [*[pointer] * 3, whole, whole, pointer]
+    found.expertmesh_split.restype = whole
     return found

@@ -12,8 +12,10 @@ BLOCK = 32
 
 DENSE, INT8, INT4 = 0, 1, 2
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_KINDS = {"int8": INT8, "int4": INT4}
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+"""By which numbers the kernels know the dtypes of rows that they take."""
+
+_QUANTISED = {"int8": INT8, "int4": INT4}
 _SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -51,11 +53,6 @@ class Place(NamedTuple):
 Weight = Tensor | Quantised
 
 
-def row_kind(dtype: torch.dtype) -> int | None:
-    """The number by which the kernels know this dtype of rows; None: they do not take it."""
-    return _DTYPES.get(dtype)
-
-
 def weight_kind(weight: Weight) -> int | None:
     """The number of a weight's kind, DENSE, INT8 or INT4; None if the kernels do not take it.
 
@@ -64,18 +61,18 @@ def weight_kind(weight: Weight) -> int | None:
     rows quantised is not theirs.
     """
     if isinstance(weight, Tensor):
-        return DENSE if weight.dtype in _DTYPES and _here(weight) else None
+        return DENSE if weight.dtype in KINDS and _here(weight) else None
     width = weight.shape[1]
     whole_blocks = width % BLOCK == 0 and (weight.group % BLOCK == 0 or weight.group >= width)
     if not whole_blocks or weight.columns is not None or weight.int8_activations:
         return None
     here = _here(weight.data) and _here(weight.scale) and (weight.zero is None or _here(weight.zero))
-    return _KINDS.get(weight.kind) if here else None
+    return _QUANTISED.get(weight.kind) if here else None
 
 
 def takes(weight: Weight, rows: torch.dtype) -> bool:
     """Whether the kernels multiply rows of this dtype with ``weight``."""
-    fits = rows in _DTYPES and (not isinstance(weight, Tensor) or weight.dtype == rows)
+    fits = rows in KINDS and (not isinstance(weight, Tensor) or weight.dtype == rows)
     return fits and weight_kind(weight) is not None
 
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from .expert_places import ExpertPlaces
 from .library import library
-from .matrix import Place, Quantised, Weight, place, row_kind, takes, weight_kind
+from .matrix import KINDS, Place, Quantised, Weight, place, takes, weight_kind
 
 _Numbers = ctypes.c_int64 * len(Place._fields)
 
 
 def usable(x: Tensor, *weights: Weight) -> bool:
     """Whether the kernels multiply rows x [R, K] (fp32 or bf16, on the CPU) with each of these weights."""
-    if x.device.type != "cpu" or row_kind(x.dtype) is None or library() is None:
+    if x.device.type != "cpu" or x.dtype not in KINDS or library() is None:
         return False
     return all(takes(weight, x.dtype) for weight in weights)
 
@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     out = x.new_empty(rows, weight.shape[0])
     kernels.linear(
         kernels.number,
-        row_kind(x.dtype),
+        KINDS[x.dtype],
         weight_kind(weight),
         x.data_ptr(),
         _Numbers(*place(weight)),
@@ -58,7 +58,7 @@ def dequantize(weight: Quantised, start: int, out: Tensor) -> None:
     assert kernels is not None
     kernels.dequantize(
         kernels.number,
-        row_kind(out.dtype),
+        KINDS[out.dtype],
         weight_kind(weight),
         _Numbers(*place(weight, start)),
         out.data_ptr(),
@@ -79,7 +79,7 @@ def experts(x: Tensor, pair_row: Tensor, pair_expert: Tensor, places: ExpertPlac
     out = x.new_empty(pair_row.shape[0], x.shape[1])
     wrong: int = kernels.experts(
         kernels.number,
-        row_kind(x.dtype),
+        KINDS[x.dtype],
         *places.kinds,
         x.data_ptr(),
         pair_row.data_ptr(),
@@ -95,7 +95,7 @@ def experts(x: Tensor, pair_row: Tensor, pair_expert: Tensor, places: ExpertPlac
     )
     pairs = pair_row.shape[0]
     if wrong >= pairs:
-        raise IndexError(f"pair {wrong - pairs} is of row {int(pair_row[wrong - pairs])}; there are {x.shape[0]}")
+        raise IndexError(f"pair {wrong - pairs} has index {int(pair_row[wrong - pairs])}; there are {x.shape[0]} rows")
     return out if wrong < 0 else int(pair_expert[wrong])
 
 

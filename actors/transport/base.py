@@ -4,13 +4,21 @@ A *wire* joins two processes (or two threads, for ``local``) and carries *frames
 
 * **Order and loss.** Frames of one direction arrive whole, once, and in the order in which they were sent. A
   frame is lost only together with its wire. There is no order between different wires.
-* **Pairwise.** A wire knows one peer. A dead, stopped or slow peer breaks its own wire and no other.
+* **Pairwise.** A wire knows one peer. A dead, stopped or slow peer breaks its own wire and no other. (``nccl``: its
+  own group, see there; other groups and all other wires go on.)
 * **Deadlines.** Every call that can wait takes ``deadline``, an absolute ``time.monotonic()`` in seconds, and
-  raises :class:`WireTimeout` when it passes. A send that timed out has left the wire torn: it is closed, and
-  later calls raise :class:`PeerGone`. A receive that timed out has lost nothing and may be called again.
-* **Death.** When the peer closes, or dies (kill -9 included), every waiting and every later ``recv`` raises
-  :class:`PeerGone` once the frames that had arrived whole are consumed; ``send`` raises it at the latest when
-  it would have to wait. EOF of a socket tells it within milliseconds.
+  raises :class:`WireTimeout` when it passes. A send that timed out has left the wire torn: it is closed, the peer
+  sees PeerGone, and later calls raise :class:`PeerGone`. A receive that timed out has lost nothing and may be called
+  again. A deadline in the past takes what is here and does not wait.
+* **A peer that stalls** (slow, stopped, or not in a call) is no error by itself: nothing but a deadline tells. What was
+  sent to it waits in the medium, and beyond what that holds the sender waits: how much that is differs (a ring, the
+  sockets' buffers, 4 MiB, over ``nccl`` one exchange). A peer that comes back before the deadline has lost nothing.
+* **A peer that dies.** When the peer closes, or dies (kill -9 included, at any byte of a frame), every waiting and
+  every later ``recv`` raises :class:`PeerGone` once the frames that had arrived whole are consumed; part of a frame is
+  never handed out; ``send`` raises it at the latest when it would have to wait. EOF of a socket tells it within
+  milliseconds.
+* **A peer that joins** is a new wire from an endpoint: it is made beside those in use, which notice nothing, and one
+  that never gets through its hello is nobody's peer. The same peer connected again is another wire.
 * **Both may send first.** ``send`` of any frame up to ``MAX_FRAME_BYTES`` makes progress while the peer is in
   a ``send`` itself: it takes in what arrives meanwhile, so that two sends towards each other never lock. What
   it took in waits for ``recv``; beyond ``MAX_BACKLOG_BYTES`` of such frames it takes in no more and the peer
@@ -20,8 +28,14 @@ A *wire* joins two processes (or two threads, for ``local``) and carries *frames
   and are valid until the next ``recv`` on that wire (no other call touches them, so they may be sent on, over
   the same wire too). In the steady state (frames no larger than those before) neither direction allocates
   payload memory.
-* **Stale frames.** Each frame carries (epoch, step, micro-batch, layer, attempt). ``fence(tag)`` makes the
-  wire drop, and count in ``stats.dropped``, received frames whose ``tag.fence_key`` is below that of ``tag``.
+* **Epochs and attempts.** Each frame carries (epoch, step, micro-batch, layer, attempt), which the wire does not
+  interpret but for the fence: ``fence(tag)`` makes it drop, and count in ``stats.dropped``, received frames whose
+  (epoch, step, attempt) is below that of ``tag``, whether they are here already or come later. Layers and micro-batches
+  of a step interleave. Who sends something again raises ``attempt``, so that a late answer is never taken for another.
+* **Errors.** WireTimeout: the deadline; try ``recv`` again, or close. PeerGone: this wire is over, whoever ended it;
+  close it and connect anew. ProtocolError (of ``recv`` alone): the peer is not to be believed; the wire is closed.
+  HandshakeRefused (of ``connect`` alone): the two do not belong together. ValueError and TypeError: the caller's fault;
+  nothing was sent and the wire is as before.
 * **Threads.** One thread at a time uses a wire; ``close`` alone may come from another thread, at any time,
   any number of times.
 * **Waiting** never burns a core: a bounded, adaptive few tens of microseconds of yielding polls, then a
@@ -54,7 +68,7 @@ MAX_FRAME_BYTES = 256 << 20
 MAX_PARTS = 8
 
 MAX_BACKLOG_BYTES = 2 * MAX_FRAME_BYTES
-"""A send that waits stops taking in once this many unreceived bytes have piled up: memory is bounded."""
+"""A send that waits stops taking in once this many unreceived bytes have piled up, and what is in a ring is taken."""
 
 
 class Medium(StrEnum):
@@ -63,6 +77,7 @@ class Medium(StrEnum):
     LOCAL = "local"
     SHM = "shm"
     TCP = "tcp"
+    TLS = "tcp+tls"
     NCCL = "nccl"
 
 
@@ -101,8 +116,7 @@ class FrameTag(NamedTuple):
         return (self.epoch, self.step, self.attempt)
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One received message. ``parts`` are views valid until the next ``recv`` on the same wire."""
 
     kind: int
@@ -112,7 +126,7 @@ class Frame:
 
 @dataclass(slots=True)
 class WireStats:
-    """Counters since the wire was made; payload and header bytes alike."""
+    """Counters since the wire was made; bytes are those of the parts and of one header a frame, over every medium."""
 
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -145,10 +159,21 @@ class Wire(ABC):
 
     @abstractmethod
     def send(self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], deadline: float) -> None:
-        """Send one frame of at most MAX_PARTS parts; tensors only over ``nccl``.
+        """Send one frame of at most MAX_PARTS parts; tensors only over ``nccl``. ``kind`` is below 2^16, there 2^15.
 
         Errors: WireTimeout, PeerGone, ValueError (a limit), TypeError (a tensor over another medium).
         """
+
+    def ask(
+        self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], answer_bytes: int, deadline: float
+    ) -> None:
+        """As ``send``, for a frame that the peer answers by exactly one frame of the same tag, before ``deadline``.
+
+        ``answer_bytes``: of the answer's tensors at most; a medium may make room for so much ahead (``nccl``). Tags of
+        questions that are open at the same time differ. Fence only the asking end: a question dropped has no answer.
+        Errors: as in ``send``; an answer larger than was asked for is a ValueError for the peer.
+        """
+        self.send(kind, tag, parts, deadline)
 
     @abstractmethod
     def recv(self, deadline: float) -> Frame:

@@ -6,8 +6,8 @@ Not run on real devices yet. What shaped it:
   current stream, so what it sends is computed and what it receives into is no longer read.
 * NCCL is not safe where two threads post to communicators of one device at once, and a new epoch forms beside the one
   in use: posts take one lock a process.
-* ``groupStart``/``groupEnd`` around the aborts of both communicators, because an abort may wait for the device and so
-  for the other one's hanging transfers (NCCL issue 1013; NCCL 2.22 or newer).
+* ``groupStart``/``groupEnd`` around the aborts of a group's communicators, because an abort may wait for the device
+  and so for the others' hanging transfers (NCCL issue 1013; NCCL 2.22 or newer).
 * Never ``destroy``: it waits for the peers.
 
 Source: NCCL user guide, "Thread safety", "Using multiple NCCL communicators concurrently"; CuPy's ``nccl.pyx``.

@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -26,6 +27,8 @@ from actors.transport.handshake import HANDSHAKE_SECONDS, answer, greet, name_by
 from actors.transport.shm import adopt, check_ring_bytes, offer
 from actors.transport.sockets import shutdown, wait_for
 from actors.transport.tcp import TcpWire
+from actors.transport.tls import WireTls, shake_hands
+from actors.transport.tls_wire import TlsWire
 
 MAX_HANDSHAKES = 64
 """So many clients may be in their handshake at once; one more ends the oldest, which is surely no honest one.
@@ -45,8 +48,9 @@ class Endpoint:
     bytes. TCP listens on ``host``, which is also what others are told (a wildcard is refused: nobody could
     connect to it); port 0 lets the kernel choose. ``on_wire`` is called with each incoming wire in the
     short-lived thread of its handshake and must not block; without one the endpoint does not listen and only
-    connects. ``ring_bytes`` is the shared memory per direction of the wires that this end connects,
-    ``spin_us`` see :class:`~.waiting.Waiter`.
+    connects. With ``tls`` there is no plain TCP: wires to and from other nodes are of the medium TLS.
+    ``ring_bytes`` is the shared memory per direction of the wires that this end connects, ``spin_us`` see
+    :class:`~.waiting.Waiter`.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Endpoint:
         ring_bytes: int = 4 << 20,
         media: frozenset[Medium] = frozenset({Medium.SHM, Medium.TCP}),
         spin_us: float = 50.0,
+        tls: WireTls | None = None,
     ) -> None:
         """Errors: ValueError naming the argument; OSError when the address cannot be bound."""
         _check_arguments(name, secret, host, media)
@@ -67,6 +72,8 @@ class Endpoint:
         self._name, self._node_id, self._secret = name, node_id, secret
         self._on_wire = on_wire
         self._ring_bytes, self._media, self._spin_us = ring_bytes, media, spin_us
+        self._tls = tls
+        self._network = Medium.TCP if tls is None else Medium.TLS
         self._lock = threading.Lock()
         self._closed = False
         self._handshakes: dict[threading.Thread, socket.socket] = {}
@@ -82,14 +89,16 @@ class Endpoint:
         return self._address
 
     def connect(self, address: Address, deadline: float, medium: Medium | None = None) -> Wire:
-        """See :class:`~.base.EndpointLike`. None picks shm where the node ids are equal, else tcp."""
+        """See :class:`~.base.EndpointLike`. None picks shm where the node ids are equal, else tcp or TLS."""
         chosen = self._choose(address, medium)
-        sock = _dial_unix(address, deadline) if chosen is Medium.SHM else _dial_tcp(address, deadline)
+        sock = _dial_unix(address, deadline) if chosen is Medium.SHM else self._dial_network(address, deadline)
         try:
+            if isinstance(sock, ssl.SSLSocket):
+                shake_hands(sock, deadline, f"handshake with {address.name!r}")
             greet(sock, chosen, self._name, address.name, self._secret, deadline)
             if chosen is Medium.SHM:
                 return offer(sock, address.name, self._ring_bytes, self._spin_us, deadline)
-            return TcpWire(address.name, sock, self._spin_us)
+            return self._network_wire(address.name, sock)
         except BaseException:
             sock.close()
             raise
@@ -121,7 +130,7 @@ class Endpoint:
         if Medium.TCP in self._media:
             sock = socket.socket(_family(host), socket.SOCK_STREAM)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._add_listener(sock, (host, port), Medium.TCP)
+            self._add_listener(sock, (host, port), self._network)
             bound = sock.getsockname()[1]
         self._address = Address(self._name, self._node_id, host if bound else "", bound, unix_name)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -144,15 +153,24 @@ class Endpoint:
         if Medium.SHM in self._media and address.unix_name and address.node_id == self._node_id:
             usable.add(Medium.SHM)
         if Medium.TCP in self._media and address.port:
-            usable.add(Medium.TCP)
+            usable.add(self._network)
         if medium is None and usable:
-            return Medium.SHM if Medium.SHM in usable else Medium.TCP
+            return Medium.SHM if Medium.SHM in usable else self._network
         if medium is not None and medium in usable:
             return medium
         raise HandshakeRefused(
             f"{medium or 'any medium'} to {address.name!r} on node {address.node_id!r}: usable from "
             f"{self._name!r} on node {self._node_id!r} are: {', '.join(sorted(usable)) or 'none'}"
         )
+
+    def _dial_network(self, address: Address, deadline: float) -> socket.socket:
+        sock = _dial_tcp(address, deadline)
+        return sock if self._tls is None else self._tls.wrap(sock, False, f"connecting to {address.name!r}")
+
+    def _network_wire(self, peer: str, sock: socket.socket) -> TcpWire:
+        if isinstance(sock, ssl.SSLSocket):
+            return TlsWire(peer, sock, self._spin_us)
+        return TcpWire(peer, sock, self._spin_us)
 
     def _accept_all(self) -> None:
         poller = select.poll()
@@ -176,6 +194,12 @@ class Endpoint:
             select.select([self._wake_fd], [], [], 0.1)
             return
         sock.setblocking(False)
+        if self._tls is not None and medium is Medium.TLS:
+            try:
+                sock = self._tls.wrap(sock, True, "handshake with a client")
+            except PeerGone as error:
+                log.warning("endpoint %s refused a %s client: %s", self._name, medium, error)
+                return
         self._end_oldest_of_too_many()
         thread = threading.Thread(target=self._shake_hands, args=(sock, medium), daemon=True)
         with self._lock:
@@ -216,10 +240,12 @@ class Endpoint:
     def _answered(self, sock: socket.socket, medium: Medium, deadline: float) -> Wire:
         if medium is Medium.SHM:
             require_same_user(sock)
+        if isinstance(sock, ssl.SSLSocket):
+            shake_hands(sock, deadline, "handshake with a client")
         peer = answer(sock, medium, self._name, self._secret, deadline)
         if medium is Medium.SHM:
             return adopt(sock, peer, self._spin_us, deadline)
-        return TcpWire(peer, sock, self._spin_us)
+        return self._network_wire(peer, sock)
 
 
 def _check_arguments(name: str, secret: bytes, host: str, media: frozenset[Medium]) -> None:

@@ -7,8 +7,8 @@
 
 Each proof covers both sides' random bytes, both names, the version and the medium, so none can be replayed,
 reflected or moved to another medium (the usual mutual challenge-response, ISO/IEC 9798-4). The connecting end
-proves first: a stranger learns nothing but that something listens. It does not encrypt: what follows on TCP
-is plain.
+proves first: a stranger learns nothing but that something listens. It does not encrypt: where the medium is TLS
+(``tls.py``) all of this, the names too, and what follows is inside; on TCP it is plain.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OPENING = struct.Struct("<4sH")
 _HELLO = struct.Struct(f"<B{_NONCE_BYTES}sBB")
 _CHALLENGE = struct.Struct(f"<4sHBB{_NONCE_BYTES}s")
 _VERDICT = struct.Struct(f"<BB{_MAC_BYTES}s")
-_MEDIUM_CODES = {Medium.SHM: 1, Medium.TCP: 2}
+_MEDIUM_CODES = {Medium.SHM: 1, Medium.TCP: 2, Medium.TLS: 3}
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 

@@ -2,10 +2,15 @@
 
 A frame whose parts are all in host memory passes through the companion (shm or tcp) as it is. One with tensors among
 its parts is *announced* there first, as a frame of the same tag whose kind has ``ANNOUNCED`` added and whose first part
-says for each part how many bytes it has on the device, or -1 for a host part; the host parts follow. Then the tensors
+says how it comes (below) and for each part how many bytes it has on the device, or -1 for a host part; the host
+parts follow. Then the tensors
 go as raw bytes over the communicator of the sender's direction: the receiver knows what to expect before it posts a
 receive, and no receive is ever posted without an announcement. (Bytes, because NCCL moves them alike whatever they
 mean, and a model's dtype need not be one that NCCL knows, such as fp8.)
+
+``ask`` says also how large the answer can be at most: the peer's one frame of the same tag, whose receive is posted at
+once where :mod:`.nccl_rooms` has room for it. The peer answers by an ordinary ``send``; its payload goes into the room,
+and all rooms of a batch are handed out when the last of them is filled.
 
 The contract of :mod:`.base` holds, with these additions:
 
@@ -48,9 +53,10 @@ from actors.transport.base import (
 )
 from actors.transport.blocks import Block, footprint
 from actors.transport.communicator import Pending
-from actors.transport.frame import byte_view
+from actors.transport.frame import HEADER_BYTES, byte_view
 from actors.transport.inbox import InboxWire
 from actors.transport.nccl_group import NcclGroup
+from actors.transport.nccl_rooms import ROOM_BYTES, Room
 from actors.transport.stream import poll_on
 
 ANNOUNCED = 0x8000
@@ -59,6 +65,11 @@ ANNOUNCED = 0x8000
 _FAREWELL = 0xFFFF
 _FAREWELL_S = 0.1
 _ON_HOST = -1
+
+_EXACT = 0
+"""How a payload comes: as announced. Greater: so too, and its answer has a room of so many bytes."""
+_IN_ROOM = -1
+"""How a payload comes: in the room of the frame with the same tag that asked for it."""
 
 
 class _Landing(NamedTuple):
@@ -84,6 +95,8 @@ class NcclWire(InboxWire):
         self._landing: deque[_Landing] = deque()
         self._landing_bytes = 0
         self._on_device: dict[Block, list[Tensor]] = {}
+        self._asked: dict[FrameTag, Room] = {}  # our questions whose answers come in a room
+        self._owed: dict[FrameTag, int] = {}  # the peer's questions, and the sizes of their rooms
         self._farewell = False
         self._ringing = threading.Lock()
         self._bell: int | None = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -91,25 +104,38 @@ class NcclWire(InboxWire):
         group.join(self)
 
     def send(self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], deadline: float) -> None:
-        """See :meth:`Wire.send`; sends inside ``group.batch()`` leave when the block ends, under the last deadline."""
+        """See :meth:`Wire.send`; sends inside ``group.batch()`` leave when the block ends, under the last deadline.
+
+        Errors: also ValueError for an answer that is larger than was asked for.
+        """
+        self._send(kind, tag, parts, deadline, 0)
+
+    def ask(
+        self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], answer_bytes: int, deadline: float
+    ) -> None:
+        """See :meth:`Wire.ask`. A question that nobody answers before ``deadline`` ends the group, as a death does."""
+        self._send(kind, tag, parts, deadline, answer_bytes)
+
+    def _send(
+        self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], deadline: float, answer_bytes: int
+    ) -> None:
         if not 0 <= kind < ANNOUNCED:
             raise ValueError(f"kind is {kind}; allowed on an nccl wire are 0 to {ANNOUNCED - 1}")
         sizes = _device_sizes(parts)
         host = [part for part in parts if not isinstance(part, Tensor)]
-        with self._use:
-            self._require_open()
-            if len(host) == len(parts):
-                self._tell(kind, tag, host, deadline)
-                self._count(0, host)
-                return
-            with self._group.batch():
-                self._group.begin_send(deadline)
-                plan = struct.pack(f"<{len(sizes)}q", *sizes)
-                self._tell(kind | ANNOUNCED, tag, [plan, *host], deadline)
-                for part in parts:
-                    if isinstance(part, Tensor) and part.numel():
-                        self._group.send(part, self._rank)
+        try:
+            with self._use:
+                self._require_open()
+                if tag in self._owed:
+                    self._answer(kind, tag, parts, sizes, deadline)
+                elif len(host) == len(parts) and not answer_bytes:
+                    self._tell(kind, tag, host, deadline)
+                else:
+                    self._send_tensors(kind, tag, parts, sizes, deadline, answer_bytes)
                 self._count(sum(size for size in sizes if size > 0), host)
+        except WireTimeout:
+            self.close()
+            raise
 
     def filenos(self) -> tuple[int, ...]:
         """See :meth:`Wire.filenos`."""
@@ -163,6 +189,8 @@ class NcclWire(InboxWire):
     def _look_for_end(self) -> None:
         if self._group.failure is not None:
             self._set_end(PeerGone, f"{self.peer!r}: the group of this wire is over: {self._group.failure}")
+        elif self._farewell and self._asked:
+            self._lost(PeerGone, f"{self.peer!r} closed its nccl wire and owes answers")
         elif self._farewell and not self._landing:
             self._set_end(PeerGone, f"{self.peer!r} closed its nccl wire")
 
@@ -190,12 +218,63 @@ class NcclWire(InboxWire):
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
+    def _send_tensors(
+        self,
+        kind: int,
+        tag: FrameTag,
+        parts: Sequence[Buffer | Tensor],
+        sizes: Sequence[int],
+        deadline: float,
+        answer_bytes: int,
+    ) -> None:
+        with self._group.batch():
+            self._group.begin_send(deadline, self._require_open)
+            room = self._group.reserve(answer_bytes, self._rank) if answer_bytes else None
+            how = _EXACT if room is None else room.tensor.numel()
+            try:
+                self._announce(kind, tag, how, parts, sizes, deadline)
+            except BaseException:
+                if room is not None:
+                    self._group.cancel(room)
+                raise
+            if room is not None:
+                self._asked[tag] = room
+            for part in parts:
+                if isinstance(part, Tensor) and part.numel():
+                    self._group.send(part, self._rank)
+
+    def _answer(
+        self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], sizes: Sequence[int], deadline: float
+    ) -> None:
+        size, needed = self._owed[tag], footprint([size for size in sizes if size > 0])
+        if needed > size:
+            raise ValueError(f"an answer of {needed} bytes to {self.peer!r}, which asked for at most {size}")
+        self._announce(kind, tag, _IN_ROOM, parts, sizes, deadline)
+        del self._owed[tag]
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        self._group.fill(size, tensors, self._rank, deadline)
+
+    def _announce(
+        self,
+        kind: int,
+        tag: FrameTag,
+        how: int,
+        parts: Sequence[Buffer | Tensor],
+        sizes: Sequence[int],
+        deadline: float,
+    ) -> None:
+        plan = struct.pack(f"<{1 + len(sizes)}q", how, *sizes)
+        host = [part for part in parts if not isinstance(part, Tensor)]
+        self._tell(kind | ANNOUNCED, tag, [plan, *host], deadline)
+
     def _tell(self, kind: int, tag: FrameTag, parts: Sequence[Buffer], deadline: float) -> None:
         try:
             self._companion.send(kind, tag, parts, deadline)
         except (PeerGone, WireTimeout) as error:
-            # The companion is torn, so nothing can be announced any more: payload under way may never be received.
-            self._lost(PeerGone, str(error))
+            self._take_in()  # a farewell may be here already: then this is an orderly end, and the group goes on
+            if not self._farewell:
+                # The companion is torn: nothing can be announced any more, and payload under way may never be received.
+                self._lost(PeerGone, str(error))
             raise
 
     def _lost(self, error: type[TransportError], text: str) -> None:
@@ -216,41 +295,67 @@ class NcclWire(InboxWire):
                 return
             host = [byte_view(part) for part in frame.parts]
             if frame.kind & ANNOUNCED:
-                self._land(frame.kind & ~ANNOUNCED, frame.tag, self._announced(host), host[1:])
+                how, sizes = self._announced(host)
+                self._land(frame.kind & ~ANNOUNCED, frame.tag, how, sizes, host[1:])
             else:
-                self._land(frame.kind, frame.tag, [_ON_HOST] * len(host), host)
+                self._land(frame.kind, frame.tag, _EXACT, [_ON_HOST] * len(host), host)
         except TransportError as error:
             self._lost(type(error), str(error))
 
-    def _announced(self, parts: Sequence[memoryview]) -> list[int]:
-        """Bytes of each part on the device, or -1. Errors: ProtocolError."""
+    def _announced(self, parts: Sequence[memoryview]) -> tuple[int, list[int]]:
+        """How the payload comes, and the bytes of each part on the device, or -1. Errors: ProtocolError."""
         plan = parts[0] if parts else memoryview(b"")
-        sizes = list(struct.unpack(f"<{len(plan) // 8}q", plan)) if len(plan) % 8 == 0 else []
-        on_host = sizes.count(_ON_HOST)
-        fits = len(sizes) <= MAX_PARTS and on_host == len(parts) - 1 and on_host < len(sizes)
-        if not fits or min(sizes) < _ON_HOST or sum(sizes) > MAX_FRAME_BYTES:
-            raise ProtocolError(f"{self.peer!r} announced parts of {sizes} bytes (-1: here) with {len(parts) - 1}")
-        return sizes
+        words = list(struct.unpack(f"<{len(plan) // 8}q", plan)) if len(plan) % 8 == 0 else []
+        how, sizes = (words[0], words[1:]) if words else (_EXACT, [])
+        fits = len(words) > 0 and len(sizes) <= MAX_PARTS and sizes.count(_ON_HOST) == len(parts) - 1
+        device = sum(size for size in sizes if size > 0)
+        if (
+            not fits
+            or min(sizes, default=0) < _ON_HOST
+            or device > MAX_FRAME_BYTES
+            or not _IN_ROOM <= how <= ROOM_BYTES
+        ):
+            raise ProtocolError(
+                f"{self.peer!r} announced parts of {sizes} bytes (-1: here) with {len(parts) - 1}, {how}"
+            )
+        return how, sizes
 
-    def _land(self, kind: int, tag: FrameTag, sizes: Sequence[int], host: Sequence[memoryview]) -> None:
+    def _land(self, kind: int, tag: FrameTag, how: int, sizes: Sequence[int], host: Sequence[memoryview]) -> None:
         lengths = [len(part) for part in host]
         block = self._pool.take(footprint(lengths))
         kept = block.split(lengths)
         for target, part in zip(kept, host, strict=True):
             target[:] = part
-        tensors = [self._group.pool.take(size) for size in sizes if size != _ON_HOST]
-        self._on_device[block] = tensors
-        payload = [tensor for tensor in tensors if tensor.numel()]
-        pending = self._group.receive(payload, self._rank, self.ring) if payload else None
+        device = [size for size in sizes if size != _ON_HOST]
+        tensors, pending = self._from_room(tag, block, device) if how == _IN_ROOM else self._posted(block, device)
+        if how > 0:
+            self._owed[tag] = how
         from_host, from_device = iter(kept), iter(tensors)
         parts: list[Part] = [next(from_host) if size == _ON_HOST else next(from_device) for size in sizes]
-        size = sum(lengths) + sum(tensor.numel() for tensor in tensors)
+        size = HEADER_BYTES + sum(lengths) + sum(device)
         self._landing.append(_Landing(kind, tag, tuple(parts), block, size, pending))
         self._landing_bytes += size
 
+    def _posted(self, block: Block, sizes: Sequence[int]) -> tuple[list[Tensor], Pending | None]:
+        """Memory for an exact payload, whose receives are posted now."""
+        tensors = self._on_device[block] = [self._group.pool.take(size) for size in sizes]
+        payload = [tensor for tensor in tensors if tensor.numel()]
+        return tensors, self._group.receive(payload, self._rank, self.ring) if payload else None
+
+    def _from_room(self, tag: FrameTag, block: Block, sizes: Sequence[int]) -> tuple[list[Tensor], Pending | None]:
+        """Where a payload comes that we have asked for."""
+        room = self._asked.pop(tag, None)
+        if room is None or footprint(sizes) > room.tensor.numel():
+            raise ProtocolError(
+                f"{self.peer!r} announced an answer of {sum(sizes)} bytes that was not asked for: {tag}"
+            )
+        self._on_device[block] = [room.tensor]
+        self._group.expect()
+        return room.split(sizes), room.pending
+
     def _count(self, on_device: int, host: Sequence[Buffer]) -> None:
         self.stats.frames_sent += 1
-        self.stats.bytes_sent += on_device + sum(len(byte_view(part)) for part in host)
+        self.stats.bytes_sent += HEADER_BYTES + on_device + sum(len(byte_view(part)) for part in host)
 
     def _hush(self) -> None:
         assert self._bell is not None

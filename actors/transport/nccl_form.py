@@ -1,4 +1,4 @@
-"""Forming a group: two collective calls that hang until everybody came, under a deadline that they do not know."""
+"""Forming a group: three collective calls that hang until everybody came, under a deadline that they do not know."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def form_group(
     Errors: ValueError (not a member), WireTimeout (somebody did not come), CommunicatorError.
     """
     forming = _Forming(plan, plan.rank(name), backend)
-    outgoing, incoming = forming.wait(deadline, given_up)
+    outgoing, incoming, rooms = forming.wait(deadline, given_up)
     if name in plan.shards:
         outgoing, incoming = incoming, outgoing
-    return NcclGroup(plan, name, backend, outgoing, incoming, transfer_timeout_s)
+    return NcclGroup(plan, name, backend, outgoing, incoming, rooms, transfer_timeout_s)
 
 
 class _Forming:
@@ -54,8 +54,8 @@ class _Forming:
         self._abandoned = False
         self._thread = threading.Thread(target=self._run, name=f"form-epoch-{plan.epoch}", daemon=True)
 
-    def wait(self, deadline: float, given_up: Callable[[], bool]) -> tuple[Communicator, Communicator]:
-        """The communicators of dispatch and results. Errors: see ``form_group``."""
+    def wait(self, deadline: float, given_up: Callable[[], bool]) -> list[Communicator]:
+        """The communicators of dispatch, results and rooms. Errors: see ``form_group``."""
         self._thread.start()
         while self._thread.is_alive() and time.monotonic() < deadline and not given_up():
             self._thread.join(_LOOK_S)
@@ -70,15 +70,14 @@ class _Forming:
         if late:
             why = "was given up" if given_up() else "did not form before the deadline"
             raise WireTimeout(f"the group of epoch {self._plan.epoch} {why}")
-        dispatch, results = self._made
-        return dispatch, results
+        return self._made
 
     def _run(self) -> None:
         plan, is_router = self._plan, self._rank < len(self._plan.routers)
         try:
-            for unique_id in (plan.dispatch_id, plan.results_id):
+            for unique_id in (plan.dispatch_id, plan.results_id, plan.rooms_id):
                 self._keep(self._backend.connect(unique_id, self._rank, len(plan.members)))
-            for communicator, sends in zip(self._made, (is_router, not is_router), strict=True):
+            for communicator, sends in zip(self._made, (is_router, not is_router, not is_router), strict=True):
                 self._greet(communicator, sends)
         except Exception as error:  # handed to the caller, whose thread this is not
             self._error = error

@@ -1,7 +1,8 @@
-"""The members of one epoch of the expert map, joined by NCCL: two communicators, one for each direction.
+"""The members of one epoch of the expert map, joined by NCCL: a communicator each way, and one for rooms.
 
 Routers send over *dispatch* and shards over *results*. With one communicator for both, a router's send of a second
-batch and a shard's send of the first one's results would each wait behind the other.
+batch and a shard's send of the first one's results would each wait behind the other. The third is that of the
+low-latency mode (:mod:`.nccl_rooms`); what follows is about the other two.
 
 **Why nothing locks.** A transfer runs when it is at the head of both sides' queues. Receives are posted only for
 payload that was announced, and a member announces the next payload only after its last outgoing exchange has ended. So
@@ -10,7 +11,7 @@ exchange run side by side: the head of every queue can always go on. (Two exchan
 send to shards A, B and B, A while the shards receive in the other order.) A send that waits for the last exchange takes
 in what arrives meanwhile on every wire of the group, as the contract of :mod:`.base` wants.
 
-**The unit of failure** is the group: a dead, stopped or garbling peer leaves transfers that hang, so both communicators
+**The unit of failure** is the group: a dead, stopped or garbling peer leaves transfers that hang, so all communicators
 are aborted, all wires of the group raise PeerGone, and the controller forms a group of the next epoch.
 """
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from actors.transport.base import PeerGone, WireTimeout
 from actors.transport.communicator import Backend, Communicator, CommunicatorError, Pending, Transfer
 from actors.transport.device_pool import DevicePool
+from actors.transport.nccl_rooms import Room, Rooms
 from actors.transport.stream import poll_on
 from actors.transport.waiting import Waiter
 from actors.transport.watchdog import Watchdog
@@ -44,13 +46,14 @@ log = logging.getLogger(__name__)
 class GroupPlan:
     """Who is in the group of ``epoch``. Plain data: the controller spreads it.
 
-    ``dispatch_id`` and ``results_id`` come from ``Backend.unique_id`` in one member's process. Ranks are the positions
-    in ``routers`` followed by ``shards``; the names are the members' endpoint names.
+    The ids come from ``Backend.unique_id`` in one member's process. Ranks are the positions in ``routers`` followed by
+    ``shards``; the names are the members' endpoint names.
     """
 
     epoch: int
     dispatch_id: bytes
     results_id: bytes
+    rooms_id: bytes
     routers: tuple[str, ...]
     shards: tuple[str, ...]
 
@@ -99,6 +102,7 @@ class NcclGroup:
         backend: Backend,
         outgoing: Communicator,
         incoming: Communicator,
+        rooms: Communicator,
         transfer_timeout_s: float,
     ) -> None:
         self.plan = plan
@@ -106,6 +110,8 @@ class NcclGroup:
         self.pool = DevicePool(backend.device)
         self._backend = backend
         self._outgoing, self._incoming = outgoing, incoming
+        self._communicators = (outgoing, incoming, rooms)
+        self._rooms = Rooms(rooms, self.pool)
         self._transfer_timeout_s = transfer_timeout_s
         self._failure: str | None = None
         self._lock = threading.Lock()
@@ -136,7 +142,7 @@ class NcclGroup:
             yield
         finally:
             self._depth -= 1
-            if self._depth == 0 and self._batch:
+            if self._depth == 0:
                 self._post_batch()
 
     def abort(self, reason: str) -> None:
@@ -186,20 +192,25 @@ class NcclGroup:
         # In this order: an abort, which makes everything pending say done, sets the failure first.
         return pending.done() and self._failure is None
 
-    def begin_send(self, deadline: float) -> None:
+    def begin_send(self, deadline: float, require_open: Callable[[], None]) -> None:
         """Wait until this member may announce payload: until its last exchange has ended (see the module's text).
 
+        ``require_open`` raises PeerGone once the wire that wants to send was closed, so that its closer need not wait.
         Errors: PeerGone; WireTimeout, and then the group is aborted.
         """
         self._batch_deadline = max(deadline, self._batch_deadline) if self._batch else deadline
+        late = f"the last exchange of {self.name} had not ended before the deadline"
         while self._under_way is not None and not self.completed(self._under_way):
+            require_open()
+            if self._failure is not None and time.monotonic() >= deadline:
+                raise WireTimeout(late)  # the watchdog found it first
             self.require_healthy()
             moved = [member.pump() for member in list(self._members)]
             if any(moved):
                 continue
             if not self._await_news(deadline):
-                self.abort(f"{self.name} could not send: its last exchange had not ended before the deadline")
-                raise WireTimeout(f"the last exchange of {self.name} had not ended before the deadline")
+                self.abort(late)
+                raise WireTimeout(late)
         self.require_healthy()
         if self._under_way is not None:
             self._under_way = None
@@ -227,17 +238,44 @@ class NcclGroup:
         self._watchdog.watch(pending, time.monotonic() + self._transfer_timeout_s, what, on_done)
         return pending
 
+    def reserve(self, size: int, rank: int) -> Room | None:
+        """See :meth:`.nccl_rooms.Rooms.reserve`; it is posted when the batch ends, under the batch's deadline."""
+        return self._rooms.reserve(size, rank)
+
+    def cancel(self, room: Room) -> None:
+        """See :meth:`.nccl_rooms.Rooms.cancel`."""
+        self._rooms.cancel(room)
+
+    def fill(self, size: int, tensors: Sequence[Tensor], rank: int, deadline: float) -> None:
+        """See :meth:`.nccl_rooms.Rooms.fill`. Never waits. Errors: PeerGone."""
+        self.require_healthy()
+        try:
+            pending = self._rooms.fill(size, tensors, rank)
+        except CommunicatorError as error:
+            self.abort(str(error))
+            raise PeerGone(f"the group of epoch {self.plan.epoch} is over: {error}") from error
+        self._watchdog.watch(pending, deadline, f"answering {self.plan.members[rank]}", self._ring)
+
+    def expect(self) -> None:
+        """What is pending is about to end: have its end noticed at once."""
+        self._watchdog.stir()
+
     def _post_batch(self) -> None:
         batch, self._batch = self._batch, []
         if self._failure is not None:
             return
         try:
-            self._under_way = self._outgoing.exchange(batch, [])
+            if batch:
+                self._under_way = self._outgoing.exchange(batch, [])
+                self._watch(self._under_way, "sending to", [transfer.peer for transfer in batch], self._ring)
+            if (posted := self._rooms.post()) is not None:
+                self._watch(posted[0], "answers of", posted[1], self._ring_all)
         except CommunicatorError as error:
             self.abort(str(error))
-            return
-        peers = ", ".join(sorted({self.plan.members[transfer.peer] for transfer in batch}))
-        self._watchdog.watch(self._under_way, self._batch_deadline, f"sending to {peers}", self._ring)
+
+    def _watch(self, pending: Pending, what: str, ranks: Sequence[int], on_done: Callable[[], None]) -> None:
+        peers = ", ".join(sorted({self.plan.members[rank] for rank in ranks}))
+        self._watchdog.watch(pending, self._batch_deadline, f"{what} {peers}", on_done)
 
     def _await_news(self, deadline: float) -> bool:
         """False when the deadline passed."""
@@ -263,12 +301,12 @@ class NcclGroup:
             member.ring()
 
     def _noticed(self) -> str | None:
-        return self._outgoing.failure() or self._incoming.failure()
+        return next((noticed for each in self._communicators if (noticed := each.failure()) is not None), None)
 
     def _end(self, reason: str) -> None:
-        """In the watchdog's thread: end both communicators."""
+        """In the watchdog's thread: end all communicators."""
         with self._lock:
             self._failure = self._failure or reason
         self._ring_all()
         log.info("group of epoch %d ends at %s: %s", self.plan.epoch, self.name, self._failure)
-        self._backend.abort([self._outgoing, self._incoming])
+        self._backend.abort(self._communicators)

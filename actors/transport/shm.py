@@ -38,7 +38,7 @@ _READY = b"R"
 _BELLS = 4
 
 
-@dataclass
+@dataclass(slots=True)
 class _Ring:
     """One direction as one end sees it. ``known`` counts bytes this end may handle: free ones for the writer,
     written ones for the reader.

@@ -59,9 +59,9 @@ class StreamWire(InboxWire):
     def send(self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], deadline: float) -> None:
         """See :meth:`Wire.send`."""
         views = [byte_view(part) for part in parts]
-        header = encode_header(kind, tag, [len(view) for view in views])
-        outgoing = deque(view for view in (memoryview(header), *views) if view)
-        size = sum(len(view) for view in outgoing)
+        lengths = [len(view) for view in views]
+        outgoing = deque([memoryview(encode_header(kind, tag, lengths)), *filter(None, views)])
+        size = HEADER_BYTES + sum(lengths)
         try:
             with self._use:
                 self._send_all(outgoing, deadline)

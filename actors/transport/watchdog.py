@@ -44,6 +44,11 @@ class Watchdog:
             self._watched.append(_Watched(pending, deadline, what, on_done))
             self._changed.notify()
 
+    def stir(self) -> None:
+        """What is pending is about to end: look often again. From any thread."""
+        with self._changed:
+            self._changed.notify()
+
     def bite(self, reason: str) -> None:
         """Have ``fault(reason)`` called, unless it was called already. From any thread; does not wait."""
         with self._changed:
@@ -72,10 +77,8 @@ class Watchdog:
             done = [item for item in watched if item.pending.done()]
             for item in done:
                 self._retire(item)
-            if done:
+            if done or self._stirred(time.monotonic() - idle_since):
                 idle_since = time.monotonic()
-            else:
-                _nap(time.monotonic() - idle_since)
 
     def _found_fault(self, watched: list[_Watched]) -> str | None:
         noticed = self._look()
@@ -90,10 +93,13 @@ class Watchdog:
             self._watched.remove(item)
         item.on_done()
 
+    def _stirred(self, waited: float) -> bool:
+        """Wait a little: yield at first, since most transfers take microseconds; then in ever longer, short naps.
 
-def _nap(waited: float) -> None:
-    """Yield at first, since most transfers take microseconds; then sleep in ever longer, still short naps."""
-    if waited < _YIELD_S:
-        os.sched_yield()
-    else:
-        time.sleep(min(waited / 2, _LONGEST_NAP_S))
+        True when something new came meanwhile, or is about to end.
+        """
+        if waited < _YIELD_S:
+            os.sched_yield()
+            return False
+        with self._changed:
+            return self._changed.wait(min(waited / 2, _LONGEST_NAP_S))

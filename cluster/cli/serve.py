@@ -23,7 +23,7 @@ from cluster.cli.terminal import complain
 from cluster.config import ConfigError, ServerConfig, load_config
 from cluster.gateway.settings import Doors
 from cluster.model_source import model_name, pinned_model
-from cluster.tls import server_pem
+from cluster.tls import server_pem, wire_tls
 
 _WHO_TIMEOUT_S = 2.0
 _OPEN = {
@@ -137,6 +137,8 @@ def check_door(config: ServerConfig) -> None:
     refuse_open_door(config)
     if config.gateway.tls is not None:
         server_pem(config.gateway.tls)
+    if config.data_plane.tls is not None:
+        wire_tls(config.data_plane.tls)
     for key in missing_locks(config):
         text = f"{config.gateway.host} is not loopback and {key} is not set: {_OPEN[key]}"
         print(f"warning: gateway.host: {text}", file=sys.stderr)

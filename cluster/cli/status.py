@@ -39,6 +39,7 @@ def print_cluster(view: pb.GetClusterResponse) -> None:
         f"model [bold]{view.model}[/bold]   expert map epoch [bold]{view.expert_map_epoch}[/bold]   {wanted}   "
         f"expert autoscaling {view.expert_autoscaling}"
     )
+    console.print(f"transport {view.transport}", highlight=False)
     tables = [_actors(view), _rows(view), _wires(view), _nodes(view), _events(view)]
     for table in tables + ([_experts(view)] if view.layers else []):
         console.print(table)

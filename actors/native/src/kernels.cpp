@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+#include "attention_tasks.h"
+#include "dispatch.h"
 #include "pool.h"
 
 namespace expertmesh {
@@ -121,7 +123,7 @@ static int64_t weights_in_cache(int64_t row_bytes) { return std::max<int64_t>(1,
 
 // Memory of this thread that stays for its next call with the same use.
 enum Use { ROWS, INPUTS, SCALES, NUMBERS };
-template <class T, Use use>
+template <class T, Use use = ROWS>
 static T* scratch(int64_t numbers) {
   thread_local std::vector<T> kept;
   if (static_cast<int64_t>(kept.size()) < numbers) kept.resize(numbers);
@@ -136,6 +138,8 @@ constexpr int TILE_M = 8, TILE_N = 3;
 #define HAS_AVX512 1
 #define HAS_BF16_DOT 1
 #include "products.h"
+#include "attention.h"
+#include "combine.h"
 #undef HAS_BF16_DOT
 }  // namespace avx512_bf16
 #pragma GCC pop_options
@@ -145,6 +149,8 @@ constexpr int TILE_M = 8, TILE_N = 3;
 namespace avx512 {
 constexpr int TILE_M = 8, TILE_N = 3;
 #include "products.h"
+#include "attention.h"
+#include "combine.h"
 #undef HAS_AVX512
 }  // namespace avx512
 #pragma GCC pop_options
@@ -155,6 +161,8 @@ namespace avx2 {
 constexpr int TILE_M = 2, TILE_N = 3;
 #define HAS_AVX2 1
 #include "products.h"
+#include "attention.h"
+#include "combine.h"
 #undef HAS_AVX2
 }  // namespace avx2
 #pragma GCC pop_options
@@ -163,6 +171,8 @@ constexpr int TILE_M = 2, TILE_N = 3;
 namespace portable {
 constexpr int TILE_M = 2, TILE_N = 3;
 #include "products.h"
+#include "attention.h"
+#include "combine.h"
 }  // namespace portable
 
 struct Kernels {
@@ -170,13 +180,19 @@ struct Kernels {
   void (*linear[2])(const Linear&, Pool&);
   void (*dequantize[2])(const Dequantize&, Pool&);
   int64_t (*experts[2])(const Experts&, Pool&);
+  void (*attention[2])(const Attention&, Pool&);
+  void (*head_products[2])(const HeadProducts&, Pool&);
+  void (*combine[2])(const Combine&, const void* const*, const float*, Pool&);
 };
 
-#define KERNELS(isa) \
-  {                                                              \
-    #isa, {isa::linear<float>, isa::linear<uint16_t>},           \
-        {isa::dequantize<float>, isa::dequantize<uint16_t>},     \
-        {isa::experts<float>, isa::experts<uint16_t>}            \
+#define KERNELS(isa)                                                    \
+  {                                                                     \
+    #isa, {isa::linear<float>, isa::linear<uint16_t>},                  \
+        {isa::dequantize<float>, isa::dequantize<uint16_t>},            \
+        {isa::experts<float>, isa::experts<uint16_t>},                  \
+        {isa::attention<float>, isa::attention<uint16_t>},              \
+        {isa::head_products<float>, isa::head_products<uint16_t>},      \
+        {isa::combine<float>, isa::combine<uint16_t>},                  \
   }
 
 static std::vector<Kernels> supported() {
@@ -235,6 +251,48 @@ int64_t expertmesh_experts(int isa, int type, int gate_up_kind, int down_kind, c
   return all()[isa].experts[type]({gate_up_kind, down_kind, x, pair_row, pair_expert, w, out, rows, pairs, d, inter,
                                    n_experts, threads},
                                   pool());
+}
+
+// query [rows, heads, key_dim + rest_dim], out [rows, heads, value_dim]; spans [n_spans, 4] (see Span), whose tables list
+// blocks of block_size slots; key [slots, groups, key_dim], rest likewise or null, value [slots, groups, value_dim]. Row i
+// of a span sees the tokens up to context + i, the last window ones of them; window 0: all.
+void expertmesh_attention(int isa, int kind, const void* query, const void* key, const void* rest, const void* value,
+                          void* out, const int64_t* spans, const int64_t* tables, int64_t n_spans, int64_t heads,
+                          int64_t groups, int64_t key_dim, int64_t rest_dim, int64_t value_dim, int64_t block_size,
+                          int64_t window, float scale, int threads) {
+  all()[isa].attention[kind]({query, {key, rest}, value, out, spans, tables, n_spans, heads, groups, {key_dim, rest_dim},
+                              value_dim, block_size, window, scale, threads}, pool());
+}
+
+// x [rows, heads, k], w [heads, n, k], out [rows, heads, n]; rows and heads of x and out lie so many numbers apart.
+void expertmesh_head_products(int isa, int kind, const void* x, const void* w, void* out, int64_t rows, int64_t heads,
+                              int64_t k, int64_t n, int64_t x_row, int64_t x_head, int64_t out_row, int64_t out_head,
+                              int threads) {
+  all()[isa].head_products[kind]({x, w, out, rows, heads, k, n, x_row, x_head, out_row, out_head, threads}, pool());
+}
+
+// Weighted sums of unweighted rows, see actors/model/combine.py. kind: of the rows; weight_kind, out_kind: 0 fp32, 1 bf16.
+// rows [tokens * k, d], but those at last_slots [last_count], which are in last [last_count, d]; weight [tokens, k];
+// out [tokens, d].
+void expertmesh_combine(int isa, int kind, int weight_kind, int out_kind, const void* rows, const void* last,
+                        const int64_t* last_slots, const void* weight, void* out, int64_t tokens, int64_t k, int64_t d,
+                        int64_t last_count, int threads) {
+  const Combine call{weight, rows, last, last_slots, out, tokens, k, d, last_count, weight_kind, out_kind, threads};
+  const void** at = scratch<const void*>(tokens * k);
+  addresses(call, d * (kind == 0 ? 4 : 2), at);
+  float* widened = scratch<float>(tokens * k);
+  for (int64_t i = 0; i < tokens * k; ++i)
+    widened[i] = weight_kind == 0 ? static_cast<const float*>(weight)[i]
+                                  : from_bf16(static_cast<const uint16_t*>(weight)[i]);
+  all()[isa].combine[kind](call, at, widened, pool());
+}
+
+// Splits the pairs at slots [count], ascending, among the shards owner [count], less than 0 for nobody. chosen [T * k]:
+// the expert of each slot. out [6 count] has, count numbers each but for the table's 3 count, and shard by shard: the rows,
+// the slots, the table (shard, its rows, its pairs) whose length is returned, and two of int32: pair_row and pair_expert.
+int64_t expertmesh_split(const int64_t* chosen, const int64_t* slots, const int64_t* owner, int64_t count, int64_t k,
+                         int64_t* out) {
+  return split(chosen, slots, owner, count, k, out);
 }
 
 }  // extern "C"

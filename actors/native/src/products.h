@@ -27,9 +27,9 @@ static inline __attribute__((always_inline)) vf ones(vf a, vf b) {
          __builtin_shuffle(a, b, vi{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
 }
 
-// Sums of the lanes of N vectors, N <= 16, in order.
+// Sums of the lanes of N vectors, N <= 16, in order: the first N lanes.
 template <int N>
-static inline __attribute__((always_inline)) void sums(const vf* acc, float* out) {
+static inline __attribute__((always_inline)) vf sums(const vf* acc) {
   constexpr int A = (N + 1) / 2, B = (A + 1) / 2, C = (B + 1) / 2, D = (C + 1) / 2;
   vf a[A], b[B], c[C], d[D];
   for (int i = 0; i < A; ++i) a[i] = low_first(acc[2 * i], acc[2 * i + 1 < N ? 2 * i + 1 : 2 * i]);
@@ -37,7 +37,13 @@ static inline __attribute__((always_inline)) void sums(const vf* acc, float* out
   for (int i = 0; i < C; ++i) c[i] = twos(b[2 * i], b[2 * i + 1 < B ? 2 * i + 1 : 2 * i]);
   for (int i = 0; i < D; ++i) d[i] = ones(c[2 * i], c[2 * i + 1 < C ? 2 * i + 1 : 2 * i]);
   static_assert(D == 1, "at most 16");
-  for (int i = 0; i < N; ++i) out[i] = d[0][i];
+  return d[0];
+}
+
+template <int N>
+static inline __attribute__((always_inline)) void sums(const vf* acc, float* out) {
+  const vf all = sums<N>(acc);
+  std::memcpy(out, &all, N * sizeof(float));
 }
 
 static inline float widen(float x) { return x; }
@@ -229,7 +235,8 @@ struct Int4 : Quantised<uint8_t, 4, 8> {
 template <class W, int MR, int NR>
 static inline __attribute__((always_inline)) void accumulate(
     const typename W::Row* const* x, const typename W::Line* w, int64_t k, int64_t ahead, vf* sum) {
-  vf acc[MR * NR];  // a copy, which stays in registers
+  vf acc[MR * NR];  // a copy, which stays in registers; the copying is unrolled, or GCC makes two slow calls of it
+#pragma GCC unroll 32
   for (int i = 0; i < MR * NR; ++i) acc[i] = sum[i];
   const int64_t size = W::group_size(w[0], k);
   for (int64_t start = 0, g = 0; start < k; start += size, ++g) {
@@ -252,6 +259,7 @@ static inline __attribute__((always_inline)) void accumulate(
       }
     }
   }
+#pragma GCC unroll 32
   for (int i = 0; i < MR * NR; ++i) sum[i] = acc[i];
 }
 
@@ -402,13 +410,18 @@ static void multiply(const typename W::Row* const* x, int64_t rows, const Matrix
   stream<W>(x, rows, w, from, to, k, put);
 }
 
+// The kind of dense weights for rows of T.
+template <class T>
+struct KindOf {
+  using W = std::conditional_t<std::is_same_v<T, float>, Fp32, Bf16>;
+};
+
 // fn(W{}) for the kind of weights that rows of T meet.
 template <class T, class Fn>
 static void with_kind(int kind, const Fn& fn) {
   if (kind == INT8) return fn(Int8{});
   if (kind == INT4) return fn(Int4{});
-  if constexpr (std::is_same_v<T, float>) return fn(Fp32{});
-  else return fn(Bf16{});
+  return fn(typename KindOf<T>::W{});
 }
 
 template <class T>
@@ -418,7 +431,7 @@ static void linear(const Linear& call, Pool& pool) {
     const T *x = static_cast<const T*>(call.x), *bias = static_cast<const T*>(call.bias);
     T* out = static_cast<T*>(call.out);
     const int64_t width = stride(call.k);
-    auto* laid = scratch<typename W::Row, ROWS>(call.rows * width);
+    auto* laid = scratch<typename W::Row>(call.rows * width);
     std::vector<const typename W::Row*> rows(call.rows);
     for (int64_t r = 0; r < call.rows; ++r) {
       W::lay_out(x + r * call.x_stride, call.k, laid + r * width);
@@ -516,7 +529,7 @@ static int64_t experts(const Experts& call, Pool& pool) {
   const int64_t i_width = stride(call.inter);
   with_kind<T>(call.down_kind, [&](auto down) {
     using Down = decltype(down);
-    auto* hidden = scratch<typename Down::Row, ROWS>(call.pairs * i_width);
+    auto* hidden = scratch<typename Down::Row>(call.pairs * i_width);
     const Store<T> store = [&](int64_t pair, int64_t column, const T* h) {
       Down::lay_out(h, 32, hidden + pair * i_width + column);
     };

@@ -19,6 +19,7 @@ class ClusterEventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CLUSTER_EVENT_KIND_MAP_COMMITTED: _ClassVar[ClusterEventKind]
     CLUSTER_EVENT_KIND_SCALING_DECIDED: _ClassVar[ClusterEventKind]
     CLUSTER_EVENT_KIND_FAILED: _ClassVar[ClusterEventKind]
+    CLUSTER_EVENT_KIND_WIRES_CHOSEN: _ClassVar[ClusterEventKind]
 
 class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -41,6 +42,7 @@ CLUSTER_EVENT_KIND_ACTOR_LOST: ClusterEventKind
 CLUSTER_EVENT_KIND_MAP_COMMITTED: ClusterEventKind
 CLUSTER_EVENT_KIND_SCALING_DECIDED: ClusterEventKind
 CLUSTER_EVENT_KIND_FAILED: ClusterEventKind
+CLUSTER_EVENT_KIND_WIRES_CHOSEN: ClusterEventKind
 ROLE_UNSPECIFIED: Role
 ROLE_CONTROLLER: Role
 ROLE_GATEWAY: Role
@@ -203,7 +205,7 @@ class DrainResponse(_message.Message):
     def __init__(self, stopped: _Optional[_Iterable[str]] = ..., started: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetClusterResponse(_message.Message):
-    __slots__ = ("model", "expert_map_epoch", "nodes", "actors", "wires", "expert_shards_wanted", "attention_replicas_wanted", "expert_autoscaling", "events", "layers")
+    __slots__ = ("model", "expert_map_epoch", "nodes", "actors", "wires", "expert_shards_wanted", "attention_replicas_wanted", "expert_autoscaling", "events", "layers", "transport")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EXPERT_MAP_EPOCH_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +216,7 @@ class GetClusterResponse(_message.Message):
     EXPERT_AUTOSCALING_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     model: str
     expert_map_epoch: int
     nodes: _containers.RepeatedCompositeFieldContainer[Node]
@@ -224,7 +227,8 @@ class GetClusterResponse(_message.Message):
     expert_autoscaling: str
     events: _containers.RepeatedCompositeFieldContainer[ClusterEvent]
     layers: _containers.RepeatedCompositeFieldContainer[MoELayer]
-    def __init__(self, model: _Optional[str] = ..., expert_map_epoch: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., actors: _Optional[_Iterable[_Union[Actor, _Mapping]]] = ..., wires: _Optional[_Iterable[_Union[Wire, _Mapping]]] = ..., expert_shards_wanted: _Optional[int] = ..., attention_replicas_wanted: _Optional[int] = ..., expert_autoscaling: _Optional[str] = ..., events: _Optional[_Iterable[_Union[ClusterEvent, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[MoELayer, _Mapping]]] = ...) -> None: ...
+    transport: str
+    def __init__(self, model: _Optional[str] = ..., expert_map_epoch: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., actors: _Optional[_Iterable[_Union[Actor, _Mapping]]] = ..., wires: _Optional[_Iterable[_Union[Wire, _Mapping]]] = ..., expert_shards_wanted: _Optional[int] = ..., attention_replicas_wanted: _Optional[int] = ..., expert_autoscaling: _Optional[str] = ..., events: _Optional[_Iterable[_Union[ClusterEvent, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[MoELayer, _Mapping]]] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class MoELayer(_message.Message):
     __slots__ = ("layer", "experts")

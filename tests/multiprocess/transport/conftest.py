@@ -1,94 +1,86 @@
-"""A bench of wires: our end here, the other end in a thread (local) or a process of its own (shm, tcp)."""
+"""Benches of wires, and the media that each test runs on."""
 
 from __future__ import annotations
 
 import gc
 import os
-import queue
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import pytest
 
-from actors.transport.base import Medium, Wire
-from actors.transport.endpoint import Endpoint
-from actors.transport.local import LocalNetwork
-from tests.multiprocess.transport.remote import NODE, PATIENCE, SECRET, Remote, in_process, in_thread, soon
+from actors.transport.base import Medium
+from tests.multiprocess.transport.bench import Bench, Crew
+from tests.multiprocess.transport.encrypted import tls_for
+from tests.multiprocess.transport.remote import left_behind
 from tests.multiprocess.transport.servers import Server
+from tests.waiting import until
 
 
-class Link(NamedTuple):
-    """Our end of a wire, and whoever is at the other."""
-
-    wire: Wire
-    remote: Remote
-
-
-class Bench:
-    """Makes links and takes all of them down again."""
-
-    def __init__(self) -> None:
-        self._wires: queue.Queue[Wire] = queue.Queue()
-        self._endpoint = Endpoint("here", NODE, SECRET, on_wire=self._wires.put)
-        self._network = LocalNetwork()
-        self._local = self._network.endpoint("here", self._wires.put)
-        self._links: list[Link] = []
-
-    def link(self, medium: Medium, name: str = "there", ring_bytes: int = 4 << 20) -> Link:
-        """A new wire of this medium to a new remote called ``name``."""
-        if medium is Medium.LOCAL:
-            other = self._network.endpoint(name)
-            remote = in_thread(lambda: other.connect(self._local.address, soon()))
-        else:
-            remote = in_process(name, self._endpoint.address, medium, ring_bytes)
-        link = Link(self._wires.get(timeout=PATIENCE), remote)
-        self._links.append(link)
-        assert link.wire.peer == name
-        assert link.wire.medium is medium
-        return link
-
-    def close(self) -> None:
-        """Every wire, remote and endpoint."""
-        for link in self._links:
-            link.wire.close()
-            link.remote.close()
-        self._endpoint.close()
-        self._local.close()
+@pytest.fixture(scope="session")
+def crew() -> Iterator[Crew]:
+    """The processes at the other ends."""
+    crew = Crew()
+    yield crew
+    crew.close()
 
 
 @pytest.fixture
-def bench() -> Iterator[Bench]:
-    """A bench that leaves nothing behind: no descriptor, no thread, nothing in /dev/shm."""
+def bench(crew: Crew) -> Iterator[Bench]:
+    """A bench that leaves nothing behind, here and in the peers: no descriptor, thread, process, shared memory."""
     gc.collect()
-    before = (len(os.listdir("/proc/self/fd")), threading.active_count(), set(os.listdir("/dev/shm")))
-    bench = Bench()
+    before, shared = left_behind(), set(os.listdir("/dev/shm"))
+    staff = crew.size
+    bench = Bench(crew)
     yield bench
     bench.close()
-    after = (len(os.listdir("/proc/self/fd")), threading.active_count(), set(os.listdir("/dev/shm")))
+    until(lambda: threading.active_count() <= before[1], 5.0)  # the double's answering threads end by themselves
+    gc.collect()
+    descriptors, _, memories = left_behind()
     # fewer are no fault: what an earlier test of this process had closed may go late
-    assert after[0] <= before[0], "descriptors were left behind"
-    assert after[1] <= before[1], "threads were left behind"
-    assert not {name for name in after[2] - before[2] if "expertmesh" in name}
+    assert descriptors - crew.size <= before[0] - staff, "descriptors were left behind"
+    assert memories <= before[2], "shared memory was left mapped"
+    assert len(children()) <= crew.size, "processes were left behind"
+    assert not {name for name in set(os.listdir("/dev/shm")) - shared if "expertmesh" in name}
 
 
-@pytest.fixture(params=[Medium.LOCAL, Medium.SHM, Medium.TCP])
+def children() -> list[str]:
+    """Processes that this thread has started."""
+    with open(f"/proc/self/task/{threading.get_native_id()}/children") as file:
+        return file.read().split()
+
+
+@pytest.fixture(params=list(Medium))
 def medium(request: pytest.FixtureRequest) -> Medium:
-    """Every pairwise medium in turn (an nccl wire has a group around it: see test_nccl.py)."""
+    """Every medium in turn; nccl over the communicator double."""
     return Medium(request.param)
 
 
-@pytest.fixture(params=[Medium.SHM, Medium.TCP])
+FAR = [Medium.SHM, Medium.TCP, Medium.TLS, Medium.NCCL]
+"""Without local: its two ends are threads of one process, which are stopped and killed together or not at all."""
+
+STREAMS = [Medium.SHM, Medium.TCP, Medium.TLS]
+"""Without local, where a frame is never in pieces; without nccl, whose announcements are such a stream's frames."""
+
+
+@pytest.fixture(params=FAR)
 def far(request: pytest.FixtureRequest) -> Medium:
     """The media between processes, for what only a process can suffer."""
     return Medium(request.param)
 
 
+@pytest.fixture(params=STREAMS)
+def stream(request: pytest.FixtureRequest) -> Medium:
+    """The media that carry bytes one after the other, for what can happen in the middle of a frame."""
+    return Medium(request.param)
+
+
 @pytest.fixture
-def server() -> Iterator[Server]:
-    """A server and a client, which leave nothing behind."""
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server and a client, under TLS where the test's ``stream`` is, which leave nothing behind."""
+    medium = request.getfixturevalue("stream") if "stream" in request.fixturenames else Medium.TCP
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
-    server = Server()
+    server = Server(tls_for(medium))
     yield server
     server.close()
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before

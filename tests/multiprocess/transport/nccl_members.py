@@ -91,8 +91,8 @@ class Member:
     def address(self) -> Address:
         return self.endpoint.address
 
-    def ids(self) -> tuple[bytes, bytes]:
-        return self.backend.unique_id(), self.backend.unique_id()
+    def ids(self) -> tuple[bytes, bytes, bytes]:
+        return self.backend.unique_id(), self.backend.unique_id(), self.backend.unique_id()
 
     def form(
         self,
@@ -208,7 +208,11 @@ class Member:
                 start = (step * 7919 + at * 104_729) % (NOISE_BYTES - size)
                 payload = self.noise[start : start + size]  # at an odd offset, as a slice of a larger tensor
                 tag = FrameTag(epoch, step)
-                self.wires[epoch][name].send(DISPATCH, tag, [digest(payload), payload], soon(patience))
+                wire, parts = self.wires[epoch][name], [digest(payload), payload]
+                if step % 3:
+                    wire.ask(DISPATCH, tag, parts, size, soon(patience))
+                else:
+                    wire.send(DISPATCH, tag, parts, soon(patience))
                 wanted[name] = payload
         return wanted
 
@@ -285,8 +289,8 @@ class Fleet:
 
     def plan(self, epoch: int, routers: Sequence[str], shards: Sequence[str]) -> GroupPlan:
         """With ids made by the first router."""
-        dispatch_id, results_id = self.call(routers[0], "ids")
-        return GroupPlan(epoch, dispatch_id, results_id, tuple(routers), tuple(shards))
+        ids = self.call(routers[0], "ids")
+        return GroupPlan(epoch, *ids, tuple(routers), tuple(shards))
 
     def form(
         self,

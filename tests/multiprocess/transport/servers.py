@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from actors.transport.base import Address, FrameTag, Medium, TransportError, Wire
 from actors.transport.endpoint import Endpoint
+from actors.transport.tls import WireTls
 from tests.multiprocess.transport.remote import NODE, SECRET, soon
 
 TAG = FrameTag()
@@ -19,10 +20,10 @@ TAG = FrameTag()
 class Server:
     """An endpoint called "server", the wires it got, and clients of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: WireTls | None = None) -> None:
         self.wires: queue.Queue[Wire] = queue.Queue()
-        self.endpoint = Endpoint("server", NODE, SECRET, on_wire=self.wires.put)
-        self.client = Endpoint("client", NODE, SECRET)
+        self.endpoint = Endpoint("server", NODE, SECRET, on_wire=self.wires.put, tls=tls)
+        self.client = Endpoint("client", NODE, SECRET, tls=tls)
 
     @property
     def address(self) -> Address:
@@ -30,12 +31,16 @@ class Server:
 
     def dial(self, medium: Medium) -> socket.socket:
         """A bare connection to one of its listeners."""
-        if medium is Medium.TCP:
+        if medium is not Medium.SHM:
             return socket.create_connection((self.address.host, self.address.port), 10)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(10)
         sock.connect("\0" + self.address.unix_name)
         return sock
+
+    def pair(self, medium: Medium) -> tuple[Wire, Wire]:
+        """A client's wire and the server's end of it."""
+        return self.client.connect(self.address, soon(), medium), self.wires.get(timeout=10)
 
     def check(self, medium: Medium | None = None) -> None:
         """An honest client gets a working wire, and soon."""

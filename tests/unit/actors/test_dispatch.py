@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.dispatch import split_rows
+from actors.dispatch import ShardRows, split_rows, split_rows_by_numpy
 
 Pair = tuple[int, int, int]
 
@@ -31,9 +32,10 @@ def batches(draw: st.DrawFn) -> tuple[list[list[int]], list[int], int]:
     return rows, home, n_shards
 
 
-@given(batches(), st.data())
+@pytest.mark.parametrize("split", [split_rows, split_rows_by_numpy])
+@given(batch=batches(), data=st.data())
 def test_matches_the_loops_and_sends_each_row_once(
-    batch: tuple[list[list[int]], list[int], int], data: st.DataObject
+    split: Callable[..., list[ShardRows]], batch: tuple[list[list[int]], list[int], int], data: st.DataObject
 ) -> None:
     """All slots, or some of them as when they are sent again; pairs without an owner are nobody's."""
     rows, home, _ = batch
@@ -44,7 +46,7 @@ def test_matches_the_loops_and_sends_each_row_once(
     slots = np.flatnonzero(np.array(picked, bool))
     owner = owners[chosen.reshape(-1)[slots]]
     owner[owner == dead] = -1
-    shares = split_rows(chosen, slots, owner)
+    shares = split(chosen, slots, owner)
     got = {
         s.shard: list(zip(s.rows[s.pair_row].tolist(), s.pair_expert.tolist(), s.pair_slot.tolist(), strict=True))
         for s in shares

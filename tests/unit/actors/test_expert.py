@@ -76,7 +76,7 @@ def width(shard: ExpertShard) -> int:
         (1, [0, 1], [0, 2], "expert 2 of layer 1"),
         (0, [0], [0], "expert 0 of layer 0"),
         (1, [0, 5], [0, 1], "index 5"),
-        (1, [0], [0, 1], "expert-0: "),
+        (1, [0], [0, 1], "1 rows of pairs, but 2 experts"),
     ],
 )
 def test_a_request_that_cannot_be_computed_ends_alone(

@@ -76,15 +76,15 @@ def test_leaving_one_epoch_leaves_the_others(pair: Pair) -> None:
 def test_what_was_given_up_before_it_began_does_not_form(pair: Pair) -> None:
     pair.router.leave(5)
     with pytest.raises(WireTimeout, match="epoch 5"):
-        pair.join_router(GroupPlan(5, b"nobody answers", b"", ("r",), ("s",)))
+        pair.join_router(GroupPlan(5, b"nobody answers", b"", b"", ("r",), ("s",)))
     pair.shard.leave(5)
     with pytest.raises(WireTimeout, match="epoch 5"):
-        pair.shard.join_as_shard(GroupPlan(5, b"", b"", ("r",), ("s",)), pair.lobby, PATIENCE)
+        pair.shard.join_as_shard(GroupPlan(5, b"", b"", b"", ("r",), ("s",)), pair.lobby, PATIENCE)
     pair.form(6)
 
 
 def test_a_shard_that_waits_for_its_routers_gives_up_when_told(pair: Pair) -> None:
-    plan = GroupPlan(1, b"", b"", ("r",), ("s",))
+    plan = GroupPlan(1, b"", b"", b"", ("r",), ("s",))
     joining = pair.pool.submit(pair.shard.join_as_shard, plan, pair.lobby, PATIENCE)
     begin = time.monotonic()
     pair.shard.leave(1)
@@ -99,4 +99,4 @@ def test_closing_leaves_everything_for_ever(pair: Pair) -> None:
     pair.router.close()
     assert joined[0].group.failure
     with pytest.raises(WireTimeout):
-        pair.join_router(GroupPlan(2, b"nobody answers", b"", ("r",), ("s",)))
+        pair.join_router(GroupPlan(2, b"nobody answers", b"", b"", ("r",), ("s",)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from opentelemetry.trace import get_current_span
+from torch import Tensor
 
 from actors.messages import (
     BatchTimes,
@@ -13,6 +15,7 @@ from actors.messages import (
     encode_times,
     expect_parts,
     indices_from,
+    rows_part,
     seconds_from,
     tensor_bytes,
     tensor_from,
@@ -115,3 +118,13 @@ def test_times_travel_as_they_are_and_anything_else_is_refused() -> None:
             read(memoryview(bytes(size)))
     with pytest.raises(ProtocolError, match="it belongs in host memory"):
         times_from(torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("medium", [Medium.SHM, Medium.NCCL])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_some_rows_make_a_part(dtype: torch.dtype, medium: Medium) -> None:
+    rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    part = rows_part(rows, np.array([4, 0, 2]), Carrier(medium))  # type: ignore[arg-type]
+    assert isinstance(part, Tensor) == (medium is Medium.NCCL)
+    got = part if isinstance(part, Tensor) else tensor_from(memoryview(bytearray(part)), dtype, 7)
+    assert torch.equal(got, rows[[4, 0, 2]])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from actors.scratch import ScratchPool, place_rows
+from actors.scratch import ScratchPool
 
 
 def test_memory_comes_back_and_grows() -> None:
@@ -24,18 +23,10 @@ def test_memory_comes_back_and_grows() -> None:
     assert large.sum() == 800
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count", [0, 3])
-def test_rows_are_placed_where_they_belong(dtype: torch.dtype, count: int) -> None:
-    into = torch.zeros(5, 3, dtype=dtype)
-    at, rows = np.array([4, 0, 2], np.int64)[:count], torch.randn(3, 3).to(dtype)[:count]
-    place_rows(into, at, rows)
-    expected = torch.zeros(5, 3, dtype=dtype)
-    expected[torch.from_numpy(at)] = rows
-    assert torch.equal(into, expected)
-
-
-def test_rows_are_placed_on_a_device_too() -> None:
-    into = torch.zeros(5, 3, device="meta")
-    place_rows(into, np.array([1]), torch.ones(1, 3, device="meta"))
-    assert into.device.type == "meta"
+def test_what_is_not_lent_cannot_come_back() -> None:
+    pool = ScratchPool(torch.float32, torch.device("cpu"))
+    taken, empty = pool.take(2, 2), pool.take(0, 2)
+    pool.give(taken)
+    pool.give(empty)
+    with pytest.raises(KeyError):
+        pool.give(taken)

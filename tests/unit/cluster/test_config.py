@@ -69,6 +69,8 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("gateway: {host: ''}", r"gateway\.host: .*at least 1 character"),
         ("gateway: {tls: {certificate: /c}}", r"gateway\.tls\.key: Field required"),
         ("gateway: {tls: {cert: /c}}", r"gateway\.tls\.cert: unknown key; allowed here: certificate, client_ca, key"),
+        ("data_plane: {tls: {certificate: /c, key: /k}}", r"data_plane\.tls\.ca: Field required"),
+        ("data_plane: {tls: {cert: /c}}", r"data_plane\.tls\.cert: unknown key; allowed here: ca, certificate, key"),
         ("access: {token: []}", r"access\.token: unknown key; allowed here: tokens"),
         (tokens("token: x"), r"access\.tokens\.0\.token: unknown key; allowed here: role, sha256, share, tenant"),
         (tokens("role: root"), r"access\.tokens\.0\.role: .*'user' or 'admin' \(given 'root'\)"),

@@ -31,7 +31,7 @@ class Actor(ActorHandle):
     def __init__(self, name: str) -> None:
         self.name = name
         self.asked: list[tuple[Any, ...]] = []
-        self.answers: dict[str, Any] = {"stats": 1, "new_ids": (b"d", b"r"), "prepare": 1, "join": 1, "leave": 1}
+        self.answers: dict[str, Any] = {"stats": 1, "new_ids": (b"d", b"r", b"a"), "prepare": 1, "join": 1, "leave": 1}
 
     def begin(self, method: str, *args: Any) -> Future[Any]:
         """See ActorHandle."""
@@ -83,7 +83,9 @@ def town(monkeypatch: pytest.MonkeyPatch) -> Town:
 
 def test_everybody_gets_the_same_plan_and_leaves_the_old_group_once_the_new_one_is_in_force(town: Town) -> None:
     assert [router.name for router in town.form(1)] == ["r0", "r1"]
-    assert {actor.plan() for actor in town.actors.values()} == {GroupPlan(1, b"d", b"r", ("r0", "r1"), ("s0", "s1"))}
+    assert {actor.plan() for actor in town.actors.values()} == {
+        GroupPlan(1, b"d", b"r", b"a", ("r0", "r1"), ("s0", "s1"))
+    }
     town.groups.settle()
     assert town.groups.routers == {"r0", "r1"}
     town.form(2)

@@ -132,6 +132,14 @@ def test_tls_files_that_cannot_be_used(tmp_path: Path, authority: Authority, pai
     assert line == f"error: gateway.tls.key: {other}: not the key of the certificate in {pair.certificate}"
 
 
+def test_files_for_tls_between_actors_that_cannot_be_used(tmp_path: Path, pair: Pair) -> None:
+    other = Authority(tmp_path / "other").certificate
+    tls = {"certificate": str(pair.certificate), "key": str(pair.key), "ca": str(other)}
+    line = refused("--config", written(tmp_path, gateway={}, data_plane={"tls": tls}))
+    assert line.startswith(f"error: data_plane.tls.certificate: {pair.certificate}: not good for wires under ")
+    assert str(other) in line
+
+
 def test_more_context_than_the_model_has(sound: Path, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("context_length: 100000")
     line = refused("--model", str(sound), "--config", str(tmp_path / "a.yaml"), "--grpc-port", "0", "--http-port", "0")

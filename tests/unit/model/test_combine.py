@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from actors.model.combine import combine_rows
+from actors.model.combine import combine_rows, place_rows
 from actors.model.local_moe import LocalMoE
 from tests.checkpoints import WRITERS
 from tests.paged_runner import PagedRunner
@@ -82,3 +83,20 @@ def test_one_expert_and_no_tokens() -> None:
 def test_handle_of_someone_else_is_refused(glm: tuple[Path, Any]) -> None:
     with pytest.raises(TypeError, match="handle is str"):
         PagedRunner(glm[0]).moe.finish("no handle")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [0, 3])
+def test_rows_are_placed_where_they_belong(dtype: torch.dtype, count: int) -> None:
+    into = torch.zeros(5, 3, dtype=dtype)
+    at, rows = np.array([4, 0, 2], np.int64)[:count], torch.randn(3, 3).to(dtype)[:count]
+    place_rows(into, at, rows)
+    expected = torch.zeros(5, 3, dtype=dtype)
+    expected[torch.from_numpy(at)] = rows
+    assert torch.equal(into, expected)
+
+
+def test_rows_are_placed_on_a_device_too() -> None:
+    into = torch.zeros(5, 3, device="meta")
+    place_rows(into, np.array([1]), torch.ones(1, 3, device="meta"))
+    assert into.device.type == "meta"

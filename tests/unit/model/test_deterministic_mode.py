@@ -124,6 +124,7 @@ def test_operands_of_single_rows_are_aligned(folder: Path, monkeypatch: pytest.M
     seen: list[Tensor] = []
     runner = PagedRunner(folder, row_block=ROW_BLOCK)
     attention = runner.model.attention
+    attention.form = "rows"
     attend, choose = attention._attend_rows, IndexQueries.choose
 
     def attended(layer: int, query: Tensor, past: tuple[Tensor, ...], mask: None) -> Tensor:

@@ -81,6 +81,28 @@ def test_slots_follow_the_block_table() -> None:
         segment.slots(2)
 
 
+def test_rows_for_the_paged_kernel() -> None:
+    """Packed where some are left out, as they lie where none is; a short table is refused before memory is read."""
+    tables = [torch.tensor([7, 2]), torch.tensor([5]), torch.tensor([9, 1])]
+    lengths, contexts = (3, 1, 2), (1, 2, 5)
+    segments = [Segment(s, n, c, t) for s, n, c, t in zip((0, 3, 4), lengths, contexts, tables, strict=True)]
+    empty = torch.empty(6, dtype=torch.int64)
+    batch = StepBatch(empty, empty, empty, segments, empty)
+    every, some = batch.paged_rows(4, 3), batch.paged_rows(4, 2)
+    assert every is not None
+    assert some is not None
+    assert every.rows == slice(None)
+    assert every.spans.tolist() == [[0, 3, 1, 0], [3, 1, 2, 2], [4, 2, 5, 3]]
+    assert every.tables.tolist() == [7, 2, 5, 9, 1]
+    assert isinstance(some.rows, torch.Tensor)
+    assert some.rows.tolist() == [3, 4, 5]
+    assert some.spans.tolist() == [[0, 1, 2, 0], [1, 2, 5, 1]]
+    assert some.tables.tolist() == [5, 9, 1]
+    assert batch.paged_rows(4, 0) is None
+    with pytest.raises(ValueError, match="block_table has 1 blocks, 3 tokens need 2 of 2"):
+        batch.paged_rows(2, 3)
+
+
 def decode_batch(contexts: list[int]) -> StepBatch:
     segments = [
         Segment(row, 1, context, torch.arange(context // 4 + 1) + 100 * row) for row, context in enumerate(contexts)

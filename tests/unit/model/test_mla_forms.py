@@ -26,7 +26,17 @@ def test_absorbed_equals_expanded_at_every_position(tmp_path: Path, overrides: d
     assert (logits["rows"] - logits["block"]).abs().max() < 1e-5 * logits["rows"].abs().max()
 
 
-def test_decode_is_absorbed_and_equals_an_expanded_decode(deepseek: tuple[Path, Any]) -> None:
+def test_decode_is_absorbed_and_equals_an_expanded_decode(
+    deepseek: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expanded = []
+    attend = mla.LatentAttention._attend_block
+
+    def counted(*args: Any) -> Any:
+        expanded.append(args)
+        return attend(*args)
+
+    monkeypatch.setattr(mla.LatentAttention, "_attend_block", counted)
     ids = random_ids(20, seed=8)
     logits = {}
     for form in ("auto", "rows", "block"):
@@ -34,9 +44,27 @@ def test_decode_is_absorbed_and_equals_an_expanded_decode(deepseek: tuple[Path, 
         number = runner.add(ids)
         runner.step([(number, 19)])
         runner.model.attention.form = form
+        expanded.clear()
         logits[form] = runner.step([(number, 1)])[0]
-    assert torch.equal(logits["auto"], logits["rows"])
-    assert (logits["auto"] - logits["block"]).abs().max() < 1e-5 * logits["auto"].abs().max()
+        assert bool(expanded) == (form == "block")
+    for form in ("rows", "block"):
+        assert (logits["auto"] - logits[form]).abs().max() < 1e-5 * logits["auto"].abs().max()
+
+
+def test_long_pieces_are_expanded_beside_short_ones(
+    deepseek: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of both, in one step and in turns, end up where they belong."""
+    prompts = [random_ids(count, seed=count) for count in (9, 3, 12, 4)]
+    runner = PagedRunner(deepseek[0])
+    work = [(runner.add(prompt), len(prompt)) for prompt in prompts]
+    want = runner.step(work)
+    monkeypatch.setattr(mla.LatentAttention, "longest_paged", 4)
+    runner = PagedRunner(deepseek[0])
+    got = runner.step([(runner.add(prompt), len(prompt)) for prompt in prompts])
+    for ours, whole in zip(got, want, strict=True):
+        assert not torch.equal(ours, whole) or len(ours) <= 4
+        assert (ours - whole).abs().max() < 1e-5 * whole.abs().max()
 
 
 def test_cache_holds_the_latent_alone(deepseek: tuple[Path, Any]) -> None:

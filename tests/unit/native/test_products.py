@@ -187,7 +187,7 @@ def test_an_expert_that_is_not_held_is_named() -> None:
         pairs = torch.tensor([0, 0]), torch.tensor([1, missing])
         assert products.experts(torch.ones(1, 8), *pairs, held) == missing
     for row in (1, -1):
-        with pytest.raises(IndexError, match=rf"pair 1 is of row {row}; there are 1"):
+        with pytest.raises(IndexError, match=rf"pair 1 has index {row}; there are 1 rows"):
             products.experts(torch.ones(1, 8), torch.tensor([0, row]), torch.tensor([1, 1]), held)
     none = torch.zeros(0, dtype=torch.int64)
     empty = products.experts(torch.ones(1, 8), none, none, held)

@@ -305,14 +305,14 @@ def test_over_nccl_the_trace_lies_in_host_memory(
     monkeypatch.setattr(groups, "make_backend", lambda device: DoubleBackend())
     monkeypatch.setattr(gpus, "requirements_missing", list)
     sent: list[bool] = []
-    honest = NcclWire.send
+    honest = NcclWire.ask
 
-    def send(wire: NcclWire, kind: int, tag: Any, parts: Any, deadline: float) -> None:
+    def ask(wire: NcclWire, kind: int, tag: Any, parts: Any, answer_bytes: int, deadline: float) -> None:
         if kind == Kind.DISPATCH:
             sent.append(len(parts) == 4 and isinstance(parts[0], torch.Tensor))
-        honest(wire, kind, tag, parts, deadline)
+        honest(wire, kind, tag, parts, answer_bytes, deadline)
 
-    monkeypatch.setattr(NcclWire, "send", send)
+    monkeypatch.setattr(NcclWire, "ask", ask)
     tracing(TRACEPARENT)
     config = local(checkpoint[0], **{"experts.shards": 2}).model_copy(update={"transport": Medium.NCCL.value})
     with running(config) as (client, _):

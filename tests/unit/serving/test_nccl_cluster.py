@@ -205,7 +205,7 @@ def test_a_group_that_cannot_form_leaves_the_old_map(
 
 def let_go(plan: GroupPlan, before: set[threading.Thread]) -> None:
     """End the threads that still wait for the missing member, as they would wait in NCCL: everybody comes now."""
-    for name in (plan.dispatch_id, plan.results_id):
+    for name in (plan.dispatch_id, plan.results_id, plan.rooms_id):
         with ExitStack() as stack:
             for rank in range(len(plan.members)):
                 member = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))

@@ -136,28 +136,32 @@ def test_the_double_has_no_receive_from_any_source(ranks: list[DoubleCommunicato
 
 def test_forming_ends_at_its_deadline_and_a_late_success_is_cleaned_up() -> None:
     backend = DoubleBackend()
-    plan = GroupPlan(3, backend.unique_id(), backend.unique_id(), ("r",), ("s",))
-    threads = threading.active_count()  # two of them answer for the ids
+    plan = GroupPlan(3, backend.unique_id(), backend.unique_id(), backend.unique_id(), ("r",), ("s",))
+    threads = threading.active_count()  # three of them answer for the ids
     with pytest.raises(WireTimeout, match="epoch 3 did not form"):
         form_group(plan, "r", backend, time.monotonic() + 0.1)
     # Somebody comes after all: the thread that was stuck in the library comes back and ends what it had made.
     backend.connect(plan.dispatch_id, 1, 2).abort()
-    # The double answers for the second id in a thread of its own until all came for that too.
-    joining = [threading.Thread(target=lambda at=at: backend.connect(plan.results_id, at, 2).abort()) for at in (0, 1)]
+    # The double answers for the other ids in threads of its own until all came for those too.
+    joining = [
+        threading.Thread(target=lambda i=unique_id, at=at: backend.connect(i, at, 2).abort())
+        for unique_id in (plan.results_id, plan.rooms_id)
+        for at in (0, 1)
+    ]
     for thread in joining:
         thread.start()
-    until(lambda: threading.active_count() <= threads - 2)
+    until(lambda: threading.active_count() <= threads - 3)
 
 
 def test_a_plan_gives_ranks_in_order_and_refuses_doubles() -> None:
-    plan = GroupPlan(1, b"a", b"b", ("r0", "r1"), ("s0",))
+    plan = GroupPlan(1, b"a", b"b", b"c", ("r0", "r1"), ("s0",))
     assert [plan.rank(name) for name in plan.members] == [0, 1, 2]
     with pytest.raises(ValueError, match="'x' is not in the group of epoch 1: r0, r1, s0"):
         plan.rank("x")
     with pytest.raises(ValueError, match="distinct names; got r, r"):
-        GroupPlan(1, b"a", b"b", ("r",), ("r",))
+        GroupPlan(1, b"a", b"b", b"c", ("r",), ("r",))
     with pytest.raises(ValueError, match="needs routers and shards"):
-        GroupPlan(1, b"a", b"b", ("r",), ())
+        GroupPlan(1, b"a", b"b", b"c", ("r",), ())
 
 
 def test_the_pool_reuses_what_fits() -> None:

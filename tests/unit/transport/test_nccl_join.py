@@ -37,7 +37,7 @@ def soon(seconds: float = 10.0) -> float:
 
 
 def plan(epoch: int) -> GroupPlan:
-    return GroupPlan(epoch, b"", b"", ("r0", "r1"), ("s",))
+    return GroupPlan(epoch, b"", b"", b"", ("r0", "r1"), ("s",))
 
 
 def gone(wire: Wire) -> bool:
@@ -94,13 +94,13 @@ def test_a_closed_lobby_closes_what_nobody_took(town: Town) -> None:
 
 def test_a_router_that_cannot_join_leaves_no_wire(town: Town) -> None:
     backend = DoubleBackend()
-    here = GroupPlan(1, backend.unique_id(), backend.unique_id(), ("r0",), ("s",))
+    here = GroupPlan(1, backend.unique_id(), backend.unique_id(), backend.unique_id(), ("r0",), ("s",))
     with pytest.raises(WireTimeout, match="did not form"):
         join_as_router(here, "r0", town.routers["r0"], {"s": town.shard.address}, backend, soon(0.1))
-    left = town.lobby.take(GroupPlan(1, b"", b"", ("r0",), ("s",)), soon())
+    left = town.lobby.take(GroupPlan(1, b"", b"", b"", ("r0",), ("s",)), soon())
     assert gone(left["r0"])
     left["r0"].close()
-    for name in (here.dispatch_id, here.results_id):  # the double answers for its ids until all came
+    for name in (here.dispatch_id, here.results_id, here.rooms_id):  # the double answers for its ids until all came
         ranks = (1,) if name == here.dispatch_id else (0, 1)
         threads = [threading.Thread(target=lambda n=name, r=rank: backend.connect(n, r, 2).abort()) for rank in ranks]
         for thread in threads:
@@ -111,7 +111,7 @@ def test_a_router_that_cannot_join_leaves_no_wire(town: Town) -> None:
 
 def test_members_of_one_process_join(town: Town) -> None:
     backend = DoubleBackend()
-    here = GroupPlan(1, backend.unique_id(), backend.unique_id(), ("r0",), ("s",))
+    here = GroupPlan(1, backend.unique_id(), backend.unique_id(), backend.unique_id(), ("r0",), ("s",))
     made: list[Joined] = []
     thread = threading.Thread(target=lambda: made.append(join_as_shard(here, "s", town.lobby, backend, soon())))
     thread.start()

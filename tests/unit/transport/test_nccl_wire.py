@@ -16,6 +16,7 @@ from actors.transport.local import local_pair
 from actors.transport.nccl import ANNOUNCED, NcclWire
 from actors.transport.nccl_form import form_group
 from actors.transport.nccl_group import GroupPlan, NcclGroup
+from actors.transport.nccl_rooms import ROOM_BYTES
 from actors.transport.poller import Poller
 from tests.multiprocess.transport.nccl_double import GARBAGE, DoubleBackend
 from tests.waiting import until
@@ -40,7 +41,7 @@ def soon(seconds: float = 10.0) -> float:
 def formed(timeout_s: float = 10.0) -> tuple[NcclGroup, NcclGroup]:
     """The groups of router "r" and shard "s"."""
     backend = DoubleBackend()
-    plan = GroupPlan(1, backend.unique_id(), backend.unique_id(), ("r",), ("s",))
+    plan = GroupPlan(1, backend.unique_id(), backend.unique_id(), backend.unique_id(), ("r",), ("s",))
     made: dict[str, NcclGroup] = {}
 
     def form(name: str) -> None:
@@ -124,12 +125,13 @@ def test_nothing_is_announced_before_the_last_exchange_has_ended(pair: Pair) -> 
     pair.router.send(1, TAG, [ROWS], soon())
     announced = pair.companion.recv(soon())
     assert announced.kind == 1 | ANNOUNCED
-    assert struct.unpack("<q", announced.parts[0]) == (ROWS.nbytes,)
+    assert struct.unpack("<2q", announced.parts[0]) == (0, ROWS.nbytes)
     with pytest.raises(WireTimeout, match="had not ended"):
         pair.router.send(2, TAG, [ROWS], soon(0.05))
-    with pytest.raises(WireTimeout):
-        pair.companion.recv(soon(0.05))
-    with pytest.raises(PeerGone, match="had not ended"):
+    with pytest.raises(PeerGone):  # the end is all that came
+        pair.companion.recv(soon())
+    assert "had not ended" in (pair.groups[0].failure or "")
+    with pytest.raises(PeerGone):
         pair.router.recv(soon())
 
 
@@ -183,7 +185,7 @@ def test_a_poller_is_woken_when_the_payload_has_arrived(pair: Pair) -> None:
 
 def test_payload_that_never_comes_ends_the_group_at_the_deadline(pair: Pair) -> None:
     """The announcement is forged: nothing will be sent. What the abort leaves behind is not handed out."""
-    pair.router._companion.send(1 | ANNOUNCED, TAG, [struct.pack("<q", 16)], soon())
+    pair.router._companion.send(1 | ANNOUNCED, TAG, [struct.pack("<2q", 0, 16)], soon())
     begin = time.monotonic()
     with pytest.raises(PeerGone, match="payload announced by r did not end before its deadline"):
         pair.shard.recv(soon())
@@ -193,7 +195,7 @@ def test_payload_that_never_comes_ends_the_group_at_the_deadline(pair: Pair) -> 
 
 
 def test_what_an_abort_leaves_behind_is_never_handed_out(pair: Pair) -> None:
-    pair.router._companion.send(1 | ANNOUNCED, TAG, [struct.pack("<q", 16)], soon())
+    pair.router._companion.send(1 | ANNOUNCED, TAG, [struct.pack("<2q", 0, 16)], soon())
     until(lambda: pair.shard.ready() or bool(pair.shard._landing))
     (landing,) = pair.shard._landing
     pair.groups[1].abort("for the test")
@@ -205,7 +207,7 @@ def test_what_an_abort_leaves_behind_is_never_handed_out(pair: Pair) -> None:
 
 
 def test_an_error_that_the_library_notices_ends_the_group(pair: Pair) -> None:
-    pair.router._companion.send(1 | ANNOUNCED, TAG, [struct.pack("<q", 16)], soon())
+    pair.router._companion.send(1 | ANNOUNCED, TAG, [struct.pack("<2q", 0, 16)], soon())
     pair.groups[1]._incoming.broken = "a link is down"  # type: ignore[attr-defined]
     with pytest.raises(PeerGone, match="a link is down"):
         pair.shard.recv(soon())
@@ -235,11 +237,18 @@ def test_a_wire_of_a_group_that_is_over_says_no_farewell(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", [b"", b"1234567", struct.pack("<q", -2), struct.pack("<q", -1), struct.pack("<q", 1 << 40), bytes(8 * 9)]
+    "plan",
+    [
+        b"",
+        b"1234567",
+        *(struct.pack("<2q", 0, size) for size in (-2, -1, 1 << 40)),  # less than nothing, not here, too much
+        *(struct.pack("<2q", how, 16) for how in (-2, -1, 1 << 40)),  # no way to come, not asked for, too large a room
+        bytes(8 * 10),
+    ],
 )
 def test_a_garbled_announcement_ends_the_group(pair: Pair, plan: bytes) -> None:
     pair.router._companion.send(1 | ANNOUNCED, TAG, [plan], soon())
-    with pytest.raises(ProtocolError, match="'r' announced parts of"):
+    with pytest.raises(ProtocolError, match=r"'r' announced (parts|an answer) of"):
         pair.shard.recv(soon())
     assert pair.groups[1].failure is not None
 
@@ -266,3 +275,102 @@ def test_a_stranger_gets_no_wire(pair: Pair) -> None:
         NcclWire(here, pair.groups[0])
     here.close()
     there.close()
+
+
+def ask(pair: Pair, step: int, answer_bytes: int = ROWS.nbytes, seconds: float = 10.0) -> FrameTag:
+    """A question of the router's that the shard has received."""
+    tag = FrameTag(epoch=1, step=step)
+    pair.router.ask(1, tag, [ROWS], answer_bytes, soon(seconds))
+    assert pair.shard.recv(soon()).tag == tag
+    return tag
+
+
+def no_exact_receive(pair: Pair) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a receive was posted when the answer was announced")
+
+    pair.groups[0].receive = refuse  # type: ignore[assignment, method-assign]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_answer_that_was_asked_for_has_its_receive_posted_before(pair: Pair, dtype: torch.dtype) -> None:
+    """Rows in the model's dtype, or fp32 partial sums; with what belongs to them in host memory."""
+    no_exact_receive(pair)
+    for step in range(4):
+        tag = ask(pair, step, answer_bytes=200)
+        pair.shard.send(2, tag, [(ROWS + step).to(dtype), b"seconds", torch.ones(3).to(dtype)], soon())
+        frame = pair.router.recv(soon())
+        assert (frame.kind, frame.tag, frame.parts[1]) == (2, tag, b"seconds")
+        assert torch.equal(rows_of(frame.parts[0], dtype).view(4, 6), (ROWS + step).to(dtype))
+        assert torch.equal(rows_of(frame.parts[2], dtype), torch.ones(3).to(dtype))
+
+
+def test_an_answer_without_tensors_goes_there_too(pair: Pair) -> None:
+    """As when the shard cannot compute: the room is free again for the next one."""
+    no_exact_receive(pair)
+    for step in range(3):
+        pair.shard.send(5, ask(pair, step), [b"out of memory"], soon())
+        assert [bytes(part) for part in pair.router.recv(soon()).parts] == [b"out of memory"]
+
+
+def test_answers_in_rooms_and_others_keep_their_order(pair: Pair) -> None:
+    tag = ask(pair, 1)
+    other = FrameTag(epoch=1, step=9)
+    pair.shard.send(2, tag, [ROWS], soon())
+    pair.shard.send(3, other, [ROWS * 2], soon())
+    pair.shard.send(4, other, [b"host"], soon())
+    assert [pair.router.recv(soon()).kind for _ in range(3)] == [2, 3, 4]
+
+
+def test_a_large_answer_and_one_while_rooms_are_taken_come_exactly(pair: Pair) -> None:
+    large = ask(pair, 1, ROOM_BYTES + 1)
+    first, second = ask(pair, 2), ask(pair, 3)
+    assert [tag in pair.shard._owed for tag in (large, first, second)] == [False, True, False]
+    for tag in (large, second, first):
+        pair.shard.send(2, tag, [ROWS], soon())
+        assert pair.router.recv(soon()).tag == tag
+    assert ask(pair, 4) in pair.shard._owed
+
+
+def test_an_answer_larger_than_was_asked_for_is_refused(pair: Pair) -> None:
+    tag = ask(pair, 1, 64)
+    with pytest.raises(ValueError, match="an answer of 128 bytes to 'r', which asked for at most 64"):
+        pair.shard.send(2, tag, [ROWS], soon())
+    pair.shard.send(5, tag, [b"too large"], soon())
+    assert pair.router.recv(soon()).kind == 5
+
+
+def test_rooms_are_reused(pair: Pair) -> None:
+    def rounds() -> tuple[int, int]:
+        for step, rows in enumerate((1, 40, 700)):
+            tag = ask(pair, step, rows * 256)
+            pair.shard.send(2, tag, [torch.ones(rows, 64)], soon())
+            pair.router.recv(soon())
+        return pair.groups[0].pool.allocations, pair.groups[1].pool.allocations
+
+    rounds()
+    first = rounds()
+    assert [rounds() for _ in range(5)] == [first] * 5
+
+
+def test_a_question_that_nobody_answers_ends_the_group_at_its_deadline(pair: Pair) -> None:
+    ask(pair, 1, seconds=0.3)
+    with pytest.raises(PeerGone, match="answers of s did not end before its deadline"):
+        pair.router.recv(soon())
+
+
+def test_a_peer_that_leaves_and_owes_an_answer_ends_the_group(pair: Pair) -> None:
+    ask(pair, 1)
+    pair.shard.close()
+    with pytest.raises(PeerGone, match="owes answers"):
+        pair.router.recv(soon())
+    assert pair.groups[0].failure is not None
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_sending_to_a_peer_that_left_in_order_leaves_the_group_alone(pair: Pair, asks: bool) -> None:
+    pair.shard.close()
+    with pytest.raises(PeerGone):
+        pair.router.ask(1, TAG, [ROWS], 96 if asks else 0, soon())
+    assert pair.groups[0].failure is None
+    assert pair.groups[0]._rooms._under_way is None, "a receive was posted that nobody will answer"
