@@ -407,8 +407,9 @@ def test_watching_tells_what_happens(checkpoint: tuple[Path, Any], local: Local)
         watchers = [client.control.WatchCluster(pb.WatchClusterRequest()) for _ in range(2)]
         client.control.ScaleExperts(pb.ScaleExpertsRequest(shards=3))
         for watcher in watchers:
-            seen = [next(watcher).event for _ in range(7)]
-            assert [e.sequence for e in seen] == [1, 2, 3, 4, 5, 6, 7]
+            wires, *seen = [next(watcher).event for _ in range(8)]
+            assert wires.kind == pb.CLUSTER_EVENT_KIND_WIRES_CHOSEN
+            assert [e.sequence for e in seen] == [2, 3, 4, 5, 6, 7, 8]
             assert [e.actor for e in seen[:5]] == ["gateway-0", "expert-0", "expert-1", "router-0", "attention-0"]
             assert seen[5].message == "expert-2 is being started"
             event = seen[6]
