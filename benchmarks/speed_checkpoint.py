@@ -128,7 +128,8 @@ def _check_disk(folder: Path, needed: int) -> None:
 
 def _write_weights(folder: Path, spec: MoEDecoderSpec, say: Callable[[str], None]) -> None:
     """A file a layer; the index comes last, so that a checkpoint that was not finished is made again."""
-    draw, files, total = _Draw(spec), {}, 0
+    draw, total = _Draw(spec), 0
+    files: dict[str, str] = {}
     groups = list(_by_file(spec))
     for number, tensors in enumerate(groups):
         say(f"checkpoint: file {number + 1} of {len(groups)}")

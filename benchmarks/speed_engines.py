@@ -39,8 +39,10 @@ class EngineFailed(Exception):
 
 
 class Engine(ABC):
-    """One engine, started when it is made, as ``processes``. ``versions``: of what it is made of. EngineFailed if it
-    does not start."""
+    """One engine, started when it is made, as ``processes``. ``versions``: of what it is made of; ``stays``: it is
+    loaded once, for all cases. EngineFailed if it does not start."""
+
+    stays = True
 
     def __init__(self, processes: Processes, log: Path) -> None:
         self.processes = processes
@@ -208,6 +210,8 @@ class Scripted(_Spawned):
 
 class BatchedBench(Engine):
     """llama.cpp: each case is a process of its own, which maps the file anew."""
+
+    stays = False
 
     def __init__(self, processes: Processes, log: Path, folder: Path, precision: Precision) -> None:
         super().__init__(processes, log)

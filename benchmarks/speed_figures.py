@@ -50,12 +50,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of an engine: ``ready_s`` from its first process to its first answer being possible, ``pss`` bytes of
-    all its processes together, the most that was seen."""
+    """One start of an engine: ``ready_s`` from its first process to its first answer being possible, None where each
+    case is a start of its own; ``pss`` bytes of all its processes together, the most that was seen."""
 
     contender: Contender
     round_number: int
-    ready_s: float
+    ready_s: float | None
     pss: int
     other_cpu: float
 
@@ -95,7 +95,7 @@ def start_seconds(starts: Iterable[Start], limit: float) -> dict[Contender, floa
     """The median over the rounds of those starts during which others used ``limit`` cores at most."""
     seconds: dict[Contender, list[float]] = {}
     for start in starts:
-        if start.other_cpu <= limit:
+        if start.ready_s is not None and start.other_cpu <= limit:
             seconds.setdefault(start.contender, []).append(start.ready_s)
     return {contender: median(group) for contender, group in seconds.items()}
 
@@ -136,7 +136,7 @@ RATIOS: Sequence[tuple[Precision, str, tuple[str, ...], float]] = (
     *(("int8", case, (LLAMACPP,), least) for case, least in (("decode-1", 1.3), ("decode-8", 2.0), ("decode-32", 3.0))),
     *(("int4", case, (LLAMACPP,), least) for case, least in (("decode-1", 1.3), ("decode-8", 2.0))),
     *((precision, "batch-96", tuple(PEERS), 2.0) for precision in PRECISIONS),
-)  # type: ignore[assignment]
+)
 """(precision, case, peers of which the best counts, least ratio of our rate to it)."""
 ROOF_SHARE = {"decode-1": 0.85, "decode-8": 0.85}
 APART = 0.97

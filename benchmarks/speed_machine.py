@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -59,9 +60,9 @@ def _float_rates() -> list[float]:
     ops, found = 2 * _SQUARE**3, []
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(_SQUARE, _SQUARE, dtype=dtype)
-        found.append(ops / _seconds(lambda a=a: a @ a))
+        found.append(ops / _seconds(partial(torch.mm, a, a)))
         if products.usable(a, a):
-            found.append(ops / _seconds(lambda a=a: products.linear(a, a)))
+            found.append(ops / _seconds(partial(products.linear, a, a)))
     return found
 
 

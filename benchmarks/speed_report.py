@@ -109,15 +109,18 @@ COLUMNS = ("case", "engine", "precision", "tokens/s", "first token, s", "ms a to
 
 def speed_rows(report: Report) -> list[list[Row]]:
     """One block a case: the roofs, and a row for each contender, the fastest first; then a block of who is missing."""
-    shares, blocks = report.shares(), []
+    shares = report.shares()
+    blocks: list[list[Row]] = []
     for case in report.cases:
         precisions = {one.precision: None for one in report.contenders}
         roofs = [(p, report.roofs[p, case.name]) for p in precisions if (p, case.name) in report.roofs]
-        block = [(case.name, "the machine's roof", p, f"{rate:.1f}", "", "", "100 %", "") for p, rate in roofs]
+        block: list[Row] = [
+            (case.name, "the machine's roof", p, f"{rate:.1f}", "", "", "100 %", "") for p, rate in roofs
+        ]
         keys: list[Key] = [(contender, case.name) for contender in report.contenders]
         keys.sort(key=lambda key: -report.figures[key].rate if key in report.figures else 0.0)
         blocks.append(block + [_speed_row(report, key, shares) for key in keys])
-    missing = [("", engine, "", _DASH, "", "", "", why) for engine, why in report.missing.items()]
+    missing: list[Row] = [("", engine, "", _DASH, "", "", "", why) for engine, why in report.missing.items()]
     return blocks + ([missing] if missing else [])
 
 
@@ -134,7 +137,7 @@ def _speed_row(report: Report, key: Key, shares: Mapping[Key, float]) -> Row:
 
 def cost_rows(report: Report) -> list[Row]:
     """Start and memory of each engine."""
-    rows = []
+    rows: list[Row] = []
     for one in report.contenders:
         pss, seconds = report.pss.get(one), report.start_s.get(one)
         memory = (f"{pss / _GIB:.2f}", f"{pss / report.weight_bytes[one.precision]:.2f}") if pss else (_DASH, _DASH)

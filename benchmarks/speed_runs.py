@@ -78,7 +78,7 @@ class Rounds:
         with Others(processes) as others:
             engine = entry.start(processes)
         try:
-            ready_s = time.monotonic() - began
+            ready_s = time.monotonic() - began if engine.stays else None
             engine.run(_WARM_UP, prompts(_WARM_UP, self._vocabulary, number, 0))
             most = engine.memory()
             for case in self._cases:

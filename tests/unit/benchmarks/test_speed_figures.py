@@ -60,8 +60,9 @@ def test_starts_are_medians_of_the_undisturbed_and_memory_is_the_most() -> None:
     starts = [
         Start(MINE, n, seconds, pss, cpu) for n, (seconds, pss, cpu) in enumerate([(9, 5, 0), (1, 8, 1), (7, 6, 0)])
     ]
+    starts.append(Start(Contender(LLAMACPP, "bf16"), 0, None, 4, 0))
     assert start_seconds(starts, LIMIT) == {MINE: 8}
-    assert most_memory(starts) == {MINE: 8}
+    assert most_memory(starts) == {MINE: 8, Contender(LLAMACPP, "bf16"): 4}
 
 
 def results(**rates: float) -> dict[Key, Figure]:
