@@ -15,7 +15,8 @@ from benchmarks.speed_watch import (
     pss_bytes,
 )
 
-SLEEPER = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True); input()'])"
+SLEEPER = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True); input()'], env={})"
+"""Its child does not carry the mark, like a process that writes over its environment."""
 
 
 def test_a_name_may_have_brackets_and_spaces() -> None:
