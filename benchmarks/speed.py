@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -121,14 +121,13 @@ def measure(setup: Setup, rounds: int, attempts: int, limit: float) -> tuple[Rep
     going = Rounds(entries, cases, spec.vocab_size, attempts, limit, say)
     limits: list[tuple[Machine, float]] = []
     for number in range(rounds):
-        with Others(Processes()) as others:
-            machine = measure_machine()
-        limits.append((machine, others.cores))
+        limits.append(measure_limits(attempts, limit))
         going.run(number)
     at = best([machine for machine, _ in limits])
     missing = setup.missing() | long
     contenders = [entry.contender for entry in entries]
     report = summarise(setup.checkpoint.name, shapes, cases, contenders, going.seen, missing, at, limit)
+    report = replace(report, limits_other_cpu=min(cores for _, cores in limits))
     raw = {
         "limits": [asdict(machine) | {"other_cpu": cores} for machine, cores in limits],
         "samples": [asdict(sample) for sample in going.seen.samples],
@@ -136,6 +135,18 @@ def measure(setup: Setup, rounds: int, attempts: int, limit: float) -> tuple[Rep
         "expert_rows": going.seen.expert_rows,
     }
     return report, raw
+
+
+def measure_limits(attempts: int, limit: float) -> tuple[Machine, float]:
+    """What the machine can do, and the cores that others used meanwhile: of several attempts the quietest."""
+    tried: list[tuple[float, Machine]] = []
+    while len(tried) < attempts and not any(cores <= limit for cores, _ in tried):
+        with Others(Processes()) as others:
+            machine = measure_machine()
+        tried.append((others.cores, machine))
+        say(f"memory is read at {machine.bandwidth / 1e9:.1f} GB/s, others used {others.cores:.2f} cores")
+    cores, machine = min(tried, key=lambda one: one[0])
+    return machine, cores
 
 
 def as_json(report: Report, raw: dict[str, Any]) -> dict[str, Any]:

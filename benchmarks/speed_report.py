@@ -35,7 +35,8 @@ _DASH = "–"
 @dataclass(frozen=True)
 class Report:
     """Everything that was found. ``roofs``: tokens a second that the machine allows, by precision and case;
-    ``notes``: why a figure is missing; ``missing``: why an engine is."""
+    ``notes``: why a figure is missing; ``missing``: why an engine is;
+    ``limits_other_cpu``: cores that others used while ``machine`` was measured, in the quietest round."""
 
     model: str
     cases: Sequence[Case]
@@ -50,6 +51,7 @@ class Report:
     pss: Mapping[Contender, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     wishes: Sequence[Wish] = ()
+    limits_other_cpu: float = 0.0
 
     def shares(self) -> dict[Key, float]:
         """The part of its roof that each figure reaches."""
@@ -165,7 +167,7 @@ def print_report(report: Report, console: Console) -> None:
     at = report.machine
     console.print(
         f"{report.model}. Read from memory {at.bandwidth / 1e9:.1f} GB/s; products {at.float_ops / 1e9:.0f} GFLOP/s, "
-        f"int8 {at.int_ops / 1e9:.0f} GOP/s"
+        f"int8 {at.int_ops / 1e9:.0f} GOP/s (others used {report.limits_other_cpu:.2f} cores meanwhile)"
     )
     speed = _table("Speed: tokens of answers a second, in prefill cases of prompts", COLUMNS)
     for block in speed_rows(report):
