@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PROTOS := $(wildcard protos/expertmesh/v1/*.proto)
 
-.PHONY: help setup demo test lint check-manifests format protos bench bench-transport parity picture clean
+.PHONY: help setup demo test lint check-manifests format protos bench bench-load bench-transport parity picture clean
 
 help:  ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,8 +44,11 @@ format: setup  ## Format the code
 protos: setup  ## Regenerate the gRPC code
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=protos --pyi_out=protos --grpc_python_out=protos $(PROTOS)
 
-bench: bench-transport  ## Measure the wires, then a served cluster under an open-loop load
-	$(BIN)/python -m benchmarks.engine
+bench: setup  ## Compare with transformers, vLLM and llama.cpp on one checkpoint (ARGS=--quick: a few minutes)
+	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+bench-load: setup  ## Measure a served cluster under an open-loop load
+	$(BIN)/python -m benchmarks.engine $(ARGS)
 
 bench-transport: setup  ## Measure the wires beside the machine's limits and beside others (ARGS=--quick: a minute)
 	$(BIN)/python -m benchmarks.transport $(ARGS)

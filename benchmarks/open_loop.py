@@ -75,6 +75,11 @@ class Gateway:
         view = await self._control.GetCluster(control_pb2.GetClusterRequest())
         return [actor.attention for actor in view.actors if actor.WhichOneof("load") == "attention"]
 
+    async def expert_rows(self) -> list[list[int]]:
+        """Of each MoE layer, how many rows each expert got since the start."""
+        view = await self._control.GetCluster(control_pb2.GetClusterRequest(include_experts=True))
+        return [[expert.rows for expert in layer.experts] for layer in view.layers]
+
     async def serve(self, arrival: Arrival, began: float, served: Served | None = None) -> Served:
         """Send one request now, and note its tokens, in ``served`` as they come if it is given."""
         served = served or Served(arrival)
