@@ -34,14 +34,15 @@ def our_config(contender: Contender, model: Path, streams: int, start_timeout_s:
     """The server's configuration: as it is shipped, but for the model, its precision, ports of its own, a Ray of its
     own, and room for ``streams`` in a step where that is more than usual."""
     experts: dict[str, Any] = {}
+    attention: dict[str, Any] = {"max_running": max(_USUAL_STREAMS, streams)}
     if contender.precision != "bf16":
-        experts["quantization"] = contender.precision
+        experts["quantization"] = attention["quantization"] = contender.precision
     if contender.shards:
         experts["shards"] = contender.shards
     return {
         "model": str(model),
         "gateway": {"port": 0, "http_port": 0},
-        "attention": {"max_running": max(_USUAL_STREAMS, streams)},
+        "attention": attention,
         "experts": experts,
         "transport": "local" if contender.engine == ONE_PROCESS else "auto",
         "ray": {"address": "local"},

@@ -42,6 +42,7 @@ def test_ours_is_as_it_is_shipped_but_for_what_is_compared(
 ) -> None:
     config = ServerConfig.model_validate(our_config(contender, MODEL, 8, 900.0))
     assert (config.transport, config.experts.quantization, config.experts.shards) == (transport, quantization, shards)
+    assert config.attention.quantization == quantization
     assert (config.gateway.port, config.gateway.http_port, config.ray.address) == (0, 0, "local")
     assert config.attention.max_running == ServerConfig().attention.max_running
     assert (config.model, config.start_timeout_s) == (str(MODEL), 900.0)
