@@ -90,8 +90,10 @@ class ExpertBank:
 
         rows: [R, D] in the bank's dtype; pair_row, pair_expert: int [P], pair p sends row ``pair_row[p]`` to
         expert ``pair_expert[p]``. Returns [P, D]. Raises MissingExpert, before computing, for an expert not
-        held.
+        held, ValueError for rows of another width or dtype.
         """
+        if rows.shape[1] != self._d_model:
+            raise ValueError(f"rows have {rows.shape[1]} columns, the experts take {self._d_model}")
         if rows.dtype != self._dtype:
             raise ValueError(f"rows are {rows.dtype}, this bank computes in {self._dtype}")
         if pair_row.shape != pair_expert.shape:

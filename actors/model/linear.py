@@ -48,7 +48,7 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None, row_block: int
 
 
 def _weight_only(x: Tensor, weight: QTensor, bias: Tensor | None, row_block: int) -> Tensor:
-    if native(x.shape[0], row_block, x, weight):
+    if native(x.shape[0], row_block, x, weight) and products.adds(bias, x, weight):
         return products.linear(x, weight, bias)
     if weight.columns is not None:
         x = x.index_select(1, weight.columns)
@@ -80,7 +80,7 @@ def native(rows: float, row_block: int, x: Tensor, *weights: Matrix) -> bool:
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, row_block: int) -> Tensor:
-    if native(x.shape[0], row_block, x, weight):
+    if native(x.shape[0], row_block, x, weight) and products.adds(bias, x, weight):
         return products.linear(x, weight, bias)
     if row_block == 0:
         return F.linear(x, weight, bias)
