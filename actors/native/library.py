@@ -56,9 +56,7 @@ def functions() -> ctypes.CDLL | None:
         path = Path(__file__).with_name(f"_kernels{suffix}")
         if path.exists():
             return _declared(ctypes.CDLL(str(path)))
-    log.warning(
-        "the CPU kernels are not built (no g++ when the package was installed?): computing with torch, slower"
-    )
+    log.warning("the CPU kernels are not built (no g++ when the package was installed?): computing with torch, slower")
     return None
 
 

@@ -57,8 +57,8 @@ def weight_kind(weight: Weight) -> int | None:
     """The number of a weight's kind, DENSE, INT8 or INT4; None if the kernels do not take it.
 
     They take contiguous weights on the CPU: dense ones [N, K] in fp32 and bf16, for rows of that dtype; and int8 and
-    int4 in their columns' order with K a multiple of BLOCK, not 0, and the group as well unless it is all of K. What wants its
-    rows quantised is not theirs.
+    int4 in their columns' order with K a multiple of BLOCK, not 0, and the group as well unless it is all of K. What
+    wants its rows quantised is not theirs.
     """
     if isinstance(weight, Tensor):
         return DENSE if weight.dtype in KINDS and _here(weight) else None

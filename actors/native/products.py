@@ -27,15 +27,15 @@ def usable(x: Tensor, *weights: Weight) -> bool:
 
 
 def adds(bias: Tensor | None, x: Tensor, weight: Weight) -> bool:
-    """Whether :func:`linear` adds this bias to its products of the two: contiguous [N] on the CPU, of the dtype of x."""
+    """Whether :func:`linear` adds this bias to products of the two: contiguous [N] on the CPU, of the dtype of x."""
     if bias is None:
         return True
     return bias.is_cpu and bias.is_contiguous() and bias.dtype == x.dtype and bias.shape == weight.shape[:1]
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``: x [R, K], weight [N, K], both :func:`usable`, a bias that it :func:`adds`; returns [R, N]
-    as x. Raises ValueError where x has not K columns."""
+    """``x @ weight.T + bias``: x [R, K], weight [N, K], both :func:`usable`, a bias that it :func:`adds`; returns
+    [R, N] as x. Raises ValueError where x has not K columns."""
     kernels = library()
     assert kernels is not None
     if x.stride(-1) != 1:
