@@ -132,8 +132,7 @@ def _paged_rows(segments: list[Segment], block_size: int, every: bool) -> PagedR
         spans.append((segment.start if every else packed, segment.length, segment.context, listed))
         packed += segment.length
         listed += segment.block_table.shape[0]
-    parts = [torch.arange(segment.start, segment.start + segment.length) for segment in segments]
-    rows = slice(None) if every else torch.cat(parts)
+    rows = slice(None) if every else torch.cat([torch.arange(one.start, one.start + one.length) for one in segments])
     tables = torch.cat([segment.block_table for segment in segments])
     return PagedRows(rows, torch.tensor(spans, dtype=torch.int64), tables)
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from actors.native.library import library
 from actors.quant_kind import QuantKind
 
 from .attention import PagedAttention
@@ -94,8 +95,10 @@ class AttentionModel:
 
         ``row_block > 0`` is the deterministic mode (see :func:`linear`); ``progress`` gets bytes as they are
         read. ``quantization`` quantises attention's projections, but kv_b_proj and an indexer's, MLPs and the head (of
-        tied embeddings a copy) as they are read; ValueError for that of a quantised checkpoint.
+        tied embeddings a copy) as they are read; ValueError for that of a quantised checkpoint, and for a wrong
+        EXPERTMESH_ISA.
         """
+        library()  # a wrong choice of the kernels is told here, not in the first step
         read = TensorReader(checkpoint, dtype, device, progress, spec.quantization, quantization)
         rope = RopeTable(spec.rope, spec.max_positions, dtype, device)
         shape = (spec.vocab_size, spec.d_model)

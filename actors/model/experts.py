@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from actors.native.library import library
 from actors.quant_kind import QuantKind
 
 from .errors import MissingExpert
 from .expert_table import native_tables
 from .heap import HeapTrimmer
-from .linear import native
+from .linear import MANY_OF_EXPERTS, native
 from .mlp import SwiGLU
 from .parallel import READERS, load_each
 from .reader import TensorReader
@@ -53,8 +54,10 @@ class ExpertBank:
 
         Matrices that are stored quantised stay so; ``quantization`` quantises plain ones as they are read. ``progress``
         gets bytes as they are read, from one thread at a time. Raises CheckpointError for what the checkpoint lacks,
-        ValueError for a pair that the model does not have, and for ``quantization`` of a quantised checkpoint.
+        ValueError for a pair that the model does not have, for ``quantization`` of a quantised checkpoint, and for a
+        wrong EXPERTMESH_ISA.
         """
+        library()  # a wrong choice of the kernels is told here, not in the first step
         wanted = sorted(set(experts))
         for layer, expert in wanted:
             if layer not in spec.moe_layers or not 0 <= expert < spec.moe.n_experts:
@@ -90,14 +93,17 @@ class ExpertBank:
 
         rows: [R, D] in the bank's dtype; pair_row, pair_expert: int [P], pair p sends row ``pair_row[p]`` to
         expert ``pair_expert[p]``. Returns [P, D]. Raises MissingExpert, before computing, for an expert not
-        held.
+        held, ValueError for rows of another width or dtype.
         """
+        if rows.shape[1] != self._d_model:
+            raise ValueError(f"rows have {rows.shape[1]} columns, the experts take {self._d_model}")
         if rows.dtype != self._dtype:
             raise ValueError(f"rows are {rows.dtype}, this bank computes in {self._dtype}")
         if pair_row.shape != pair_expert.shape:
             raise ValueError(f"{pair_row.shape[0]} rows of pairs, but {pair_expert.shape[0]} experts")
         table = self._tables.get(layer)
-        if table is not None and native(pair_row.shape[0] / table.held, self._row_block, rows, table.down):
+        each = 0.0 if table is None else pair_row.shape[0] / table.held
+        if table is not None and native(each, self._row_block, rows, table.down, many=MANY_OF_EXPERTS):
             return table.forward(layer, rows, pair_row, pair_expert)
         order = torch.argsort(pair_expert, stable=True)
         numbers, counts = torch.unique_consecutive(pair_expert[order], return_counts=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actors.native.library import library
+
 from .linear import linear
 from .parallel import load_each
 from .pointwise import pointwise
@@ -43,7 +45,9 @@ class Gate:
         progress: Callable[[int], None] | None = None,
         device: torch.device | str = "cpu",
     ) -> Gate:
-        """Read the gates for a model that computes in ``dtype``. Raises CheckpointError."""
+        """Read the gates for a model that computes in ``dtype``. Raises CheckpointError, and ValueError for a wrong
+        EXPERTMESH_ISA."""
+        library()  # a wrong choice of the kernels is told here, not in the first step
         read = TensorReader(checkpoint, _dtype(spec.moe.gate.logits, dtype), device, progress, scheme=spec.quantization)
         experts, names = spec.moe.n_experts, spec.names
 

@@ -37,7 +37,8 @@ def split(chosen: NDArray[np.int64], slots: NDArray[np.int64], owner: NDArray[np
 
 def combines(out: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether :func:`combine` takes these: on the CPU, contiguous, not empty, each fp32 or bf16."""
-    if not (out.is_cpu and out.numel() and out.is_contiguous() and weight.is_contiguous()) or library() is None:
+    here = all(tensor.is_cpu and tensor.is_contiguous() for tensor in (out, weight))
+    if not (here and out.numel()) or library() is None:
         return False
     return out.dtype in KINDS and weight.dtype in KINDS and dtype in KINDS
 

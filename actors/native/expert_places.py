@@ -39,13 +39,17 @@ class ExpertPlaces:
     def of(cls, gate_up: Weight | tuple[Weight, ...], down: Weight) -> ExpertPlaces | None:
         """One expert, number 0. gate_up: [2I, D], the gate's rows first, or both [I, D]; down: [D, I].
 
-        None if the kernels cannot take them, or if gate and up are of two kinds.
+        None if the kernels cannot take them, if gate and up are of two kinds, or if the shapes do not fit
+        or are empty: an address of 0 is for an expert that is not held.
         """
         d_model, inter = down.shape
         gate, up = gate_up if isinstance(gate_up, tuple) else (gate_up, gate_up)
         dense = {weight.dtype for weight in (gate, up, down) if isinstance(weight, Tensor)}
         kinds = [weight_kind(weight) for weight in (gate, up, down)]
         if len(dense) > 1 or None in kinds or kinds[0] != kinds[1]:
+            return None
+        height = inter if isinstance(gate_up, tuple) else 2 * inter
+        if not inter * d_model or any(tuple(weight.shape) != (height, d_model) for weight in (gate, up)):
             return None
         places = place(gate), place(up, 0 if isinstance(gate_up, tuple) else inter), place(down)
         numbers = (ctypes.c_int64 * _NUMBERS)(*(number for one in places for number in one))

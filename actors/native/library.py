@@ -8,17 +8,22 @@ import os
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 ISA_VARIABLE = "EXPERTMESH_ISA"
 """Environment: an instruction set to use instead of the best, or ``none`` to compute with torch alone."""
 
 NONE = "none"
 
+_NO_MEMORY = -2
+"""What the functions return instead of throwing."""
+
 log = logging.getLogger(__name__)
 
 
 class Library:
-    """The C functions of ``src/kernels.cpp``, for one instruction set. Calls leave the GIL."""
+    """The C functions of ``src/kernels.cpp``, for one instruction set. Calls leave the GIL; MemoryError where they find
+    none."""
 
     def __init__(self, functions: ctypes.CDLL, isa: str) -> None:
         """Raises ValueError for an instruction set that this CPU or this build does not have."""
@@ -46,14 +51,12 @@ def instruction_sets(functions: ctypes.CDLL) -> list[str]:
 
 @cache
 def functions() -> ctypes.CDLL | None:
-    """The shared library; None, and said once, where the package was installed without a C++ compiler."""
+    """The shared library; None, and said once, where the package was installed without g++."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_kernels{suffix}")
         if path.exists():
             return _declared(ctypes.CDLL(str(path)))
-    log.warning(
-        "the CPU kernels are not built (no C++ compiler when the package was installed?): computing with torch, slower"
-    )
+    log.warning("the CPU kernels are not built (no g++ when the package was installed?): computing with torch, slower")
     return None
 
 
@@ -74,18 +77,22 @@ def library() -> Library | None:
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     found.expertmesh_isa.argtypes, found.expertmesh_isa.restype = [number], ctypes.c_char_p
-    found.expertmesh_linear.argtypes = [*[number] * 3, *[pointer] * 4, *[whole] * 4, number]
-    found.expertmesh_linear.restype = None
-    found.expertmesh_dequantize.argtypes = [*[number] * 3, *[pointer] * 2, *[whole] * 2, number]
-    found.expertmesh_dequantize.restype = None
-    found.expertmesh_experts.argtypes = [*[number] * 4, *[pointer] * 5, *[whole] * 5, number]
-    found.expertmesh_experts.restype = whole
-    found.expertmesh_attention.argtypes = [number, number, *[pointer] * 7, *[whole] * 8, ctypes.c_float, number]
-    found.expertmesh_attention.restype = None
-    found.expertmesh_head_products.argtypes = [number, number, *[pointer] * 3, *[whole] * 8, number]
-    found.expertmesh_head_products.restype = None
-    found.expertmesh_combine.argtypes = [*[number] * 4, *[pointer] * 5, *[whole] * 4, number]
-    found.expertmesh_combine.restype = None
-    found.expertmesh_split.argtypes = [*[pointer] * 3, whole, whole, pointer]
-    found.expertmesh_split.restype = whole
+    arguments: dict[str, list[type[Any]]] = {
+        "linear": [*[number] * 3, *[pointer] * 4, *[whole] * 4, number],
+        "dequantize": [*[number] * 3, *[pointer] * 2, *[whole] * 2, number],
+        "experts": [*[number] * 4, *[pointer] * 5, *[whole] * 5, number],
+        "attention": [number, number, *[pointer] * 7, *[whole] * 8, ctypes.c_float, number],
+        "head_products": [number, number, *[pointer] * 3, *[whole] * 8, number],
+        "combine": [*[number] * 4, *[pointer] * 5, *[whole] * 4, number],
+        "split": [*[pointer] * 3, whole, whole, pointer],
+    }
+    for name, types in arguments.items():
+        function = getattr(found, f"expertmesh_{name}")
+        function.argtypes, function.restype, function.errcheck = types, whole, _checked
     return found
+
+
+def _checked(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
+    if result == _NO_MEMORY:
+        raise MemoryError(f"{function.__name__}: no memory for the rows of this call")
+    return result

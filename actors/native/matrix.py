@@ -57,13 +57,13 @@ def weight_kind(weight: Weight) -> int | None:
     """The number of a weight's kind, DENSE, INT8 or INT4; None if the kernels do not take it.
 
     They take contiguous weights on the CPU: dense ones [N, K] in fp32 and bf16, for rows of that dtype; and int8 and
-    int4 in their columns' order with K a multiple of BLOCK, and the group as well unless it is all of K. What wants its
-    rows quantised is not theirs.
+    int4 in their columns' order with K a multiple of BLOCK, not 0, and the group as well unless it is all of K. What
+    wants its rows quantised is not theirs.
     """
     if isinstance(weight, Tensor):
         return DENSE if weight.dtype in KINDS and _here(weight) else None
     width = weight.shape[1]
-    whole_blocks = width % BLOCK == 0 and (weight.group % BLOCK == 0 or weight.group >= width)
+    whole_blocks = width and width % BLOCK == 0 and (weight.group % BLOCK == 0 or weight.group >= width)
     if not whole_blocks or weight.columns is not None or weight.int8_activations:
         return None
     here = _here(weight.data) and _here(weight.scale) and (weight.zero is None or _here(weight.zero))

@@ -26,13 +26,23 @@ def usable(x: Tensor, *weights: Weight) -> bool:
     return all(takes(weight, x.dtype) for weight in weights)
 
 
+def adds(bias: Tensor | None, x: Tensor, weight: Weight) -> bool:
+    """Whether :func:`linear` adds this bias to products of the two: contiguous [N] on the CPU, of the dtype of x."""
+    if bias is None:
+        return True
+    return bias.is_cpu and bias.is_contiguous() and bias.dtype == x.dtype and bias.shape == weight.shape[:1]
+
+
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``: x [R, K], weight [N, K], both :func:`usable`, bias [N] as x; returns [R, N] as x."""
+    """``x @ weight.T + bias``: x [R, K], weight [N, K], both :func:`usable`, a bias that it :func:`adds`; returns
+    [R, N] as x. Raises ValueError where x has not K columns."""
     kernels = library()
     assert kernels is not None
     if x.stride(-1) != 1:
         x = x.contiguous()
     rows, k = x.shape
+    if k != weight.shape[1]:
+        raise ValueError(f"x has {k} columns, the weight {weight.shape[1]}")
     out = x.new_empty(rows, weight.shape[0])
     kernels.linear(
         kernels.number,
@@ -70,10 +80,12 @@ def dequantize(weight: Quantised, start: int, out: Tensor) -> None:
 def experts(x: Tensor, pair_row: Tensor, pair_expert: Tensor, places: ExpertPlaces) -> Tensor | int:
     """SwiGLU experts. x: [R, D], which ``places`` take; pair_row, pair_expert: int [P], pair p sends row
     ``pair_row[p]`` to expert ``pair_expert[p]``. Returns [P, D], unweighted, or the number of an expert that is not
-    held. Raises IndexError for a row that x lacks.
+    held. Raises IndexError for a row that x lacks, ValueError where x has not D columns.
     """
     kernels = library()
     assert kernels is not None
+    if x.shape[1] != places.d_model:
+        raise ValueError(f"x has {x.shape[1]} columns, the experts take {places.d_model}")
     x = x.contiguous()
     pair_row, pair_expert = pair_row.to(torch.int64).contiguous(), pair_expert.to(torch.int64).contiguous()
     out = x.new_empty(pair_row.shape[0], x.shape[1])

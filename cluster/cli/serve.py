@@ -53,6 +53,7 @@ def run_serve(
         config = load_config(config_file, {key: value for key, value in flags.items() if value is not None})
         check_door(config)
         check_ports(config)
+        check_kernels()
         config = config.model_copy(update={"model": pinned_model(config.model)})
         with ready_cluster(config, weight_bytes(config), signals):
             signals.wait()
@@ -142,6 +143,16 @@ def check_door(config: ServerConfig) -> None:
     for key in missing_locks(config):
         text = f"{config.gateway.host} is not loopback and {key} is not set: {_OPEN[key]}"
         print(f"warning: gateway.host: {text}", file=sys.stderr)
+
+
+def check_kernels() -> None:
+    """Refuse a wrong EXPERTMESH_ISA, on which every actor of this machine would end. Raises ConfigError."""
+    from actors.native.library import library
+
+    try:
+        library()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def weight_bytes(config: ServerConfig) -> int:

@@ -133,9 +133,10 @@ struct Softmax {
       best = greater(between(i, from, to) ? load(score + i) : vf{} - INFINITY, best);
     const float before = highest;
     highest = std::max(before, greatest(best));
+    const float base = highest == -INFINITY ? 0.0f : highest;  // shares of -inf are 0: scores that are more may follow
     vf sum{};
     for (int64_t i = 0; i < TOKENS; i += 16) {
-      const vf share = between(i, from, to) ? exp16(load(score + i) - highest) : vf{};
+      const vf share = between(i, from, to) ? exp16(load(score + i) - base) : vf{};
       *reinterpret_cast<vf*>(score + i) = share;
       sum += share;
     }
@@ -319,9 +320,9 @@ static void head_products(const HeadProducts& call, Pool& pool) {
   const int64_t parts = (call.n + step - 1) / step;
   pool.run(call.heads * parts, call.threads, [&](int64_t task) {
     const int64_t head = task / parts, from = task % parts * step, count = std::min(step, call.n - from);
-    auto* laid = scratch<typename W::Row>(call.rows * width);
-    thread_local std::vector<const typename W::Row*> rows;
-    rows.resize(call.rows);
+    const Scratch<typename W::Row> scratch(call.rows * width);
+    auto* const laid = scratch.get();
+    std::vector<const typename W::Row*> rows(call.rows);
     for (int64_t r = 0; r < call.rows; ++r) {
       W::lay_out(static_cast<const T*>(call.x) + r * call.x_row + head * call.x_head, call.k, laid + r * width);
       rows[r] = laid + r * width;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -114,21 +115,41 @@ constexpr int INTER_STEP = 96;  // columns of one task; a multiple of 32 and of 
 
 // Weight rows for one task: a few for each thread, so that both end at about the same time, but no tiny ones.
 static int64_t task_rows(int64_t n, int64_t row_bytes, int threads) {
-  const int64_t fair = (n + threads * 8 - 1) / (threads * 8), least = (64 << 10) / row_bytes + 1;
+  const int64_t fair = (n + threads * 8 - 1) / (threads * 8), least = (64 << 10) / std::max<int64_t>(row_bytes, 1) + 1;
   return (std::max(fair, least) + 23) / 24 * 24;
 }
 
 // Weights of so many bytes each, for which the second cache has room beside the rows.
-static int64_t weights_in_cache(int64_t row_bytes) { return std::max<int64_t>(1, IN_CACHE / 2 / row_bytes / 24) * 24; }
-
-// Memory of this thread that stays for its next call with the same use.
-enum Use { ROWS, INPUTS, SCALES, NUMBERS };
-template <class T, Use use = ROWS>
-static T* scratch(int64_t numbers) {
-  thread_local std::vector<T> kept;
-  if (static_cast<int64_t>(kept.size()) < numbers) kept.resize(numbers);
-  return kept.data();
+static int64_t weights_in_cache(int64_t row_bytes) {
+  return std::max<int64_t>(1, IN_CACHE / 2 / std::max<int64_t>(row_bytes, 1) / 24) * 24;
 }
+
+constexpr int64_t MOST_KEPT = 2 << 20;  // bytes: what a step of decoding needs; with more a call takes milliseconds
+
+// Memory of this thread, undefined at first. A little of it stays for the next call with the same use.
+enum Use { ROWS, INPUTS, GATES, SCALES, NUMBERS };
+template <class T, Use use = ROWS>
+class Scratch {
+ public:
+  explicit Scratch(int64_t numbers) {
+    thread_local std::unique_ptr<T[]> kept;
+    thread_local int64_t size = 0;
+    const bool much = numbers * static_cast<int64_t>(sizeof(T)) > MOST_KEPT;
+    if (much) own_.reset(new T[numbers]);
+    if (!much && size < numbers) {
+      size = 0;
+      kept.reset();
+      kept.reset(new T[numbers]);
+      size = numbers;
+    }
+    at_ = much ? own_.get() : kept.get();
+  }
+  T* get() const { return at_; }
+
+ private:
+  std::unique_ptr<T[]> own_;
+  T* at_;
+};
 
 #if defined(__x86_64__)
 #pragma GCC push_options
@@ -219,26 +240,42 @@ static Pool& pool() {
   return *one;
 }
 
+// What a function returns that has found no memory; nothing else is ever thrown.
+constexpr int64_t NO_MEMORY = -2;
+
+template <class Fn>
+static int64_t guarded(const Fn& fn) noexcept {
+  try {
+    return fn();
+  } catch (...) {
+    return NO_MEMORY;
+  }
+}
+
 }  // namespace expertmesh
 
 using namespace expertmesh;
 
 extern "C" {
 
+// All but the first return NO_MEMORY where they have found none, and 0 where nothing else is said.
+
 // The name of the i-th instruction set that this CPU has, the best first; null behind the last.
 const char* expertmesh_isa(int i) { return i < static_cast<int>(all().size()) ? all()[i].isa : nullptr; }
 
 // type: 0 fp32, 1 bf16, of all operands that are not quantised. x [rows, k], rows x_stride apart; w [n, k], quantised with
 // k a multiple of 32; bias [n] or null; out [rows, n].
-void expertmesh_linear(int isa, int type, int kind, const void* x, const void* w, const void* bias, void* out,
-                       int64_t rows, int64_t k, int64_t n, int64_t x_stride, int threads) {
-  all()[isa].linear[type](
-      {kind, x, *static_cast<const Matrix*>(w), bias, out, rows, k, n, x_stride, threads}, pool());
+int64_t expertmesh_linear(int isa, int type, int kind, const void* x, const void* w, const void* bias, void* out,
+                          int64_t rows, int64_t k, int64_t n, int64_t x_stride, int threads) {
+  const Linear call{kind, x, *static_cast<const Matrix*>(w), bias, out, rows, k, n, x_stride, threads};
+  return guarded([&] { return all()[isa].linear[type](call, pool()), 0; });
 }
 
 // out [n, k], fp32 or bf16 by its type: the numbers of w, INT8 or INT4, rounded once; k a multiple of 32.
-void expertmesh_dequantize(int isa, int type, int kind, const void* w, void* out, int64_t n, int64_t k, int threads) {
-  all()[isa].dequantize[type]({kind, *static_cast<const Matrix*>(w), out, n, k, threads}, pool());
+int64_t expertmesh_dequantize(int isa, int type, int kind, const void* w, void* out, int64_t n, int64_t k,
+                              int threads) {
+  const Dequantize call{kind, *static_cast<const Matrix*>(w), out, n, k, threads};
+  return guarded([&] { return all()[isa].dequantize[type](call, pool()), 0; });
 }
 
 // x [rows, d]; pair p sends row pair_row[p] to expert pair_expert[p] < n_experts; matrices: the gate and up [inter, d] and
@@ -248,43 +285,46 @@ int64_t expertmesh_experts(int isa, int type, int gate_up_kind, int down_kind, c
                            const int64_t* pair_expert, const void* matrices, void* out, int64_t rows, int64_t pairs,
                            int64_t d, int64_t inter, int64_t n_experts, int threads) {
   const auto* w = static_cast<const Matrix*>(matrices);
-  return all()[isa].experts[type]({gate_up_kind, down_kind, x, pair_row, pair_expert, w, out, rows, pairs, d, inter,
-                                   n_experts, threads},
-                                  pool());
+  const Experts call{gate_up_kind, down_kind, x, pair_row, pair_expert, w, out, rows, pairs, d, inter, n_experts, threads};
+  return guarded([&] { return all()[isa].experts[type](call, pool()); });
 }
 
 // query [rows, heads, key_dim + rest_dim], out [rows, heads, value_dim]; spans [n_spans, 4] (see Span), whose tables list
 // blocks of block_size slots; key [slots, groups, key_dim], rest likewise or null, value [slots, groups, value_dim]. Row i
 // of a span sees the tokens up to context + i, the last window ones of them; window 0: all.
-void expertmesh_attention(int isa, int kind, const void* query, const void* key, const void* rest, const void* value,
-                          void* out, const int64_t* spans, const int64_t* tables, int64_t n_spans, int64_t heads,
-                          int64_t groups, int64_t key_dim, int64_t rest_dim, int64_t value_dim, int64_t block_size,
-                          int64_t window, float scale, int threads) {
-  all()[isa].attention[kind]({query, {key, rest}, value, out, spans, tables, n_spans, heads, groups, {key_dim, rest_dim},
-                              value_dim, block_size, window, scale, threads}, pool());
+int64_t expertmesh_attention(int isa, int kind, const void* query, const void* key, const void* rest, const void* value,
+                             void* out, const int64_t* spans, const int64_t* tables, int64_t n_spans, int64_t heads,
+                             int64_t groups, int64_t key_dim, int64_t rest_dim, int64_t value_dim, int64_t block_size,
+                             int64_t window, float scale, int threads) {
+  const Attention call{query, {key, rest}, value, out, spans, tables, n_spans, heads, groups, {key_dim, rest_dim},
+                       value_dim, block_size, window, scale, threads};
+  return guarded([&] { return all()[isa].attention[kind](call, pool()), 0; });
 }
 
 // x [rows, heads, k], w [heads, n, k], out [rows, heads, n]; rows and heads of x and out lie so many numbers apart.
-void expertmesh_head_products(int isa, int kind, const void* x, const void* w, void* out, int64_t rows, int64_t heads,
-                              int64_t k, int64_t n, int64_t x_row, int64_t x_head, int64_t out_row, int64_t out_head,
-                              int threads) {
-  all()[isa].head_products[kind]({x, w, out, rows, heads, k, n, x_row, x_head, out_row, out_head, threads}, pool());
+int64_t expertmesh_head_products(int isa, int kind, const void* x, const void* w, void* out, int64_t rows, int64_t heads,
+                                 int64_t k, int64_t n, int64_t x_row, int64_t x_head, int64_t out_row,
+                                 int64_t out_head, int threads) {
+  const HeadProducts call{x, w, out, rows, heads, k, n, x_row, x_head, out_row, out_head, threads};
+  return guarded([&] { return all()[isa].head_products[kind](call, pool()), 0; });
 }
 
 // Weighted sums of unweighted rows, see actors/model/combine.py. kind: of the rows; weight_kind, out_kind: 0 fp32, 1 bf16.
 // rows [tokens * k, d], but those at last_slots [last_count], which are in last [last_count, d]; weight [tokens, k];
 // out [tokens, d].
-void expertmesh_combine(int isa, int kind, int weight_kind, int out_kind, const void* rows, const void* last,
-                        const int64_t* last_slots, const void* weight, void* out, int64_t tokens, int64_t k, int64_t d,
-                        int64_t last_count, int threads) {
+int64_t expertmesh_combine(int isa, int kind, int weight_kind, int out_kind, const void* rows, const void* last,
+                           const int64_t* last_slots, const void* weight, void* out, int64_t tokens, int64_t k,
+                           int64_t d, int64_t last_count, int threads) {
   const Combine call{weight, rows, last, last_slots, out, tokens, k, d, last_count, weight_kind, out_kind, threads};
-  const void** at = scratch<const void*>(tokens * k);
-  addresses(call, d * (kind == 0 ? 4 : 2), at);
-  float* widened = scratch<float>(tokens * k);
-  for (int64_t i = 0; i < tokens * k; ++i)
-    widened[i] = weight_kind == 0 ? static_cast<const float*>(weight)[i]
-                                  : from_bf16(static_cast<const uint16_t*>(weight)[i]);
-  all()[isa].combine[kind](call, at, widened, pool());
+  return guarded([&] {
+    const Scratch<const void*> at(tokens * k);
+    addresses(call, d * (kind == 0 ? 4 : 2), at.get());
+    const Scratch<float> widened(tokens * k);
+    for (int64_t i = 0; i < tokens * k; ++i)
+      widened.get()[i] = weight_kind == 0 ? static_cast<const float*>(weight)[i]
+                                          : from_bf16(static_cast<const uint16_t*>(weight)[i]);
+    return all()[isa].combine[kind](call, at.get(), widened.get(), pool()), 0;
+  });
 }
 
 // Splits the pairs at slots [count], ascending, among the shards owner [count], less than 0 for nobody. chosen [T * k]:
@@ -292,7 +332,7 @@ void expertmesh_combine(int isa, int kind, int weight_kind, int out_kind, const 
 // the slots, the table (shard, its rows, its pairs) whose length is returned, and two of int32: pair_row and pair_expert.
 int64_t expertmesh_split(const int64_t* chosen, const int64_t* slots, const int64_t* owner, int64_t count, int64_t k,
                          int64_t* out) {
-  return split(chosen, slots, owner, count, k, out);
+  return guarded([&] { return split(chosen, slots, owner, count, k, out); });
 }
 
 }  // extern "C"

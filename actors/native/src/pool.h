@@ -4,36 +4,39 @@
 #include <atomic>
 #include <cstdint>
 #include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
 
 namespace expertmesh {
 
 // Workers spin for a few tens of microseconds after a call, as the next layer's call is near, then sleep in the kernel.
-// Nobody waits for a worker that has not begun a task: where it does not get a core, the caller does all of them.
+// Nobody waits for a worker that has not begun a task: where it does not get a core, the caller does all of them. So does
+// the child of a fork, which has the pool but none of its threads.
 class Pool {
  public:
   // fn(task) for all tasks 0 .. tasks < 2^32, on this thread and up to threads - 1 others; returns when all are done.
-  // A pool that another thread is using is not waited for: the caller then does its tasks alone.
+  // A pool that another thread is using is not waited for: the caller then does its tasks alone. Throws std::bad_alloc,
+  // when no task is under way any more, if one threw anything.
   template <class Fn>
   void run(int64_t tasks, int threads, const Fn& fn) {
-    if (tasks <= 1 || threads <= 1 || !busy_.try_lock()) {
+    std::unique_lock<std::mutex> mine(busy_, std::defer_lock);
+    if (tasks <= 1 || threads <= 1 || !mine.try_lock()) {
       for (int64_t i = 0; i < tasks; ++i) fn(i);
       return;
     }
-    const int helpers = threads - 1 < kMostWorkers ? threads - 1 : kMostWorkers;
-    while (workers_ < helpers) std::thread([this, number = workers_++] { loop(number); }).detach();
+    start(threads - 1 < kMostWorkers ? threads - 1 : kMostWorkers);
     call_ = [](const void* self, int64_t task) { (*static_cast<const Fn*>(self))(task); };
     self_ = &fn;
     tasks_ = tasks;
     done_.store(0, std::memory_order_relaxed);
-    const uint64_t generation = (state_.load(std::memory_order_relaxed) >> 40) + 1;
-    state_.store(generation << 40 | uint64_t(helpers) << 32 | uint64_t(tasks), std::memory_order_release);
+    state_.store(uint64_t(threads - 1) << 32 | uint64_t(tasks), std::memory_order_release);
     bell_.fetch_add(1, std::memory_order_release);
     bell_.notify_all();
     while (work(0)) {
     }
     for (int spins = 0; done_.load(std::memory_order_acquire) != tasks; ++spins) wait_a_moment(spins);
-    busy_.unlock();
+    if (failed_.exchange(false, std::memory_order_relaxed)) throw std::bad_alloc();
   }
 
  private:
@@ -47,6 +50,14 @@ class Pool {
 #endif
   }
 
+  // Workers up to so many; fewer where the system has no more threads to give.
+  void start(int wanted) {
+    try {
+      for (; workers_ < wanted; ++workers_) std::thread([this, number = workers_] { loop(number); }).detach();
+    } catch (const std::system_error&) {
+    }
+  }
+
   void loop(int number) {
     for (uint32_t seen = 0;;) {
       for (int spins = 0; spins < kSpins && bell_.load(std::memory_order_acquire) == seen; ++spins) wait_a_moment(0);
@@ -57,15 +68,19 @@ class Pool {
     }
   }
 
-  // One task of the call under way, if there is one left and this worker is wanted. The state holds, from the top, the
-  // call's number, its workers and the tasks that nobody has begun: who takes one belongs to that very call, which then
-  // lasts until the task is done.
+  // One task of the call under way, if there is one left and this worker is wanted. The state holds the number of workers
+  // above and that of the tasks that nobody has begun below: who takes one belongs to the call that is then under way,
+  // whatever it read before, and that call lasts until the task is done.
   bool work(int worker) {
     uint64_t state = state_.load(std::memory_order_acquire);
     do {
-      if (uint32_t(state) == 0 || worker > int(state >> 32 & 255)) return false;
+      if (uint32_t(state) == 0 || worker > int(state >> 32)) return false;
     } while (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel, std::memory_order_acquire));
-    call_(self_, tasks_ - int64_t(uint32_t(state)));
+    try {
+      call_(self_, tasks_ - int64_t(uint32_t(state)));
+    } catch (...) {  // the call's owner is told: a worker has nobody to throw it to
+      failed_.store(true, std::memory_order_relaxed);
+    }
     done_.fetch_add(1, std::memory_order_release);
     return true;
   }
@@ -77,6 +92,7 @@ class Pool {
   int64_t tasks_ = 0;
   std::atomic<uint64_t> state_{0};
   std::atomic<int64_t> done_{0};
+  std::atomic<bool> failed_{false};
   std::atomic<uint32_t> bell_{0};
 };
 

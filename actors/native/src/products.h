@@ -1,8 +1,8 @@
 // The kernels' code, compiled once for each instruction set. No include guard: see kernels.cpp.
 //
 // Every output is a dot product along contiguous memory: 16 partial sums, lane by lane over K, then one fixed tree. So a
-// row's result depends neither on how many other rows there are nor on how the work is cut, and is the same on all
-// instruction sets with fused multiply-add.
+// row's result depends neither on how many other rows there are nor on how the work is cut. In fp32 it is the same on all
+// instruction sets with fused multiply-add; bf16 products have an instruction of their own, which rounds otherwise.
 
 using vf = float __attribute__((vector_size(64), aligned(4), may_alias));
 using vu = uint32_t __attribute__((vector_size(64), aligned(1), may_alias));
@@ -284,11 +284,13 @@ static inline __attribute__((always_inline)) vf round_to(vf x) {
   return (vf)((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
 }
 
-// e^x for 16 lanes, to about 1 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf).
+// e^x for 16 lanes, to about 1 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf). 0 below -87, where
+// normal numbers end, e^88 above 88; NaN stays NaN.
 static inline __attribute__((always_inline)) vf exp16(vf x) {
   const vf highest = vf{} + 88.0f, lowest = vf{} - 87.0f;
+  const vi below = x < lowest;
   x = x > highest ? highest : x;
-  x = x < lowest ? lowest : x;
+  x = below ? lowest : x;
   const vf shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
   const vf n = shifted - 12582912.0f;
   vf r = x - n * 0.693359375f;
@@ -301,7 +303,7 @@ static inline __attribute__((always_inline)) vf exp16(vf x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const vi power = (__builtin_convertvector(n, vi) + 127) << 23;
-  return p * (vf)power;
+  return below ? vf{} : p * (vf)power;
 }
 
 // The NR weights from n on of w [.., k] times MR rows: out[m * NR + n].
@@ -310,8 +312,8 @@ static void product(const typename W::Row* const* x, const Matrix& w, int64_t n,
   const int64_t whole = k & ~int64_t{31};
   typename W::Line rows[NR];
   const int64_t room = W::room(w, k);
-  auto* rooms = scratch<float, SCALES>(NR * room);
-  for (int j = 0; j < NR; ++j) rows[j] = W::line(w, n + j, k, rooms + j * room);
+  const Scratch<float, SCALES> rooms(NR * room);
+  for (int j = 0; j < NR; ++j) rows[j] = W::line(w, n + j, k, rooms.get() + j * room);
   vf acc[MR * NR] = {};
   accumulate<W, MR, NR>(x, rows, whole, NR * k, acc);
   if constexpr (W::dense) {
@@ -376,8 +378,9 @@ static void stream(const typename W::Row* const* x, int64_t rows, const Matrix& 
 // put(n, i, numbers) for each 32 dequantised numbers, from column i on, of the weights n = from .. to of w [.., k].
 template <class W, class Put>
 static inline void dequantize_each(const Matrix& w, int64_t from, int64_t to, int64_t k, const Put& put) {
+  const Scratch<float, SCALES> room(W::room(w, k));
   for (int64_t n = from; n < to; ++n) {
-    const typename W::Line line = W::line(w, n, k, scratch<float, SCALES>(W::room(w, k)));
+    const typename W::Line line = W::line(w, n, k, room.get());
     const int64_t size = W::group_size(line, k);
     for (int64_t start = 0, g = 0; start < k; start += size, ++g) {
       const typename W::Group group = W::group(line, g);
@@ -393,7 +396,8 @@ static void multiply(const typename W::Row* const* x, int64_t rows, const Matrix
   if constexpr (!W::dense) {
     if (rows > DIRECT_ROWS) {
       const int64_t step = weights_in_cache(k * sizeof(float));
-      auto* wide = scratch<float, NUMBERS>(step * k);
+      const Scratch<float, NUMBERS> scratch(step * k);
+      float* const wide = scratch.get();
       for (int64_t n = from; n < to; n += step) {
         const int64_t count = std::min(step, to - n);
         dequantize_each<W>(w, n, n + count, k, [&](int64_t row, int64_t i, const typename W::Numbers& numbers) {
@@ -431,7 +435,8 @@ static void linear(const Linear& call, Pool& pool) {
     const T *x = static_cast<const T*>(call.x), *bias = static_cast<const T*>(call.bias);
     T* out = static_cast<T*>(call.out);
     const int64_t width = stride(call.k);
-    auto* laid = scratch<typename W::Row>(call.rows * width);
+    const Scratch<typename W::Row> scratch(call.rows * width);
+    auto* const laid = scratch.get();
     std::vector<const typename W::Row*> rows(call.rows);
     for (int64_t r = 0; r < call.rows; ++r) {
       W::lay_out(x + r * call.x_stride, call.k, laid + r * width);
@@ -480,7 +485,8 @@ template <class T>
 static inline void activate(const float* gate, const float* up, T* to) {
   for (int i = 0; i < 32; i += 16) {
     const vf g = round_to<T>(load(gate + i)), u = round_to<T>(load(up + i));
-    const vf out = round_to<T>(g / (1.0f + exp16(-g))) * u;
+    const vf silu = g < vf{} - 88.0f ? g * 0.0f : g / (1.0f + exp16(-g));  // -0 there, and -inf gives NaN as in torch
+    const vf out = round_to<T>(silu) * u;
     for (int j = 0; j < 16; ++j) put(out[j], to + i + j);
   }
 }
@@ -494,7 +500,8 @@ static void activations(const Experts& call, const Grouped& groups, Pool& pool, 
   using Row = typename W::Row;
   const T* x = static_cast<const T*>(call.x);
   const int64_t d_width = stride(call.d);
-  auto* laid = scratch<Row, INPUTS>(call.rows * d_width);
+  const Scratch<Row, INPUTS> scratch(call.rows * d_width);
+  Row* const laid = scratch.get();
   std::vector<const Row*> rows(call.pairs);
   for (int64_t r = 0; r < call.rows; ++r) W::lay_out(x + r * call.d, call.d, laid + r * d_width);
   for (int64_t p = 0; p < call.pairs; ++p) rows[p] = laid + call.pair_row[groups.order[p]] * d_width;
@@ -503,9 +510,9 @@ static void activations(const Experts& call, const Grouped& groups, Pool& pool, 
     const int64_t e = task / per_expert, from = task % per_expert * INTER_STEP;
     const int64_t first = groups.offset[e], n_pairs = groups.offset[e + 1] - first;
     const int64_t to = std::min<int64_t>(from + INTER_STEP, call.inter);
-    thread_local std::vector<float> both;
-    both.assign(2 * n_pairs * INTER_STEP, 0.0f);
-    float *g = both.data(), *u = g + n_pairs * INTER_STEP;
+    const Scratch<float, GATES> both(2 * n_pairs * INTER_STEP);
+    float *g = both.get(), *u = g + n_pairs * INTER_STEP;
+    std::fill_n(g, 2 * n_pairs * INTER_STEP, 0.0f);
     const Matrix* w = call.matrices + 3 * groups.experts[e];
     const auto into = [from](float* out) {
       return [=](int64_t m, int64_t n, float v) { out[m * INTER_STEP + n - from] = v; };
@@ -529,7 +536,8 @@ static int64_t experts(const Experts& call, Pool& pool) {
   const int64_t i_width = stride(call.inter);
   with_kind<T>(call.down_kind, [&](auto down) {
     using Down = decltype(down);
-    auto* hidden = scratch<typename Down::Row>(call.pairs * i_width);
+    const Scratch<typename Down::Row> scratch(call.pairs * i_width);
+    auto* const hidden = scratch.get();
     const Store<T> store = [&](int64_t pair, int64_t column, const T* h) {
       Down::lay_out(h, 32, hidden + pair * i_width + column);
     };

@@ -44,9 +44,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-def refused(*arguments: str) -> str:
+def refused(*arguments: str, **environment: str) -> str:
     """The one line on stderr."""
-    result = run("serve", *arguments, timeout_s=60)
+    result = run("serve", *arguments, timeout_s=60, **environment)
     assert result.returncode == 1
     assert result.stdout == ""
     (line,) = result.stderr.strip().splitlines()
@@ -144,3 +144,7 @@ def test_more_context_than_the_model_has(sound: Path, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("context_length: 100000")
     line = refused("--model", str(sound), "--config", str(tmp_path / "a.yaml"), "--grpc-port", "0", "--http-port", "0")
     assert "context_length: 100000 is over the model's 512" in line
+
+
+def test_kernels_that_this_machine_has_not() -> None:
+    assert refused(EXPERTMESH_ISA="avx9").startswith("error: EXPERTMESH_ISA: 'avx9'; here it may be ")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from actors.model.errors import CheckpointError, MissingExpert
 from actors.model.experts import ExpertBank
 from actors.model.families import load_spec
+from actors.model.mlp import SwiGLU
 from actors.model.parallel import READERS
 from actors.model.weights import Checkpoint
 from tests.checkpoints import write_glm4_moe
@@ -37,6 +38,19 @@ def one_by_one(path: Path, layer: int, x: torch.Tensor, expert: int) -> torch.Te
             for part, shape in (("gate", (32, 64)), ("up", (32, 64)), ("down", (64, 32)))
         )
     return down @ (F.silu(gate @ x) * (up @ x))
+
+
+def test_rows_of_another_width_are_refused(glm: tuple[Path, Any]) -> None:
+    bank, one = load(glm[0], [(2, 0)]), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="rows have 32 columns, the experts take 64"):
+        bank.forward(2, rows(1)[:, :32], one, one)
+
+
+def test_experts_of_one_layer_may_differ_in_width() -> None:
+    experts = {(0, i): SwiGLU(torch.ones(2 * inter, 64), torch.ones(64, inter)) for i, inter in enumerate((4, 3))}
+    bank = ExpertBank(experts, 64, torch.float32)
+    out = bank.forward(0, torch.ones(1, 64), torch.tensor([0, 0]), torch.tensor([1, 0]))
+    assert torch.equal(out, torch.tensor([[3.0], [4.0]]).expand(2, 64) * 64 * 64)
 
 
 @pytest.mark.parametrize("row_block", [0, 8])

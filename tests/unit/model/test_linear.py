@@ -44,6 +44,24 @@ def test_it_is_the_product(rows: int, row_block: int) -> None:
     torch.testing.assert_close(got, F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("row_block", [0, 8])
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_a_bias_that_is_no_row_of_memory(row_block: int, kind: QuantKind | None) -> None:
+    x, weight = draw(5, 64), draw(21, 64, seed=1)
+    matrix = weight if kind is None else quantize(weight, kind)
+    for bias in (draw(42, seed=2)[::2], draw(1, seed=2).expand(21)):
+        want = linear(x, matrix, None, row_block) + bias
+        torch.testing.assert_close(linear(x, matrix, bias, row_block), want, rtol=1e-5, atol=1e-5)
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    x, weight = draw(2, 64), draw(3, 40)
+    with pytest.raises(ValueError, match="x has 64 columns, the weight 40"):
+        linear(x, weight)
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(x[:, :40].bfloat16(), weight.bfloat16(), draw(3))
+
+
 def test_nan_in_one_row_stays_in_it() -> None:
     x, weight = draw(11, 16), draw(5, 16, seed=1)
     want = linear(x, weight, row_block=8)

@@ -205,6 +205,34 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype, sign: str) -> None:
     assert (got - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 40, 48, 96, 99])
+def test_scores_of_minus_infinity_are_not_seen(dtype: torch.dtype, hidden: int) -> None:
+    """Whole blocks of them included; where there is nothing else there is no number."""
+    case = make((2, 1, (32,), 32), dtype, segments=[(1, 99)])
+    case = replace(case, query=case.query.abs() + 1)
+    slots = case.slots(0)
+    case.keys[0][slots[:hidden]] = -float("inf")
+    case.value[slots[:hidden]] = torch.finfo(dtype).max
+    exact = defined(case, torch.float64)
+    assert exact.abs().max() < 100
+    assert (case.run() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
+    case.keys[0][slots] = -float("inf")
+    assert case.run().isnan().all()
+
+
+def test_a_share_below_the_smallest_number_is_none() -> None:
+    """Of a value that would be seen otherwise."""
+    case = make((1, 1, (32,), 32), torch.float32, segments=[(1, 99)])
+    slots = case.slots(0)
+    case = replace(case, query=torch.ones_like(case.query))
+    case.keys[0][slots], case.value[slots] = 0.0, 0.0
+    case.keys[0][slots[0]], case.value[slots[0]] = -1000.0, 3e38
+    assert (case.run() == 0).all()
+    case.keys[0][slots[0]], case.keys[0][slots[-1]], case.value[slots[0]] = 0.0, 1000.0, 3e38
+    assert (case.run() == 0).all()
+
+
 def test_fused_multiply_add_gives_the_same_everywhere(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes of one cluster may differ: in fp32 they agree, unless one has no FMA at all."""
     if isa == "portable":

@@ -100,6 +100,7 @@ def test_what_the_kernels_do_not_take_is_left_to_torch() -> None:
     assert not dispatch.combines(out[..., ::2], weight, torch.float32)
     assert not dispatch.combines(out[:0], weight[:0], torch.float32)
     assert not dispatch.combines(out.to("meta"), weight, torch.float32)
+    assert not dispatch.combines(out, weight.to("meta"), torch.float32)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from actors.native import products
 from actors.native.expert_places import ExpertPlaces
-from actors.native.library import Library, functions, instruction_sets, library
+from actors.native.library import Library, functions, instruction_sets
 from actors.native.matrix import Weight
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -170,14 +170,26 @@ def test_experts_are_as_exact_as_torchs(dtype: torch.dtype, d: int, inter: int, 
 
 def test_gates_of_all_sizes() -> None:
     """silu is exact to rounding from far below zero to far above, where an exponential would overflow."""
-    gates = torch.cat((torch.linspace(-200, 200, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3e38, -3e38])))
+    extremes = [0.0, -0.0, 1e-30, -1e-30, 3e38, -3e38, -88.5, -1e4]
+    gates = torch.cat((torch.linspace(-200, 200, 4001), torch.tensor(extremes)))
     inter = gates.shape[0]
     gate_up = torch.cat((gates[:, None], torch.ones(inter, 1)))
     down = torch.eye(inter)[:1].contiguous()
-    for i in range(0, inter, 37):
+    for i in (*range(0, 4001, 37), *range(4001, inter)):
         down[0], down[0, i] = 0, 1
         out = products.swiglu(torch.ones(1, 1), together([(gate_up, down)]))
         torch.testing.assert_close(out[0, 0], F.silu(gates[i].double()).float(), rtol=3e-7, atol=1e-35)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_that_are_no_numbers(dtype: torch.dtype) -> None:
+    """As torch has them; far below zero silu is exactly 0."""
+    weights = torch.ones(2, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype)
+    places = together([weights])
+    for gate in (float("nan"), float("inf"), -float("inf"), -3e38, -89.0):
+        x = torch.tensor([[gate]]).to(dtype)
+        got = products.swiglu(x, places)
+        torch.testing.assert_close(got, swiglu(x, *weights), equal_nan=True, rtol=0, atol=0)
 
 
 def test_an_expert_that_is_not_held_is_named() -> None:
@@ -219,6 +231,45 @@ def test_what_they_take() -> None:
     assert not products.usable(x, torch.ones(3, 4).bfloat16())
     assert not products.usable(x, torch.ones(4, 3).T)
     assert not products.usable(x.to("meta"), torch.ones(3, 4))
+    assert not products.usable(x, torch.ones(3, 4), torch.ones(3, 4, device="meta"))
+
+
+def test_which_bias_they_add() -> None:
+    x, weight, bias = torch.ones(2, 4), torch.ones(3, 4), torch.arange(3.0)
+    assert products.adds(None, x, weight)
+    assert products.adds(bias, x, weight)
+    for other in (bias.bfloat16(), torch.arange(6.0)[::2], torch.ones(1).expand(3), bias[:2], bias.to("meta")):
+        assert not products.adds(other, x, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_nothing(dtype: torch.dtype) -> None:
+    x, weight, bias = torch.ones(2, 0, dtype=dtype), torch.ones(30, 0, dtype=dtype), random(30, dtype=dtype)
+    assert torch.equal(products.linear(x, weight, bias), bias.expand(2, 30))
+    assert products.linear(torch.ones(2, 4, dtype=dtype), torch.ones(0, 4, dtype=dtype)).shape == (2, 0)
+    assert ExpertPlaces.of(torch.ones(0, 8, dtype=dtype), torch.ones(8, 0, dtype=dtype)) is None
+
+
+def test_rows_of_another_width_are_refused() -> None:
+    with pytest.raises(ValueError, match="x has 4096 columns, the weight 40"):
+        products.linear(torch.ones(2, 4096), torch.ones(3, 40))
+    with pytest.raises(ValueError, match="x has 32 columns, the experts take 64"):
+        products.swiglu(torch.ones(1, 32), together([(torch.ones(8, 64), torch.ones(64, 4))]))
+
+
+def test_experts_whose_shapes_do_not_fit_are_not_taken() -> None:
+    gate, up, down = torch.ones(4, 64), torch.ones(4, 64), torch.ones(64, 4)
+    good = ExpertPlaces.of(torch.ones(8, 64), down)
+    assert good is not None
+    assert ExpertPlaces.of((gate, up), down) is not None
+    assert ExpertPlaces.of((gate, up[:3]), down) is None
+    assert ExpertPlaces.of((gate[:3], up), down) is None
+    assert ExpertPlaces.of(torch.ones(6, 64), down) is None
+    assert ExpertPlaces.of(torch.ones(8, 32), down) is None
+    assert ExpertPlaces.of(torch.ones(8, 64), down.to("meta")) is None
+    narrow = ExpertPlaces.of(torch.ones(6, 64), torch.ones(64, 3))
+    assert narrow is not None
+    assert ExpertPlaces.together({0: good, 1: narrow}) is None
 
 
 @pytest.mark.parametrize(
@@ -229,11 +280,3 @@ def test_the_instruction_set_can_be_chosen(isa: str, said: str) -> None:
     ran = subprocess.run([sys.executable, "-c", shown], env={"EXPERTMESH_ISA": isa}, capture_output=True, text=True)
     assert said in ran.stdout + ran.stderr
     assert (ran.returncode == 0) == (isa != "avx9")
-
-
-def test_the_best_one_is_the_default() -> None:
-    library.cache_clear()
-    assert BUILT is not None
-    chosen = library()
-    assert chosen is not None
-    assert chosen.isa == instruction_sets(BUILT)[0]

@@ -48,7 +48,7 @@ def quantised(
     data = torch.randint(0, 256, (n, k if signed else k // 2), generator=draw, dtype=torch.uint8)
     zero = torch.randint(-128 if signed else 0, 128 if signed else 16, (n, groups), generator=draw)
     scales = torch.rand(n, groups, generator=draw).add_(0.1) * (0.01 if signed else 0.1)
-    scales[0, 0] *= -1e-5  # fp16: below the normal numbers
+    scales[:1, :1] *= -1e-5  # fp16: below the normal numbers
     return QTensor(
         kind,  # type: ignore[arg-type]
         data.view(torch.int8) if signed else data,
@@ -202,6 +202,7 @@ def test_what_they_take() -> None:
         quantised(4, 64, "int8", group=16),
         quantised(4, 96, "int4", group=48),
         quantised(4, 40, "int4", group=40),
+        quantised(4, 0, "int8"),
         quantize(random(4, 64), "fp8"),
         replace(good, data=good.data.repeat(1, 2)[:, ::2]),
         good.to("meta"),
