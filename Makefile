@@ -47,7 +47,7 @@ protos: setup  ## Regenerate the gRPC code
 bench: bench-transport  ## Measure the wires, then a served cluster under an open-loop load
 	$(BIN)/python -m benchmarks.engine
 
-bench-transport: setup  ## Measure the wires beside the machine's limits and beside others (ARGS=--quick: a minute)
+bench-transport: setup  ## Measure the wires beside the machine's limits and beside others (ARGS=--quick: two minutes)
 	$(BIN)/python -m benchmarks.transport $(ARGS)
 
 parity: setup  ## Compare every model family with transformers: docs/parity.md
