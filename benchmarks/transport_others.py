@@ -1,4 +1,4 @@
-"""What not every machine can measure: torch.distributed's gloo, ZeroMQ, a Ray actor call, and our own wire under TLS."""
+"""What not every machine can measure: torch.distributed's gloo, ZeroMQ, a Ray actor call; our own wire under TLS."""
 
 from __future__ import annotations
 
