@@ -50,7 +50,7 @@ bench: setup  ## Compare with transformers, vLLM and llama.cpp on one checkpoint
 bench-load: setup  ## Measure a served cluster under an open-loop load
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 
-bench-transport: setup  ## Measure the wires beside the machine's limits and beside others (ARGS=--quick: a minute)
+bench-transport: setup  ## Measure the wires beside the machine's limits and beside others (ARGS=--quick: two minutes)
 	$(BIN)/python -m benchmarks.transport $(ARGS)
 
 parity: setup  ## Compare every model family with transformers: docs/parity.md

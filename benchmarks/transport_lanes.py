@@ -15,15 +15,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import Queue
 from typing import Any
 
 from actors.transport.base import Address, FrameTag, Medium, Wire
 from actors.transport.endpoint import Endpoint
 from actors.transport.local import local_pair
+from actors.transport.tls import WireTls
 from benchmarks.transport_peer import NODE, PATIENCE_S, SECRET, Peer, pin
 
 Trip = Callable[[], object]
+Certificates = tuple[Path, Path, Path]
+"""PEM files: a certificate, its key, and the authority's certificate."""
+
 _TAG = FrameTag(1, 2, 3, 4, 5)
 
 
@@ -292,11 +297,13 @@ def _serve_memory(control: Connection, path: str, largest: int, source: Connecti
 class WireLane(Lane):
     """One frame with one part over a wire of ours; the other end sends the same parts back."""
 
-    def __init__(self, medium: Medium, spin_us: float) -> None:
+    def __init__(self, medium: Medium, spin_us: float, certificates: Certificates | None = None) -> None:
+        """``certificates``: for the medium TLS, which needs them."""
         self.name = medium.value
         wires: Queue[Wire] = Queue()
-        endpoint = Endpoint("here", NODE, SECRET, on_wire=wires.put, spin_us=spin_us)
-        self._peer = Peer(_serve_wire, endpoint.address, medium, spin_us)
+        tls = WireTls(*certificates) if certificates else None
+        endpoint = Endpoint("here", NODE, SECRET, on_wire=wires.put, spin_us=spin_us, tls=tls)
+        self._peer = Peer(_serve_wire, endpoint.address, medium, spin_us, certificates)
         self.wire = wires.get(timeout=PATIENCE_S)
         endpoint.close()
 
@@ -358,8 +365,11 @@ def frame_echo(wire: Wire) -> Trip:
     return echo
 
 
-def _serve_wire(control: Connection, address: Address, medium: Medium, spin_us: float) -> None:
-    endpoint = Endpoint("there", NODE, SECRET, spin_us=spin_us)
+def _serve_wire(
+    control: Connection, address: Address, medium: Medium, spin_us: float, certificates: Certificates | None
+) -> None:
+    tls = WireTls(*certificates) if certificates else None
+    endpoint = Endpoint("there", NODE, SECRET, spin_us=spin_us, tls=tls)
     wire = endpoint.connect(address, time.monotonic() + PATIENCE_S, medium)
     serve(control, lambda size: frame_echo(wire))
     wire.close()

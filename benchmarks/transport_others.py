@@ -1,4 +1,4 @@
-"""What others send a payload to and fro with: torch.distributed's gloo, ZeroMQ, a Ray actor call."""
+"""What not every machine can measure: torch.distributed's gloo, ZeroMQ, a Ray actor call; our own wire under TLS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.transport_lanes import Lane, Trip, serve
+from actors.transport.base import Medium
+from benchmarks.transport_lanes import Lane, Trip, WireLane, serve
 from benchmarks.transport_peer import PATIENCE_S, Peer
 
 _OBJECT_STORE_BYTES = 1 << 30
@@ -171,6 +172,20 @@ class RayLane(Lane):
     def close(self) -> None:
         """See :class:`Lane`."""
         self._ray.shutdown()
+
+
+class TlsLane(WireLane):
+    """Our wire under TLS, both ends with the same certificate of an authority made for it."""
+
+    def __init__(self, spin_us: float) -> None:
+        authority = _imported("trustme").CA()
+        leaf = authority.issue_cert("127.0.0.1")
+        with tempfile.TemporaryDirectory() as folder:
+            certificate, key, ca = (Path(folder) / name for name in ("node.pem", "node.key", "ca.pem"))
+            certificate.write_bytes(b"".join(blob.bytes() for blob in leaf.cert_chain_pems))
+            leaf.private_key_pem.write_to_path(key)
+            authority.cert_pem.write_to_path(ca)
+            super().__init__(Medium.TLS, spin_us, (certificate, key, ca))
 
 
 def _imported(name: str) -> ModuleType:

@@ -24,6 +24,7 @@ from actors.transport.base import (
     WireTimeout,
 )
 from actors.transport.handshake import HANDSHAKE_SECONDS, answer, greet, name_bytes, require_same_user
+from actors.transport.refusals import RefusalLog
 from actors.transport.shm import adopt, check_ring_bytes, offer
 from actors.transport.sockets import shutdown, wait_for
 from actors.transport.tcp import TcpWire
@@ -76,6 +77,7 @@ class Endpoint:
         self._network = Medium.TCP if tls is None else Medium.TLS
         self._lock = threading.Lock()
         self._closed = False
+        self._refusals = RefusalLog(name)
         self._handshakes: dict[threading.Thread, socket.socket] = {}
         self._listeners: dict[int, tuple[socket.socket, Medium]] = {}
         self._address = Address(name, node_id)
@@ -183,7 +185,7 @@ class Endpoint:
 
     def _accept_one(self, listener: socket.socket, medium: Medium) -> None:
         try:
-            sock, _ = listener.accept()
+            sock, whence = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
@@ -194,14 +196,15 @@ class Endpoint:
             select.select([self._wake_fd], [], [], 0.1)
             return
         sock.setblocking(False)
+        client = f"{medium} client at {whence[0]}:{whence[1]}" if whence else f"{medium} client"
         if self._tls is not None and medium is Medium.TLS:
             try:
                 sock = self._tls.wrap(sock, True, "handshake with a client")
             except PeerGone as error:
-                log.warning("endpoint %s refused a %s client: %s", self._name, medium, error)
+                self._refusals.refused(client, error)
                 return
         self._end_oldest_of_too_many()
-        thread = threading.Thread(target=self._shake_hands, args=(sock, medium), daemon=True)
+        thread = threading.Thread(target=self._shake_hands, args=(sock, medium, client), daemon=True)
         with self._lock:
             if self._closed:
                 sock.close()
@@ -217,12 +220,12 @@ class Endpoint:
             shutdown(sock)
         thread.join()
 
-    def _shake_hands(self, sock: socket.socket, medium: Medium) -> None:
+    def _shake_hands(self, sock: socket.socket, medium: Medium, client: str) -> None:
         deadline = time.monotonic() + HANDSHAKE_SECONDS
         try:
             wire = self._answered(sock, medium, deadline)
         except (TransportError, OSError) as error:
-            log.warning("endpoint %s refused a %s client: %s", self._name, medium, error)
+            self._refusals.refused(client, error)
             wire = None
         with self._lock:
             # From here on close() must not shut this socket down: it is a wire's, or closed.

@@ -162,7 +162,14 @@ class NcclWire(InboxWire):
 
     def news(self) -> tuple[int, ...]:
         """See :class:`~.nccl_group.Member`."""
-        return self.filenos() if self._end is None and self._hungry() else ()
+        if self._end is not None or not self._hungry():
+            return ()
+        # After a farewell the companion has nothing to tell and is readable for ever: only payload is awaited.
+        return self.filenos()[-1:] if self._farewell else self.filenos()
+
+    def ends(self) -> tuple[int, ...]:
+        """See :class:`~.nccl_group.Member`."""
+        return () if self._end is not None or self._farewell else self._companion.filenos()
 
     def ring(self) -> None:
         """See :class:`~.nccl_group.Member`."""
@@ -282,7 +289,9 @@ class NcclWire(InboxWire):
         self._set_end(error, text)
 
     def _hungry(self) -> bool:
-        return self._backlog + self._landing_bytes < MAX_BACKLOG_BYTES
+        """Room in the backlog; or the peer has hung up, and what it left, at most a ring or a socket's buffer of
+        announcements, must be read to learn whether it died."""
+        return self._backlog + self._landing_bytes < MAX_BACKLOG_BYTES or bool(poll_on((), ends=self.ends())(0.0))
 
     def _landed(self, item: _Landing) -> bool:
         return item.pending is None or self._group.completed(item.pending)

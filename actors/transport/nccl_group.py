@@ -84,6 +84,9 @@ class Member(Protocol):
     def news(self) -> tuple[int, ...]:
         """Descriptors that become readable when ``pump`` may move something; none when it cannot."""
 
+    def ends(self) -> tuple[int, ...]:
+        """Descriptors that hang up when the peer is gone: then ``pump`` moves something, also where none is news."""
+
     def ring(self) -> None:
         """Tell whoever waits on this wire to look again. From any thread."""
 
@@ -282,7 +285,9 @@ class NcclGroup:
         bell = self._bell
         if bell is None:
             return True  # closed meanwhile: that is news too
-        poll = poll_on([bell, *(fd for member in list(self._members) for fd in member.news())])
+        members = list(self._members)
+        news = [fd for member in members for fd in member.news()]
+        poll = poll_on([bell, *news], ends=[fd for member in members for fd in member.ends()])
         events = self._waiter.wait(poll, deadline)
         if any(fd == bell for fd, _ in events):
             with self._lock:

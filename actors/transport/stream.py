@@ -28,11 +28,13 @@ Poll = Callable[[float], Sequence[tuple[int, int]]]
 """Waits up to so many seconds; (descriptor, events) of what became ready."""
 
 
-def poll_on(reads: Sequence[int], writes: Sequence[int] = ()) -> Poll:
-    """A reusable poll for input on ``reads`` and output on ``writes`` (a descriptor may be in both)."""
+def poll_on(reads: Sequence[int], writes: Sequence[int] = (), ends: Sequence[int] = ()) -> Poll:
+    """A reusable poll for input on ``reads``, output on ``writes`` and the peer's hanging up on ``ends`` (a descriptor
+    may be in several)."""
     poller = select.poll()
-    for fd in {*reads, *writes}:
-        poller.register(fd, (select.POLLIN if fd in reads else 0) | (select.POLLOUT if fd in writes else 0))
+    for fd in {*reads, *writes, *ends}:
+        wanted = ((reads, select.POLLIN), (writes, select.POLLOUT), (ends, select.POLLRDHUP))
+        poller.register(fd, sum(event for fds, event in wanted if fd in fds))
     return lambda seconds: poller.poll(seconds * 1000.0)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import socket
 import threading
 import time
 import tracemalloc
@@ -41,7 +42,9 @@ from actors.transport.blocks import ALIGNMENT
 from actors.transport.frame import HEADER_BYTES
 from actors.transport.nccl import NcclWire
 from actors.transport.poller import Poller
-from actors.transport.stream import StreamWire
+from actors.transport.stream import Poll, StreamWire
+from actors.transport.tcp import TcpWire
+from actors.transport.waiting import Waiter
 from tests.multiprocess.peers import Peer
 from tests.multiprocess.transport.bench import Bench, Link
 from tests.multiprocess.transport.remote import (
@@ -83,6 +86,26 @@ def send_often(wire: Wire, deadline: float) -> None:
     block = carried(wire, [bytes(32 * MIB)])
     for _ in range(8):
         wire.send(1, TAG, block, deadline)
+
+
+def lower_backlog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this end alone: what a waiting send takes in."""
+    for module in ("stream", "nccl"):
+        monkeypatch.setattr(f"actors.transport.{module}.MAX_BACKLOG_BYTES", 2 * MIB)
+
+
+def waiter_of_sends(wire: Any) -> Waiter:
+    """What a send of this wire waits with."""
+    waiter: Waiter = wire._group._waiter if isinstance(wire, NcclWire) else wire._waiter
+    return waiter
+
+
+def takes_in_no_more(wire: Any) -> bool:
+    """A send that waits finds the backlog full."""
+    if isinstance(wire, NcclWire):
+        return not wire._hungry()
+    full: bool = wire._backlog >= 2 * MIB
+    return full
 
 
 def send_both(wire: Wire, parts: list[bytes]) -> None:
@@ -246,11 +269,18 @@ class TestBuffers:
         # Neither taking in what arrives nor sending, even the very same memory, touches it.
         remote.call("send", (2, TAG, (300_000,), 6))
         become_ready(wire)
+        assert wire.ready()
+        # Had ready() given the first frame's memory back, a third one would come to lie there; the fence drops the
+        # second, so that it is taken in while the first is held.
+        newer = TAG._replace(step=TAG.step + 1)
+        remote.call("send", (3, newer, (300_000,), 7))
+        wire.fence(newer)
+        become_ready(wire)
         remote.tell("recv")
         wire.send(1, TAG, frame.parts, soon())
         assert remote.hear() == digest(1, TAG, [payload(300_000, 5)])
         assert data_of(frame.parts[0]) == payload(300_000, 5)
-        assert data_of(wire.recv(soon()).parts[0]) == payload(300_000, 6)
+        assert data_of(wire.recv(soon()).parts[0]) == payload(300_000, 7)
 
     def test_what_was_sent_is_the_callers_again(self, bench: Bench, medium: Medium) -> None:
         wire, remote = bench.link(medium)
@@ -417,8 +447,7 @@ class TestBothSendFirst:
         self, bench: Bench, far: Medium, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Not over local: the limit is lowered for this end alone."""
-        for module in ("stream", "nccl"):
-            monkeypatch.setattr(f"actors.transport.{module}.MAX_BACKLOG_BYTES", 2 * MIB)
+        lower_backlog(monkeypatch)
         wire, remote = bench.link(far, ring_bytes=MIB)
         for step in range(12):
             remote.tell("send", (1, FrameTag(step=step), (MIB,), step))
@@ -464,6 +493,29 @@ class TestDeath:
             wire.recv(soon())
         assert time.monotonic() - start < 5.0
         killer.join()
+
+    def test_kill_while_a_send_waits_with_a_full_backlog_is_told_at_once(
+        self, bench: Bench, far: Medium, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It takes in nothing more then, so that only its wait for room can notice the end."""
+        lower_backlog(monkeypatch)
+        wire, remote = bench.link(far, ring_bytes=MIB)
+        for step in range(4):
+            remote.tell("send", (1, FrameTag(step=step), (MIB,), step))
+        killed: list[float] = []
+        waiter: Any = waiter_of_sends(wire)
+        wait = waiter.wait
+
+        def killing(poll: Poll, deadline: float) -> object:
+            if not killed and takes_in_no_more(wire):
+                remote.process.kill()
+                killed.append(time.monotonic())
+            return wait(poll, deadline)
+
+        waiter.wait = killing
+        with pytest.raises(PeerGone):
+            send_often(wire, soon())
+        assert time.monotonic() - killed[0] < 1.0
 
     def test_kill_before_the_hello_disturbs_nobody(self, bench: Bench, far: Medium) -> None:
         job = bench.mute(far)
@@ -572,7 +624,7 @@ class TestThreadsAndWaiting:
         wire, _ = bench.link(medium)
         raised: list[TransportError] = []
         waits = threading.Event()
-        waiter = wire._group._waiter if isinstance(wire, NcclWire) and call == "send" else wire._waiter  # type: ignore[attr-defined]
+        waiter: Any = waiter_of_sends(wire) if call == "send" else wire._waiter  # type: ignore[attr-defined]
         await_ = waiter.wait
 
         def announced(*arguments: object) -> object:
@@ -620,3 +672,17 @@ def test_a_frame_larger_than_the_ring_streams_through_it(bench: Bench) -> None:
     parts = parts_of((3 * MIB + 17, 5, MIB), 2)
     wire.send(1, TAG, parts, soon())
     assert [bytes(data_of(part)) for part in wire.recv(soon()).parts] == parts
+
+
+@pytest.mark.parametrize("stream", [Medium.TCP, Medium.TLS])
+def test_small_frames_leave_at_once_and_a_vanished_host_is_found(server: Server, stream: Medium) -> None:
+    """Of the network's media alone. Both ends: either host may vanish, a waiting one (probes) or a sending one."""
+    for end in server.pair(stream):
+        assert isinstance(end, TcpWire)
+        option = end._sock.getsockopt
+        assert option(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert option(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert option(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 5
+        assert option(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 5
+        assert option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+        end.close()

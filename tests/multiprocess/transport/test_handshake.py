@@ -35,6 +35,16 @@ def test_a_stranger_is_shown_out_at_once(server: Server, medium: Medium, words: 
     server.check(medium)
 
 
+def test_the_log_names_the_address_of_a_refused_client(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with server.dial(Medium.TCP) as sock:
+        host, port = sock.getsockname()
+        sock.sendall(b"GET / ")
+        ended(sock)
+    server.endpoint.close()  # joins the thread that writes the line
+    (line,) = caplog.messages
+    assert line.startswith(f"endpoint server refused a tcp client at {host}:{port}: handshake with a client: it began")
+
+
 @pytest.mark.parametrize("medium", [Medium.SHM, Medium.TCP])
 def test_silence_and_dripping_are_bounded_and_delay_nobody(server: Server, medium: Medium) -> None:
     start = time.monotonic()

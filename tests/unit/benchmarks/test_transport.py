@@ -104,6 +104,7 @@ def test_sizes_are_written_as_people_do(size: int, text: str) -> None:
 
 def test_a_cell_has_the_bandwidth_of_both_ways() -> None:
     assert trip_text(4 << 20, figure(400e-6)) == "400 / 800 · 21"
+    assert trip_text(64, figure(0.3e-6)) == "0.3 / 0.6 · 0.43"
 
 
 @pytest.mark.parametrize("shards", [1, 2, 16])
