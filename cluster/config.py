@@ -96,9 +96,7 @@ class AttentionConfig(_Section):
     replicas: int = Field(1, ge=1, le=1024)
     cpus: float = Field(0.25, gt=0, description="logical CPUs of a bundle, for Ray's bookkeeping")
     gpus: float = Field(1.0, gt=0, le=1, description="with device: cuda, the part of a GPU that a bundle gets")
-    threads: int = Field(
-        0, ge=0, description="threads; 0: the node's cores, shared by its replicas"
-    )
+    threads: int = Field(0, ge=0, description="threads; 0: the node's cores, shared by its replicas")
     node_labels: Labels = Field(default_factory=dict, description="nodes that may hold this fleet")
     quantization: Literal["none", QuantKind] = Field(
         "none",
