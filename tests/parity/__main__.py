@@ -14,7 +14,7 @@ from tests.checkpoints import WRITERS
 from tests.parity import quantised
 from tests.parity.fleet import ExpertFleet, expert_fleet
 from tests.parity.measure import BF16_LIMIT, FP32_LIMIT, MODES, RIGHT_SLACK, Agreement, agreement, reference
-from tests.parity.routed import ROWS, routed_outputs
+from tests.parity.routed import LEAST_EQUAL, ROWS, equal_share, routed_outputs
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "parity.md"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -60,15 +60,18 @@ def _tokens(found: Agreement) -> str:
 
 def _bit_equality(fleet: ExpertFleet, failures: list[str]) -> str:
     lines = ["## Routed experts in bf16", "", f"Gate, experts and combine of one layer on {ROWS} random rows, against"]
-    lines += ["transformers' `grouped_mm` experts:", ""]
+    lines += [
+        "transformers' `grouped_mm` experts: how many numbers have the same bits. The CPU kernels add in an order of their"
+    ]
+    lines += ["own; with torch's products (`EXPERTMESH_ISA=none`) all have them.", ""]
     lines.append("| family | in one process | 1 router + 3 expert shards |")
     lines.append("|---|---|---|")
     for family in WRITERS:
         theirs, *ours = routed_outputs(family, fleet)
-        equal = [torch.equal(theirs, got) for got in ours]
-        lines.append(f"| `{family}` | {' | '.join('bit-equal' if same else 'DIFFERENT' for same in equal)} |")
-        if not all(equal):
-            failures.append(f"{family}: routed experts are not bit-equal in bf16")
+        shares = [equal_share(got, theirs) for got in ours]
+        lines.append(f"| `{family}` | {' | '.join('all' if share == 1 else f'{share:.3%}' for share in shares)} |")
+        if min(shares) < LEAST_EQUAL:
+            failures.append(f"{family}: routed experts are not transformers' in bf16")
     return "\n".join([*lines, ""])
 
 
