@@ -61,9 +61,9 @@ def _tokens(found: Agreement) -> str:
 def _bit_equality(fleet: ExpertFleet, failures: list[str]) -> str:
     lines = ["## Routed experts in bf16", "", f"Gate, experts and combine of one layer on {ROWS} random rows, against"]
     lines += [
-        "transformers' `grouped_mm` experts: how many numbers have the same bits. The CPU kernels add in an order of their"
+        "transformers' `grouped_mm` experts: how many numbers have the same bits. The CPU kernels add in an order of"
     ]
-    lines += ["own; with torch's products (`EXPERTMESH_ISA=none`) all have them.", ""]
+    lines += ["their own; with torch's products (`EXPERTMESH_ISA=none`) all have them.", ""]
     lines.append("| family | in one process | 1 router + 3 expert shards |")
     lines.append("|---|---|---|")
     for family in WRITERS:

@@ -16,12 +16,12 @@ from tests.parity.fleet import ExpertFleet
 ROWS = 256
 
 LEAST_EQUAL = 0.999
-"""The CPU kernels add in an order of their own: so many of the numbers must have transformers' bits nevertheless, and the
-others are off by a rounding. With torch's products all have them (tests/unit/model/test_combine.py)."""
+"""The CPU kernels add in an order of their own: so many of the numbers must have transformers' bits nevertheless, and
+the others are off by a rounding. With torch's products all have them (tests/unit/model/test_combine.py)."""
 
 
 def equal_share(ours: Tensor, theirs: Tensor) -> float:
-    """The part of the numbers that are equal bit by bit; 0 where one is off by more than two roundings of the largest."""
+    """The part of the numbers that are equal bit by bit; 0 where one is off by two roundings of the largest."""
     if (ours.double() - theirs.double()).abs().max() > 2**-7 * theirs.double().abs().max():
         return 0.0
     return float((ours == theirs).double().mean())
