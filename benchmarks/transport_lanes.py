@@ -139,15 +139,28 @@ def tcp_lane() -> SocketLane:
     return SocketLane("tcp socket", ours, theirs)
 
 
-class PipeLane(RawLane):
+class PipedLane(RawLane):
+    """A peer that also has a pipe each way, of which ``serve`` gets its ends last."""
+
+    def __init__(self, name: str, serve: Callable[..., None], *link: object) -> None:
+        their_in, self._out = _pipe()
+        self._in, their_out = _pipe()
+        super().__init__(name, serve, *link, their_in, their_out)
+        their_in.close()
+        their_out.close()
+
+    def close(self) -> None:
+        """See :class:`Lane`."""
+        super().close()
+        self._in.close()
+        self._out.close()
+
+
+class PipeLane(PipedLane):
     """The payload itself through a pipe each way."""
 
     def __init__(self) -> None:
-        their_in, self._out = _pipe()
-        self._in, their_out = _pipe()
-        super().__init__("pipe", _serve_pipe, their_in, their_out)
-        their_in.close()
-        their_out.close()
+        super().__init__("pipe", _serve_pipe)
 
     def begin(self, size: int, count: int) -> Trip:
         """See :class:`Lane`."""
@@ -161,27 +174,17 @@ class PipeLane(RawLane):
 
         return trip
 
-    def close(self) -> None:
-        """See :class:`Lane`."""
-        super().close()
-        self._in.close()
-        self._out.close()
 
-
-class MemoryLane(RawLane):
+class MemoryLane(PipedLane):
     """One shared buffer each way, a byte through a pipe as its bell: no framing, no deadline, no ring, no end."""
 
     def __init__(self, largest: int) -> None:
-        their_in, self._out = _pipe()
-        self._in, their_out = _pipe()
         self._largest = largest
         self._memory = os.memfd_create("benchmark", os.MFD_CLOEXEC)
         os.ftruncate(self._memory, 2 * largest)
         self._shared = mmap.mmap(self._memory, 2 * largest)
         path = f"/proc/{os.getpid()}/fd/{self._memory}"
-        super().__init__("memory + pipe", _serve_memory, path, largest, their_in, their_out)
-        their_in.close()
-        their_out.close()
+        super().__init__("memory + pipe", _serve_memory, path, largest)
 
     def begin(self, size: int, count: int) -> Trip:
         """See :class:`Lane`."""
@@ -201,8 +204,6 @@ class MemoryLane(RawLane):
     def close(self) -> None:
         """See :class:`Lane`."""
         super().close()
-        self._in.close()
-        self._out.close()
         os.close(self._memory)
 
 

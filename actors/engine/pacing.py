@@ -112,4 +112,5 @@ class GapBound:
         self._seen.append((n_prefill, max(elapsed_s - usual_s, usual_s / 20) / n_prefill))
         if n_prefill >= piece:  # where they have become much smaller, the first token's cost is shared by fewer
             self._seen = deque((one for one in self._seen if one[0] <= self._MUCH_LARGER * n_prefill), self._SAMPLES)
-        self._most = int(self._GROWTH * piece) if n_prefill >= piece else piece
+            piece = int(self._GROWTH * piece)
+        self._most = piece

@@ -71,7 +71,7 @@ def _tiles(weight: QTensor, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield from weight.tiles(x.dtype)
         return
     rows, width = weight.shape
-    height = max(1, TILE_BYTES // (4 * width))
+    height = weight.tile_rows(TILE_BYTES)
     for start in range(0, rows, height):
         tile = x.new_empty(min(height, rows - start), width)
         products.dequantize(weight, start, tile)
@@ -82,8 +82,8 @@ def native(rows: float, row_block: int, x: Tensor, *weights: Matrix, many: int =
     """Whether products of so many ``rows`` with each of ``weights`` are the kernels' (x: any rows, for its dtype).
     ``many``: above so many rows in bf16 they are not, unless a weight is quantised."""
     most = many if all(isinstance(weight, Tensor) for weight in weights) else _MANY_QUANTISED
-    many = x.dtype == torch.bfloat16 and rows > most and not row_block
-    return not many and products.usable(x, *weights)
+    too_many = x.dtype == torch.bfloat16 and rows > most and not row_block
+    return not too_many and products.usable(x, *weights)
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, row_block: int) -> Tensor:

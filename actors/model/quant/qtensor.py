@@ -123,11 +123,14 @@ class QTensor:
         Each tile is memory of its own; at most ``tile_bytes`` of fp32 (one row at least) lie about at a time, and as
         much again in ``dtype``. Where the tiles are cut depends on K alone.
         """
-        height = max(1, tile_bytes // (4 * max(1, self.shape[1])))
-        if height > 8:
-            height -= height % 8
+        height = self.tile_rows(tile_bytes)
         for start in range(0, self.shape[0], height):
             yield start, self._rows(slice(start, start + height)).to(dtype)
+
+    def tile_rows(self, tile_bytes: int) -> int:
+        """Rows of a tile of at most ``tile_bytes`` of fp32: one at least, whole eights where there are more."""
+        height = max(1, tile_bytes // (4 * max(1, self.shape[1])))
+        return height if height <= 8 else height - height % 8
 
     def _rows(self, rows: slice) -> Tensor:
         """fp32 [n, K], stored order of columns."""
