@@ -19,7 +19,7 @@ from actors.model.surplus import skipped_tensors
 from actors.model.tensor_list import expected_tensors, expert_tensors
 from actors.model.weight_files import locate_weights
 from actors.model.weight_names import INDEX, weight_names
-from actors.quant_kind import QUANT_KINDS
+from actors.quant_kind import NUMBER_KINDS
 from cluster.hub import Hub
 from cluster.hub_files import CONFIG, Listing, missing_weights, read_index
 from cluster.hub_id import HubId
@@ -169,8 +169,8 @@ def _sizes(spec: MoEDecoderSpec, entries: Entries, disk: int | None) -> Sizes:
     expert = {"none": _expert_as_stored(spec, entries, shapes)}
     attention_shard = {"none": resident_bytes(spec)}
     if spec.quantization is None:
-        expert |= {kind: bytes_at_load(shapes, kind) for kind in QUANT_KINDS}
-        attention_shard |= {kind: resident_bytes(spec, kind) for kind in QUANT_KINDS}
+        expert |= {kind: bytes_at_load(shapes, kind) for kind in NUMBER_KINDS}
+        attention_shard |= {kind: resident_bytes(spec, kind) for kind in NUMBER_KINDS}
     return Sizes(
         Inventory.of(spec),
         attention_shard,

@@ -35,8 +35,8 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None, row_block: int
     """``x @ weight.T + bias``. x: [R, K], weight: [N, K], bias: [N] or None, one dtype; returns [R, N].
 
     A quantised weight stays as it is: the kernels multiply int8 and int4 where they lie, in fp32. Else (fp8, act order,
-    many rows in bf16) some of its rows at a time are dequantised to x's dtype and multiplied; or, with
-    ``int8_activations``, x is quantised too and multiplied as integers.
+    many rows in bf16) some of its rows at a time are dequantised to x's dtype and multiplied. With a ``row_group`` x is
+    quantised too and multiplied as integers, whatever the number of rows.
 
     ``row_block > 0`` is the deterministic mode. The package's own kernels keep it as they are. Without them (a GPU,
     fp16, no compiler) every product is computed on exactly that many rows, copied to aligned memory and zero padded.
@@ -47,10 +47,12 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None, row_block: int
     """
     if isinstance(weight, Tensor):
         return _dense(x, weight, bias, row_block)
-    if weight.int8_activations:
-        out = int8_linear(x, weight)
-        return out if bias is None else out + bias
-    return _weight_only(x, weight, bias, row_block)
+    if not weight.row_group:
+        return _weight_only(x, weight, bias, row_block)
+    if products.usable(x, weight) and products.adds(bias, x, weight):
+        return products.linear(x, weight, bias)
+    out = int8_linear(x, weight)
+    return out if bias is None else out + bias
 
 
 def _weight_only(x: Tensor, weight: QTensor, bias: Tensor | None, row_block: int) -> Tensor:

@@ -10,12 +10,13 @@ from torch import Tensor
 BLOCK = 32
 """Columns of a quantised weight that the kernels take at a time."""
 
-DENSE, INT8, INT4 = 0, 1, 2
+DENSE, INT8, INT4, W8A8, W4A8 = range(5)
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """By which numbers the kernels know the dtypes of rows that they take."""
 
 _QUANTISED = {"int8": INT8, "int4": INT4}
+_INT8_ROWS = {"int8": W8A8, "int4": W4A8}
 _SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -37,37 +38,41 @@ class Quantised(Protocol):
     @property
     def columns(self) -> Tensor | None: ...
     @property
-    def int8_activations(self) -> bool: ...
+    def row_group(self) -> int: ...
+    @property
+    def lanes(self) -> bool: ...
 
 
 class Place(NamedTuple):
-    """The C struct ``Matrix``: addresses, 0 for what there is not, and how scales are kept."""
+    """The C struct ``Matrix``: addresses, 0 for what there is not, how scales are kept, and how rows are quantised."""
 
     data: int
     scale: int = 0
     zero: int = 0
     group: int = 0
     scale_kind: int = 0
+    row_group: int = 0
+    in_lanes: int = 0
 
 
 Weight = Tensor | Quantised
 
 
 def weight_kind(weight: Weight) -> int | None:
-    """The number of a weight's kind, DENSE, INT8 or INT4; None if the kernels do not take it.
+    """The number of a weight's kind, from DENSE to W4A8; None if the kernels do not take it.
 
     They take contiguous weights on the CPU: dense ones [N, K] in fp32 and bf16, for rows of that dtype; and int8 and
-    int4 in their columns' order with K a multiple of BLOCK, not 0, and the group as well unless it is all of K. What
-    wants its rows quantised is not theirs.
+    int4 in their columns' order with K a multiple of BLOCK, not 0, and the group as well unless it is all of K.
     """
     if isinstance(weight, Tensor):
         return DENSE if weight.dtype in KINDS and _here(weight) else None
     width = weight.shape[1]
     whole_blocks = width and width % BLOCK == 0 and (weight.group % BLOCK == 0 or weight.group >= width)
-    if not whole_blocks or weight.columns is not None or weight.int8_activations:
+    if not whole_blocks or weight.columns is not None:
         return None
     here = _here(weight.data) and _here(weight.scale) and (weight.zero is None or _here(weight.zero))
-    return _QUANTISED.get(weight.kind) if here else None
+    kinds = _INT8_ROWS if weight.row_group else _QUANTISED
+    return kinds.get(weight.kind) if here else None
 
 
 def takes(weight: Weight, rows: torch.dtype) -> bool:
@@ -80,12 +85,15 @@ def place(weight: Tensor | Quantised, row: int = 0) -> Place:
     """Where the rows from ``row`` on of a weight lie that has a :func:`weight_kind`; valid as long as the weight."""
     if isinstance(weight, Tensor):
         return Place(_address(weight, row))
+    group = min(weight.group, weight.shape[1])
     return Place(
         _address(weight.data, row),
         _address(weight.scale, row),
         0 if weight.zero is None else _address(weight.zero, row),
-        min(weight.group, weight.shape[1]),
+        group,
         _SCALES[weight.scale.dtype],
+        min(weight.row_group, weight.shape[1]),
+        weight.lanes,
     )
 
 

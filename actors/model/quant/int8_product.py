@@ -1,4 +1,4 @@
-"""Products of rows that are quantised to int8 as they come (W8A8, dynamic, a scale per row)."""
+"""Products of rows that are quantised to int8 as they come (W8A8, W4A8; dynamic): the kernels' in torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .qtensor import QTensor
+from .lanes import in_rows
+from .packing import unpack_nibbles
+from .qtensor import MIDDLE, QTensor
 
 STEPS = 127.5
 """Half of int8's range: compressed-tensors' divisor, whose largest element then rounds to 128 and is clamped to 127."""
@@ -23,30 +25,43 @@ CUDA_MIN_ROWS = 32
 def int8_linear(x: Tensor, weight: QTensor) -> Tensor:
     """``dequantised(quantised(x)) @ dequantised(weight).T``. x: floating [R, K]; returns [R, N] in x's dtype.
 
-    The integer products are exact; scales are applied in fp32, with one cast at the end. A row's result does not depend
-    on the other rows. A row that holds NaN or infinity becomes NaN or infinity, the others do not.
+    The integer products of a group of columns are exact; scales are applied in fp32, with one cast at the end. A row's
+    result does not depend on the other rows. A row that holds NaN or infinity becomes NaN or infinity, the others do not.
     """
-    rows, row_scale = quantize_rows(x)
+    weight = in_rows(weight)
+    width, row_group = weight.shape[1], min(weight.row_group, weight.shape[1])
+    rows, row_scale = quantize_rows(x, row_group)
     total = x.new_zeros((), dtype=torch.float32)
-    for index, start in enumerate(range(0, weight.shape[1], weight.group)):
-        part = slice(start, start + weight.group)
-        whole = int_matmul(rows[:, part], weight.data[:, part])
-        if weight.zero is not None:
-            whole -= rows[:, part].sum(-1, keepdim=True, dtype=torch.int32) * weight.zero[:, index].int()
-        total = total + whole.float() * weight.scale[:, index].float()
-    return (total * row_scale).to(x.dtype)
+    for index, start in enumerate(range(0, width, row_group)):
+        part = x.new_zeros((), dtype=torch.float32)
+        for first in range(start, min(start + row_group, width), weight.group):
+            columns = slice(first, min(first + weight.group, width))
+            whole, scale = _integers(rows[:, columns], weight, columns), weight.scale[:, first // weight.group]
+            part = part + whole.float() * scale.float()
+        total = total + part * row_scale[:, index, None]
+    return total.to(x.dtype)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 [R, K], fp32 scales [R, 1]): symmetric, scale = the largest magnitude / 127.5, ties to even.
+def _integers(rows: Tensor, weight: QTensor, columns: slice) -> Tensor:
+    """int8 rows [R, n] times columns of a weight, all of one group: int32 [R, N]."""
+    numbers = weight.data[:, columns] if weight.kind == "int8" else unpack_nibbles(weight.data)[:, columns]
+    zero = MIDDLE[weight.kind] if weight.zero is None else weight.zero[:, columns.start // weight.group].int()
+    return int_matmul(rows, numbers.to(torch.int8)) - rows.sum(-1, keepdim=True, dtype=torch.int32) * zero
 
-    As compressed-tensors' dynamic ``token`` strategy has it (compute_dynamic_scales_and_zp), eps in the place of a
-    scale of 0 included, but always in fp32: there, bf16 rows get bf16 scales and quotients.
+
+def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """(int8 [R, K], fp32 scales [R, ceil(K / group)]) of rows [R, K] whose numbers share a scale in groups of columns:
+    symmetric, scale = the largest magnitude / 127.5, ties to even.
+
+    As compressed-tensors' dynamic ``token`` and ``group`` strategies have it (compute_dynamic_scales_and_zp), eps in the
+    place of a scale of 0 included, but always in fp32: there, bf16 rows get bf16 scales and quotients.
     """
-    values = x.float()
-    scale = values.abs().amax(-1, keepdim=True) / STEPS
+    groups = -(-x.shape[1] // group)
+    values = F.pad(x.float(), (0, groups * group - x.shape[1])).unflatten(1, (groups, group))
+    scale = values.abs().amax(-1) / STEPS
     scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
-    return (values / scale).round().clamp(-128, 127).to(torch.int8), scale
+    numbers = (values / scale[..., None]).round().clamp(-128, 127).to(torch.int8)
+    return numbers.flatten(1)[:, : x.shape[1]], scale
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:

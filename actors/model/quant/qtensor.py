@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actors.model.finite import all_finite
 from actors.model.heap import blank
-from actors.quant_kind import QuantKind
+from actors.quant_kind import NumberKind
 
 from .packing import unpack_nibbles
 
@@ -35,17 +35,19 @@ class QTensor:
     data: int8 or float8_e4m3fn [N, K]; for ``int4`` uint8 [N, K / 2], column 2j in the low nibble of byte j, unsigned.
     scale: fp32, bf16 or fp16 [N, ceil(K / group)]: the last group may be shorter. zero: as scale, int8 (``int8``) or
     uint8 (``int4``), or None: 0 (for int4: 8); fp8 has none. columns: int64 [K] or None; stored column j is the
-    matrix's column ``columns[j]`` (GPTQ's act order). ``int8_activations`` (kind int8): rows that are multiplied are
-    quantised as well. Raises ValueError for parts that do not fit.
+    matrix's column ``columns[j]`` (GPTQ's act order). row_group (int8 and int4): not 0 where rows that are
+    multiplied are quantised to int8 as well: how many of a row's columns share a scale, a multiple of group or at least
+    K. lanes: rows lie side by side, see :mod:`.lanes`. Raises ValueError for parts that do not fit.
     """
 
-    kind: QuantKind
+    kind: NumberKind
     data: Tensor
     scale: Tensor
     group: int
     zero: Tensor | None = None
     columns: Tensor | None = None
-    int8_activations: bool = False
+    row_group: int = 0
+    lanes: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in DATA:
@@ -62,10 +64,20 @@ class QTensor:
             _expect("zero", self.zero, (DATA[self.kind],) if self.kind in MIDDLE else (), groups)
         if self.columns is not None:
             _expect("columns", self.columns, (torch.int64,), (width,))
-        if self.int8_activations and (self.kind != "int8" or self.columns is not None or width > MAX_INT8_COLUMNS):
+        if self.row_group:
+            self._expect_int8_rows()
+
+    def _expect_int8_rows(self) -> None:
+        width, reordered = self.shape[1], self.columns is not None
+        if self.kind == "fp8" or reordered or width > MAX_INT8_COLUMNS:
             raise ValueError(
-                f"int8_activations with kind {self.kind}, {width} columns{', reordered' * (self.columns is not None)}: "
-                f"allowed is int8 with at most {MAX_INT8_COLUMNS} columns in their order"
+                f"row_group is {self.row_group} with kind {self.kind}, {width} columns{', reordered' * reordered}: "
+                f"allowed is int8 or int4 with at most {MAX_INT8_COLUMNS} columns in their order"
+            )
+        if self.row_group < 0 or (self.row_group % self.group and self.row_group < width):
+            raise ValueError(
+                f"row_group is {self.row_group}: allowed is a multiple of group, which is {self.group}, or at least "
+                f"{width}, the columns"
             )
 
     @property
@@ -186,7 +198,7 @@ def _under_one_another(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _layout(q: QTensor) -> tuple[object, ...]:
-    return q.kind, q.shape[1], q.group, q.int8_activations
+    return q.kind, q.shape[1], q.group, q.row_group, q.lanes
 
 
 def _same_columns(a: QTensor, b: QTensor) -> bool:

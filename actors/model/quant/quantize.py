@@ -6,15 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.quant_kind import QUANT_KINDS, QuantKind
+from actors.quant_kind import NUMBERS, QUANT_KINDS, NumberKind, QuantKind
 
 from .packing import pack_nibbles
 from .qtensor import DATA, QTensor
 
-GROUP: dict[QuantKind, int] = {"int8": 128, "int4": 32, "fp8": 128}
+GROUP: dict[NumberKind, int] = {"int8": 128, "int4": 32, "fp8": 128}
 """Columns that share a scale."""
 
-TOP: dict[QuantKind, float] = {"int8": 127.0, "int4": 15.0, "fp8": 448.0}
+ROW_GROUP = 128
+"""Columns of a row that share a scale where rows are quantised."""
+
+TOP: dict[NumberKind, float] = {"int8": 127.0, "int4": 15.0, "fp8": 448.0}
 """The largest number."""
 
 TILE_BYTES = 1024 * 1024
@@ -29,7 +32,8 @@ TINY = torch.finfo(torch.bfloat16).tiny
 
 def quantize(weight: Tensor, kind: QuantKind) -> QTensor:
     """``weight`` (floating [N, K]) as ``kind``: int8 symmetric in groups of 128 columns of a row, int4 with a zero
-    point in groups of 32, fp8 (e4m3) in groups of 128. Scales are bf16.
+    point in groups of 32, fp8 (e4m3) in groups of 128. Scales are bf16. ``w8a8`` and ``w4a8`` are the same numbers as
+    int8 and int4, for rows that are quantised to int8 with a scale for 128 columns.
 
     int8 and fp8: an element is off by half a step of its group at most (fp8: half a unit in the last place); scales are
     rounded up so that a group's largest element is still within range. Measured on normal weights, fp32 scales would
@@ -45,19 +49,20 @@ def quantize(weight: Tensor, kind: QuantKind) -> QTensor:
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}: allowed is a floating [N, K]")
     rows, width = weight.shape
-    if kind == "int4" and width % 2:
+    if NUMBERS[kind] == "int4" and width % 2:
         raise ValueError(f"weight has {width} columns: allowed is an even number (int4 packs two in a byte)")
     made = _blank((rows, width), kind, weight.device)
+    kept = made.kind
     height = max(1, TILE_BYTES // (4 * max(1, width)))
     for start in range(0, rows, height):
         tile = slice(start, start + height)
-        grouped = _in_groups(weight[tile].float(), GROUP[kind])
+        grouped = _in_groups(weight[tile].float(), made.group)
         if made.zero is None:
-            made.scale[tile], numbers = _symmetric(grouped, kind)
+            made.scale[tile], numbers = _symmetric(grouped, kept)
         else:
             made.scale[tile], made.zero[tile], numbers = _affine(grouped)
-        flat = numbers.flatten(1)[:, :width].to(DATA[kind])
-        made.data[tile] = pack_nibbles(flat) if kind == "int4" else flat
+        flat = numbers.flatten(1)[:, :width].to(DATA[kept])
+        made.data[tile] = pack_nibbles(flat) if kept == "int4" else flat
     return made
 
 
@@ -68,10 +73,12 @@ def quantized_bytes(shape: tuple[int, int], kind: QuantKind) -> int:
 
 def _blank(shape: tuple[int, int], kind: QuantKind, device: torch.device) -> QTensor:
     rows, width = shape
-    groups = (rows, -(-width // GROUP[kind]))
-    data = torch.empty((rows, width // 2 if kind == "int4" else width), dtype=DATA[kind], device=device)
-    zero = torch.empty(groups, dtype=torch.uint8, device=device) if kind == "int4" else None
-    return QTensor(kind, data, torch.empty(groups, dtype=torch.bfloat16, device=device), GROUP[kind], zero)
+    kept = NUMBERS[kind]
+    groups = (rows, -(-width // GROUP[kept]))
+    data = torch.empty((rows, width // 2 if kept == "int4" else width), dtype=DATA[kept], device=device)
+    zero = torch.empty(groups, dtype=torch.uint8, device=device) if kept == "int4" else None
+    scale = torch.empty(groups, dtype=torch.bfloat16, device=device)
+    return QTensor(kept, data, scale, GROUP[kept], zero, row_group=0 if kept == kind else ROW_GROUP)
 
 
 def _in_groups(tile: Tensor, group: int) -> Tensor:
@@ -79,7 +86,7 @@ def _in_groups(tile: Tensor, group: int) -> Tensor:
     return F.pad(tile, (0, -tile.shape[1] % group)).unflatten(1, (-1, group))
 
 
-def _symmetric(grouped: Tensor, kind: QuantKind) -> tuple[Tensor, Tensor]:
+def _symmetric(grouped: Tensor, kind: NumberKind) -> tuple[Tensor, Tensor]:
     """(bf16 scales [n, groups], numbers [n, groups, group] in fp32, fp8 not rounded yet)."""
     step = grouped.abs().amax(-1) / TOP[kind]
     nearest = step.to(torch.bfloat16)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from actors.model.errors import CheckpointError
 from actors.model.weights import Checkpoint
-from actors.quant_kind import QuantKind
+from actors.quant_kind import NumberKind
 
 from .layout import Part, Parts, groups_of, quantized_parts
 from .packed_formats import read_awq, read_gptq, read_order, read_pack_quantized, read_part
@@ -59,8 +59,8 @@ def _read_naive(checkpoint: Checkpoint, scheme: QuantScheme, parts: Parts, shape
                 "activations"
             )
         data = data.view(torch.uint8)[:, columns].view(data.dtype)
-    kind: QuantKind = "fp8" if scheme.floating else "int8"
-    return QTensor(kind, data, scale, group, zero, columns, int8_activations=scheme.int8_activations)
+    kind: NumberKind = "fp8" if scheme.floating else "int8"
+    return QTensor(kind, data, scale, group, zero, columns, row_group=shape[1] if scheme.int8_activations else 0)
 
 
 def _read_scale(checkpoint: Checkpoint, part: Part) -> Tensor:

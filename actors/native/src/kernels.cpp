@@ -40,18 +40,23 @@ static inline float from_fp16(uint16_t x) {  // finite
   return sign ? -out : out;
 }
 
-static inline int64_t padded(int64_t k) { return (k + 31) & ~int64_t{31}; }
+static inline int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+static inline int64_t padded(int64_t k) { return rounded_up(k, 32); }
 
 // Numbers from one laid out row to the next: an odd number of cache lines, or all rows would share a few sets of the cache.
-static inline int64_t stride(int64_t k) { return (padded(k) + 63) / 64 * 64 + 32; }
+static inline int64_t stride(int64_t k) { return rounded_up(k, 64) + 32; }
 
-enum Kind { DENSE, INT8, INT4 };  // of a weight; dense: of the rows' own type
+// Of a weight. Dense: of the rows' own type; W8A8, W4A8: int8 and int4 for rows that become int8 as they come.
+enum Kind { DENSE, INT8, INT4, W8A8, W4A8 };
 enum ScaleKind { FP32, BF16, FP16 };
 
 // A weight [N, K]; see actors/native/matrix.py.
 struct Matrix {
   const void *data, *scale, *zero;
   int64_t group, scale_kind;
+  int64_t row_group = 0;  // columns of a row that share a scale where rows become int8: a multiple of group, or all
+  int64_t in_lanes = 0;   // not row by row, see lanes.h
 };
 
 struct Linear {
@@ -116,7 +121,7 @@ constexpr int INTER_STEP = 96;  // columns of one task; a multiple of 32 and of 
 // Weight rows for one task: a few for each thread, so that both end at about the same time, but no tiny ones.
 static int64_t task_rows(int64_t n, int64_t row_bytes, int threads) {
   const int64_t fair = (n + threads * 8 - 1) / (threads * 8), least = (64 << 10) / std::max<int64_t>(row_bytes, 1) + 1;
-  return (std::max(fair, least) + 23) / 24 * 24;
+  return rounded_up(std::max(fair, least), 48);
 }
 
 // Weights of so many bytes each, for which the second cache has room beside the rows.
@@ -127,7 +132,7 @@ static int64_t weights_in_cache(int64_t row_bytes) {
 constexpr int64_t MOST_KEPT = 2 << 20;  // bytes: what a step of decoding needs; with more a call takes milliseconds
 
 // Memory of this thread, undefined at first. A little of it stays for the next call with the same use.
-enum Use { ROWS, INPUTS, GATES, SCALES, NUMBERS };
+enum Use { ROWS, HIDDEN, GATES, SCALES, NUMBERS };
 template <class T, Use use = ROWS>
 class Scratch {
  public:
@@ -153,15 +158,21 @@ class Scratch {
 
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma")
 namespace avx512_bf16 {
 constexpr int TILE_M = 8, TILE_N = 3;
 #define HAS_AVX512 1
+#define HAS_FMA 1
 #define HAS_BF16_DOT 1
+#define HAS_VNNI 1
 #include "products.h"
+#include "lanes.h"
+#include "int8_rows.h"
+#include "layers.h"
 #include "attention.h"
 #include "combine.h"
 #undef HAS_BF16_DOT
+#undef HAS_VNNI
 }  // namespace avx512_bf16
 #pragma GCC pop_options
 
@@ -170,6 +181,9 @@ constexpr int TILE_M = 8, TILE_N = 3;
 namespace avx512 {
 constexpr int TILE_M = 8, TILE_N = 3;
 #include "products.h"
+#include "lanes.h"
+#include "int8_rows.h"
+#include "layers.h"
 #include "attention.h"
 #include "combine.h"
 #undef HAS_AVX512
@@ -182,9 +196,13 @@ namespace avx2 {
 constexpr int TILE_M = 2, TILE_N = 3;
 #define HAS_AVX2 1
 #include "products.h"
+#include "lanes.h"
+#include "int8_rows.h"
+#include "layers.h"
 #include "attention.h"
 #include "combine.h"
 #undef HAS_AVX2
+#undef HAS_FMA
 }  // namespace avx2
 #pragma GCC pop_options
 #endif
@@ -192,6 +210,9 @@ constexpr int TILE_M = 2, TILE_N = 3;
 namespace portable {
 constexpr int TILE_M = 2, TILE_N = 3;
 #include "products.h"
+#include "lanes.h"
+#include "int8_rows.h"
+#include "layers.h"
 #include "attention.h"
 #include "combine.h"
 }  // namespace portable
@@ -222,7 +243,8 @@ static std::vector<Kernels> supported() {
   __builtin_cpu_init();
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (wide && __builtin_cpu_supports("avx512bf16")) all.push_back(KERNELS(avx512_bf16));
+  if (wide && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+    all.push_back(KERNELS(avx512_bf16));
   if (wide) all.push_back(KERNELS(avx512));
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(KERNELS(avx2));
 #endif

@@ -1,0 +1,206 @@
+// Products with rows that are quantised to int8 as they come. No include guard: see kernels.cpp.
+//
+// In a group of columns numbers meet as integers, exactly, whatever the order. The rest is fp32, by fused multiply-adds:
+// the groups that share a scale of the row are added in their order, times their scales, and then those sums, times the
+// row's scales. So results have the same bits on every instruction set and for any number of rows and of threads. See
+// actors/model/quant/int8_product.py, which is the same in torch.
+
+// a * b + c, rounded once.
+static inline __attribute__((always_inline)) vf fused(vf a, vf b, vf c) {
+#if HAS_FMA
+  return a * b + c;
+#else
+  for (int i = 0; i < 16; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+template <class Op>
+static inline __attribute__((always_inline)) int32_t reduced(vi v, const Op& op) {
+  v = op(v, __builtin_shuffle(v, vi{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));
+  v = op(v, __builtin_shuffle(v, vi{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
+  v = op(v, __builtin_shuffle(v, vi{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
+  v = op(v, __builtin_shuffle(v, vi{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}));
+  return v[0];
+}
+
+static inline __attribute__((always_inline)) vf widen_16(const float* p) { return load(p); }
+static inline __attribute__((always_inline)) vf widen_16(const uint16_t* p) { return (vf)Lanes::scales(reinterpret_cast<const uint8_t*>(p), BF16); }
+
+// The scale of the numbers x .. x + count, a multiple of 32: their largest magnitude / 127.5, not 0; NaN or infinite where
+// one of them is.
+template <class T>
+static float row_scale(const T* x, int64_t count) {
+  vi largest{};  // magnitudes are in the order of their bits, NaN the last
+  for (int64_t i = 0; i < count; i += 16) {
+    const vi bits = (vi)widen_16(x + i) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  const int32_t top = reduced(largest, [](vi a, vi b) { return a > b ? a : b; });
+  float scale;
+  std::memcpy(&scale, &top, 4);
+  scale /= 127.5f;
+  return scale == 0 ? 0x1p-23f : scale;
+}
+
+// from[0 .. count] / scale, rounded to even and no more than int8 holds; to get numbers + 128. Returns the numbers' sum.
+template <class W, class T>
+static int32_t round_numbers(const T* from, int64_t count, float scale, uint8_t* to) {
+  const vf magic = vf{} + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
+  const vf lowest = vf{} - 128.0f, highest = vf{} + 127.0f;
+  vi sum{};
+  for (int64_t i = 0; i < count; i += 16) {
+    vf steps = widen_16(from + i) / scale;
+    steps = steps > highest ? highest : steps;
+    steps = steps < lowest ? lowest : steps;
+    const vi number = (vi)(steps + magic) - (vi)magic;
+    sum += number;
+    *reinterpret_cast<vb*>(to + i) = W::in_order(__builtin_convertvector(number + 128, vb));
+  }
+  return reduced(sum, [](vi a, vi b) { return a + b; });
+}
+
+// A kind of weights for rows of int8. A row has k numbers + 128, as one operand must be unsigned; then its scales; then,
+// for each group of the weights' columns, the sum of its numbers.
+struct Int8Rows {
+  using Row = uint8_t;
+  static constexpr bool dense = false, rounds_rows = true;
+
+  static int64_t row_groups(const Matrix& w, int64_t k) { return (k + w.row_group - 1) / w.row_group; }
+  static int64_t width(const Matrix& w, int64_t k) {
+    return rounded_up(k + 4 * (row_groups(w, k) + groups_of(w, k)), 128) + 64;
+  }
+  static const float* scales(const uint8_t* row, int64_t k) { return reinterpret_cast<const float*>(row + k); }
+  static const int32_t* sums(const uint8_t* row, const Matrix& w, int64_t k) {
+    return reinterpret_cast<const int32_t*>(row + k) + row_groups(w, k);
+  }
+};
+
+struct W8 : Int8Rows {
+  static constexpr int COLUMNS = 4;  // in a dword of each lane
+  static int64_t row_bytes(int64_t k) { return k; }
+  static inline __attribute__((always_inline)) vb in_order(vb columns) { return columns; }
+  struct Group {};
+  static inline __attribute__((always_inline)) Group group(const Lanes&, int64_t) { return {}; }
+  template <class Fn>
+  static inline __attribute__((always_inline)) void fours(vi dwords, Group, const Fn& fn) { fn(0, four_of(dwords)); }
+  // What the numbers' zero points take away from a row's product with a group.
+  static inline __attribute__((always_inline)) vi less(const Lanes& lanes, int64_t g, int32_t sum) {
+    return lanes.zero ? lanes.zero_of<int8_t>(g) * sum : vi{};
+  }
+};
+
+// Two numbers in a byte, the first in its low half: of each 8 columns a row has the even ones before the odd ones.
+struct W4 : Int8Rows {
+  static constexpr int COLUMNS = 8;
+  static int64_t row_bytes(int64_t k) { return k / 2; }
+  static inline __attribute__((always_inline)) vb in_order(vb columns) {
+    return __builtin_shuffle(columns, vb{0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
+  }
+  struct Group {
+    v64 zero;  // four times in each lane
+  };
+  static inline __attribute__((always_inline)) Group group(const Lanes& lanes, int64_t g) {
+    return {(v64)((lanes.zero ? lanes.zero_of<uint8_t>(g) : vi{} + 8) * 0x01010101)};
+  }
+  template <class Fn>
+  static inline __attribute__((always_inline)) void fours(vi dwords, const Group& group, const Fn& fn) {
+    fn(0, four_of((vi)((v64)(dwords & 0x0f0f0f0f) - group.zero)));
+    fn(4, four_of((vi)((v64)((vi)((vu)dwords >> 4) & 0x0f0f0f0f) - group.zero)));
+  }
+  static inline __attribute__((always_inline)) vi less(const Lanes&, int64_t, int32_t) { return vi{}; }
+};
+
+template <class W, class T>
+static void round_row(const T* from, int64_t k, const Matrix& w, uint8_t* to) {
+  float* scale = reinterpret_cast<float*>(to + k);
+  int32_t* sum = reinterpret_cast<int32_t*>(scale + W::row_groups(w, k));
+  for (int64_t start = 0; start < k; start += w.row_group, ++scale) {
+    const int64_t end = std::min(start + w.row_group, k);
+    *scale = row_scale(from + start, end - start);
+    for (int64_t i = start; i < end; i += w.group)
+      *sum++ = round_numbers<W>(from + i, std::min(w.group, end - i), *scale, to + i);
+  }
+}
+
+static inline __attribute__((always_inline)) uint32_t four_numbers(const uint8_t* p) {
+  uint32_t out;
+  std::memcpy(&out, p, 4);
+  return out;
+}
+
+// sum[m] = the integer products of MR rows with the columns i .. end of a group. The rows' numbers are 128 too large, and
+// so what the weights' sum times 128 is taken away.
+template <class W, int MR>
+static inline __attribute__((always_inline)) void group_product(
+    const uint8_t* const* x, const Lanes& lanes, int64_t g, int64_t i, int64_t end, vi* out) {
+  constexpr int CHAINS = MR <= 2 ? 4 : MR <= 4 ? 2 : 1;  // sums that do not wait for each other
+  const auto group = W::group(lanes, g);
+  vi sum[CHAINS][MR] = {}, weights[CHAINS] = {};
+  for (; i < end; i += CHAINS * W::COLUMNS)
+#pragma GCC unroll 4
+    for (int c = 0; c < CHAINS; ++c) {
+      const int64_t column = i + c * W::COLUMNS;
+      const uint8_t* at = lanes.numbers + column * (64 / W::COLUMNS);
+      __builtin_prefetch(at + AHEAD);
+      W::fours(load_dwords(at), group, [&](int64_t offset, Four w) {
+        weights[c] = dot(w, 0x01010101u, weights[c]);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) sum[c][m] = dot(w, four_numbers(x[m] + column + offset), sum[c][m]);
+      });
+    }
+#pragma GCC unroll 4
+  for (int c = 1; c < CHAINS; ++c) weights[0] += weights[c];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) {
+    out[m] = sum[0][m] - (weights[0] << 7);
+#pragma GCC unroll 4
+    for (int c = 1; c < CHAINS; ++c) out[m] += sum[c][m];
+  }
+}
+
+// out[m] = the products of MR rows with 16 weights like those of w.
+template <class W, int MR>
+static inline __attribute__((always_inline)) void lanes_product(
+    const uint8_t* const* x, const Lanes& lanes, const Matrix& w, int64_t k, vf* out) {
+  vf total[MR] = {};
+  int64_t g = 0;
+  for (int64_t start = 0, r = 0; start < k; start += w.row_group, ++r) {
+    vf part[MR] = {};
+    const int64_t end = std::min(start + w.row_group, k);
+    for (int64_t i = start; i < end; i += w.group, ++g) {
+      vi whole[MR];
+      group_product<W, MR>(x, lanes, g, i, std::min(i + w.group, end), whole);
+      const vf scale = lanes.scale_of(g);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+        whole[m] -= W::less(lanes, g, W::sums(x[m], w, k)[g]);
+        part[m] = fused(__builtin_convertvector(whole[m], vf), scale, part[m]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) total[m] = fused(part[m], W::scales(x[m], k)[r] - vf{}, total[m]);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) out[m] = total[m];
+}
+
+// put(m, n, value) for all rows m of x and the weights n = from .. to of w [.., k].
+template <class W, class Put>
+static void multiply_lanes(const uint8_t* const* x, int64_t rows, const Matrix& w, int64_t from, int64_t to, int64_t k,
+                           const Put& put) {
+  const Scratch<vi, NUMBERS> room(lanes_room<W>(w, k));
+  for (int64_t n = from; n < to; n += LANES) {
+    const int64_t count = std::min(LANES, to - n);
+    const Lanes lanes = lanes_of<W>(w, n, count, k, room.get());
+    for (int64_t first = 0; first < rows; first += TILE_M) {
+      with_rows(static_cast<int>(std::min<int64_t>(TILE_M, rows - first)), [&](auto mr) {
+        constexpr int MR = decltype(mr)::value;
+        vf out[MR];
+        lanes_product<W, MR>(x + first, lanes, w, k, out);
+        for (int m = 0; m < MR; ++m)
+          for (int64_t j = 0; j < count; ++j) put(first + m, n + j, out[m][j]);
+      });
+    }
+  }
+}
