@@ -83,9 +83,10 @@ def _tiles(weight: QTensor, x: Tensor) -> Iterator[tuple[int, Tensor]]:
 def native(rows: float, row_block: int, x: Tensor, *weights: Matrix, many: int = _MANY) -> bool:
     """Whether products of so many ``rows`` with each of ``weights`` are the kernels' (x: any rows, for its dtype).
     ``many``: above so many rows in bf16 they are not, unless a weight is quantised."""
-    most = many if all(isinstance(weight, Tensor) for weight in weights) else _MANY_QUANTISED
-    too_many = x.dtype == torch.bfloat16 and rows > most and not row_block
-    return not too_many and products.usable(x, *weights)
+    quantised = [weight for weight in weights if isinstance(weight, QTensor)]
+    int8_rows = any(weight.row_group for weight in quantised)
+    too_many = x.dtype == torch.bfloat16 and rows > (_MANY_QUANTISED if quantised else many) and not row_block
+    return (int8_rows or not too_many) and products.usable(x, *weights)
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, row_block: int) -> Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from actors.native.library import library
+from actors.native.matrix import takes
 from actors.quant_kind import QuantKind
 
 from .errors import CheckpointError
@@ -86,10 +88,33 @@ class TensorReader:
         wanted = list(parts)
         if self._quantize is None:
             return self.stacked(wanted)
-        return stack([self._made(name, shape) for name, shape in wanted])
+        return self._laid(stack([self._made(name, shape) for name, shape in wanted]))
 
     def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
         """The matrix ``name``, quantised if it is stored so or ``quantize`` is set."""
+        return self._laid(self._matrix(name, shape))
+
+    def stacked_matrix(self, parts: Sequence[Part]) -> Matrix | tuple[Matrix, ...]:
+        """As :meth:`stacked`, of what :meth:`matrix` gives. Apart, in their order, where they cannot lie under one
+        another: one plain and one quantised, or two orders of columns."""
+        if self._quantize is None and not any(self._is_quantized(name) for name, _ in parts):
+            return self.stacked(parts)
+        matrices = [self._matrix(name, shape) for name, shape in parts]
+        quantized = [matrix for matrix in matrices if isinstance(matrix, QTensor)]
+        if len(quantized) == len(matrices) and can_stack(quantized):
+            return self._laid(stack(quantized))
+        return tuple(map(self._laid, matrices))
+
+    def matrix_entry(self, name: str, count: int, index: int, shape: tuple[int, int]) -> Matrix:
+        """Entry ``index`` of the fused tensor ``name`` [count, *shape], which is stored plain; see :meth:`matrix`."""
+        if self._quantize is None:
+            kept: Matrix = self._checkpoint.read_entry(name, count, index, shape, self.dtype).to(self._device)
+        else:
+            kept = self._laid(self._quantized(self._checkpoint.read_entry(name, count, index, shape), name))
+        self._report()
+        return kept
+
+    def _matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
         stored = self._stored_quantized(name, shape)
         if stored is None and self._quantize is None:
             return self(name, shape)
@@ -97,26 +122,6 @@ class TensorReader:
             return self._made(name, shape)
         self._report()
         return stored
-
-    def stacked_matrix(self, parts: Sequence[Part]) -> Matrix | tuple[Matrix, ...]:
-        """As :meth:`stacked`, of what :meth:`matrix` gives. Apart, in their order, where they cannot lie under one
-        another: one plain and one quantised, or two orders of columns."""
-        if self._quantize is None and not any(self._is_quantized(name) for name, _ in parts):
-            return self.stacked(parts)
-        matrices = [self.matrix(name, shape) for name, shape in parts]
-        quantized = [matrix for matrix in matrices if isinstance(matrix, QTensor)]
-        if len(quantized) == len(matrices) and can_stack(quantized):
-            return stack(quantized)
-        return tuple(matrices)
-
-    def matrix_entry(self, name: str, count: int, index: int, shape: tuple[int, int]) -> Matrix:
-        """Entry ``index`` of the fused tensor ``name`` [count, *shape], which is stored plain; see :meth:`matrix`."""
-        if self._quantize is None:
-            kept: Matrix = self._checkpoint.read_entry(name, count, index, shape, self.dtype).to(self._device)
-        else:
-            kept = self._quantized(self._checkpoint.read_entry(name, count, index, shape), name)
-        self._report()
-        return kept
 
     def _fill(self, out: Tensor, name: str) -> None:
         shape = tuple(out.shape)
@@ -150,6 +155,12 @@ class TensorReader:
         """From the precision on disk: a cast before it would add an error."""
         assert self._quantize is not None
         return self._fitting(quantize(plain, self._quantize), name, name).to(self._device)
+
+    def _laid(self, matrix: Matrix) -> Matrix:
+        """As the kernels like it best, where it will be theirs."""
+        if isinstance(matrix, Tensor) or not matrix.fits_lanes or not takes(matrix, self.dtype) or library() is None:
+            return matrix
+        return matrix.in_lanes()
 
     def _fitting(self, matrix: QTensor, name: str, part: str) -> QTensor:
         """``matrix``, whose parts are finite; multiplied, they may be more than fp16 holds. ``part``: a tensor that it

@@ -14,12 +14,17 @@ from .matrix import DENSE, Place, Weight, place, weight_kind
 _NUMBERS = 3 * len(Place._fields)
 """Of one expert: gate, up and down."""
 
+Rounding = tuple[int, int] | None
+"""Columns in a group of the weight and of the rows; None for rows that stay as they are. Rows that several matrices of
+one call are multiplied with become int8 but once."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertPlaces:
     """Experts by number, all alike; an expert that is not held has addresses of 0. Valid as long as the weights.
 
     ``kinds``: of gate and up, and of down. ``dtype``: of the rows that they take, None: any that the kernels know.
+    ``rounding``: how rows become int8 for gate and up, and for down.
     """
 
     numbers: ctypes.Array[ctypes.c_int64]
@@ -27,6 +32,7 @@ class ExpertPlaces:
     inter: int
     d_model: int
     dtype: torch.dtype | None
+    rounding: tuple[Rounding, Rounding]
 
     def __len__(self) -> int:
         return len(self.numbers) // _NUMBERS
@@ -39,8 +45,8 @@ class ExpertPlaces:
     def of(cls, gate_up: Weight | tuple[Weight, ...], down: Weight) -> ExpertPlaces | None:
         """One expert, number 0. gate_up: [2I, D], the gate's rows first, or both [I, D]; down: [D, I].
 
-        None if the kernels cannot take them, if gate and up are of two kinds, or if the shapes do not fit
-        or are empty: an address of 0 is for an expert that is not held.
+        None if the kernels cannot take them, if gate and up are of two kinds or want other rows, or if the shapes do not
+        fit or are empty: an address of 0 is for an expert that is not held.
         """
         d_model, inter = down.shape
         gate, up = gate_up if isinstance(gate_up, tuple) else (gate_up, gate_up)
@@ -53,7 +59,11 @@ class ExpertPlaces:
             return None
         places = place(gate), place(up, 0 if isinstance(gate_up, tuple) else inter), place(down)
         numbers = (ctypes.c_int64 * _NUMBERS)(*(number for one in places for number in one))
-        return cls(numbers, (kinds[0] or DENSE, kinds[2] or DENSE), inter, d_model, next(iter(dense), None))
+        of_gate, of_up, of_down = map(_rounding, places)
+        if of_gate != of_up:
+            return None
+        rounding = of_gate, of_down
+        return cls(numbers, (kinds[0] or DENSE, kinds[2] or DENSE), inter, d_model, next(iter(dense), None), rounding)
 
     @classmethod
     def together(cls, experts: Mapping[int, ExpertPlaces]) -> ExpertPlaces | None:
@@ -64,7 +74,11 @@ class ExpertPlaces:
         numbers = [0] * (_NUMBERS * (max(experts) + 1))
         for index, one in experts.items():
             numbers[index * _NUMBERS : (index + 1) * _NUMBERS] = one.numbers
-        return cls((ctypes.c_int64 * len(numbers))(*numbers), first.kinds, first.inter, first.d_model, first.dtype)
+        return cls((ctypes.c_int64 * len(numbers))(*numbers), *first._form())
 
-    def _form(self) -> tuple[object, ...]:
-        return self.kinds, self.inter, self.d_model, self.dtype
+    def _form(self) -> tuple[tuple[int, int], int, int, torch.dtype | None, tuple[Rounding, Rounding]]:
+        return self.kinds, self.inter, self.d_model, self.dtype, self.rounding
+
+
+def _rounding(one: Place) -> Rounding:
+    return (one.group, one.row_group) if one.row_group else None

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lanes import in_rows
 from .packing import unpack_nibbles
 from .qtensor import MIDDLE, QTensor
 
@@ -28,7 +27,7 @@ def int8_linear(x: Tensor, weight: QTensor) -> Tensor:
     The integer products of a group of columns are exact; scales are applied in fp32, with one cast at the end. A row's
     result does not depend on the other rows. A row that holds NaN or infinity becomes NaN or infinity, the others do not.
     """
-    weight = in_rows(weight)
+    weight = weight.in_rows()
     width, row_group = weight.shape[1], min(weight.row_group, weight.shape[1])
     rows, row_scale = quantize_rows(x, row_group)
     total = x.new_zeros((), dtype=torch.float32)

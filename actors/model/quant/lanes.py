@@ -1,70 +1,43 @@
-"""The other order in which a quantised matrix's bytes may lie: as the kernels for int8 rows read them."""
+"""The other order in which a quantised matrix's bytes may lie: rows side by side, as the kernels for int8 rows read them.
+
+Of each 16 rows the first elements lie next to each other, then the second ones, and so on. So of numbers a register of 64
+bytes has four columns (int4: eight) of 16 rows, a row in each lane, and no instruction is spent on bringing them there.
+"""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .qtensor import QTensor
+ROWS = 16
+"""That lie side by side."""
 
-LANES = 16
-"""Rows of a matrix that lie side by side."""
-
-HEIGHT = 2 * LANES
-"""Only matrices of a multiple of so many rows: the half of a gate and its up must be whole too."""
+HEIGHT = 2 * ROWS
+"""Rows of a matrix are a multiple of this, so that it can be cut in two: gate and up lie in one."""
 
 WIDTH = 32
-"""And of so many columns."""
+"""And columns of this."""
 
-TILE_ROWS = 512
+ELEMENT = 4
+"""Bytes of numbers that stay together."""
 
-
-def takes_lanes(weight: QTensor) -> bool:
-    """Whether :func:`in_lanes` helps and can: the kernels for int8 rows multiply it, and it has whole blocks."""
-    return bool(weight.row_group) and not weight.shape[0] % HEIGHT and not weight.shape[1] % WIDTH
+_TILE_ROWS = 512
 
 
-def in_lanes(weight: QTensor) -> QTensor:
-    """The same matrix, its bytes rearranged where they lie: ``weight`` is not to be used any more.
-
-    Of each 16 rows the first four bytes lie next to each other, then the next four, and so on; likewise their first
-    scales and zero points. So a register of 64 bytes has four columns (int4: eight) of 16 rows, a row in each lane.
-    """
-    for part, size in _parts(weight):
-        for tile in part.split(TILE_ROWS):
-            tile.copy_(_exchanged(tile, size))
-    return replace(weight, lanes=True)
+def to_lanes(part: Tensor, element: int) -> None:
+    """Bring contiguous [N, ...] in that order, where it lies. N: a multiple of ROWS; ``element``: bytes of one."""
+    for tile in part.view(torch.uint8).split(_TILE_ROWS):
+        blocks, width = tile.shape[0] // ROWS, tile.shape[1] // element
+        tile.copy_(_exchanged(tile, (blocks, ROWS, width, element)))
 
 
-def in_rows(weight: QTensor) -> QTensor:
-    """A copy that lies row by row; ``weight`` itself if it does."""
-    if not weight.lanes:
-        return weight
-    data, scale, zero = (None if part is None else torch.empty_like(part) for part in _fields(weight))
-    assert data is not None
-    assert scale is not None
-    made = replace(weight, data=data, scale=scale, zero=zero, lanes=False)
-    for (part, size), (source, _) in zip(_parts(made), _parts(weight), strict=True):
-        part.copy_(_exchanged(source, size, back=True))
-    return made
+def from_lanes(part: Tensor, element: int) -> Tensor:
+    """A copy that lies row by row: what :func:`to_lanes` was given."""
+    plain = part.view(torch.uint8)
+    blocks, width = plain.shape[0] // ROWS, plain.shape[1] // element
+    return _exchanged(plain, (blocks, width, ROWS, element)).view(part.dtype)
 
 
-def _fields(weight: QTensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    return weight.data, weight.scale, weight.zero
-
-
-def _parts(weight: QTensor) -> list[tuple[Tensor, int]]:
-    """Each part as bytes [N, ...] and how many of them lie together."""
-    sizes = (4, weight.scale.itemsize, 1)
-    return [
-        (part.view(torch.uint8), size) for part, size in zip(_fields(weight), sizes, strict=True) if part is not None
-    ]
-
-
-def _exchanged(tile: Tensor, size: int, back: bool = False) -> Tensor:
-    """uint8 [n, w] with the elements of ``size`` bytes of each 16 rows transposed, or transposed back."""
-    blocks, width = tile.shape[0] // LANES, tile.shape[1] // size
-    shape = (blocks, width, LANES, size) if back else (blocks, LANES, width, size)
-    return tile.reshape(shape).transpose(1, 2).reshape(tile.shape)
+def _exchanged(plain: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """``plain`` as ``shape`` with the two axes in the middle exchanged."""
+    return plain.reshape(shape).transpose(1, 2).reshape(plain.shape)

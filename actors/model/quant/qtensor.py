@@ -12,6 +12,7 @@ from actors.model.finite import all_finite
 from actors.model.heap import blank
 from actors.quant_kind import NumberKind
 
+from .lanes import ELEMENT, HEIGHT, WIDTH, from_lanes, to_lanes
 from .packing import unpack_nibbles
 
 DATA = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
@@ -107,6 +108,31 @@ class QTensor:
             columns=None if self.columns is None else self.columns.to(device),
         )
 
+    @property
+    def fits_lanes(self) -> bool:
+        """Whether :meth:`in_lanes` takes it, and it is of use: rows are int8 as well."""
+        return bool(self.row_group and self.shape[0]) and not (self.shape[0] % HEIGHT or self.shape[1] % WIDTH)
+
+    def in_lanes(self) -> QTensor:
+        """The same matrix in the order of :mod:`.lanes`, where it lies: ``self`` is not to be used any more."""
+        to_lanes(self.data, ELEMENT)
+        for part in (self.scale, self.zero):
+            if part is not None:
+                to_lanes(part, part.itemsize)
+        return replace(self, lanes=True)
+
+    def in_rows(self) -> QTensor:
+        """Row by row: a copy, or ``self`` where it lies so."""
+        if not self.lanes:
+            return self
+        return replace(
+            self,
+            data=from_lanes(self.data, ELEMENT),
+            scale=from_lanes(self.scale, self.scale.itemsize),
+            zero=None if self.zero is None else from_lanes(self.zero, 1),
+            lanes=False,
+        )
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix [N, K]: products in fp32, one cast to ``dtype``."""
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
@@ -135,9 +161,9 @@ class QTensor:
         Each tile is memory of its own; at most ``tile_bytes`` of fp32 (one row at least) lie about at a time, and as
         much again in ``dtype``. Where the tiles are cut depends on K alone.
         """
-        height = self.tile_rows(tile_bytes)
+        height, plain = self.tile_rows(tile_bytes), self.in_rows()
         for start in range(0, self.shape[0], height):
-            yield start, self._rows(slice(start, start + height)).to(dtype)
+            yield start, plain._rows(slice(start, start + height)).to(dtype)
 
     def tile_rows(self, tile_bytes: int) -> int:
         """Rows of a tile of at most ``tile_bytes`` of fp32: one at least, whole eights where there are more."""

@@ -71,9 +71,7 @@ struct Int8Rows {
     return rounded_up(k + 4 * (row_groups(w, k) + groups_of(w, k)), 128) + 64;
   }
   static const float* scales(const uint8_t* row, int64_t k) { return reinterpret_cast<const float*>(row + k); }
-  static const int32_t* sums(const uint8_t* row, const Matrix& w, int64_t k) {
-    return reinterpret_cast<const int32_t*>(row + k) + row_groups(w, k);
-  }
+  static int64_t sums_at(const Matrix& w, int64_t k) { return k + 4 * row_groups(w, k); }
 };
 
 struct W8 : Int8Rows {
@@ -82,11 +80,11 @@ struct W8 : Int8Rows {
   static inline __attribute__((always_inline)) vb in_order(vb columns) { return columns; }
   struct Group {};
   static inline __attribute__((always_inline)) Group group(const Lanes&, int64_t) { return {}; }
-  template <class Fn>
-  static inline __attribute__((always_inline)) void fours(vi dwords, Group, const Fn& fn) { fn(0, four_of(dwords)); }
+  static constexpr int FOURS = 1;
+  static inline __attribute__((always_inline)) void fours(vi dwords, Group, Four* out) { out[0] = four_of(dwords); }
   // What the numbers' zero points take away from a row's product with a group.
-  static inline __attribute__((always_inline)) vi less(const Lanes& lanes, int64_t g, int32_t sum) {
-    return lanes.zero ? lanes.zero_of<int8_t>(g) * sum : vi{};
+  static inline __attribute__((always_inline)) vi less(const Lanes& lanes, int64_t g, const uint8_t* sums) {
+    return lanes.zero ? lanes.zero_of<int8_t>(g) * reinterpret_cast<const int32_t*>(sums)[g] : vi{};
   }
 };
 
@@ -103,12 +101,12 @@ struct W4 : Int8Rows {
   static inline __attribute__((always_inline)) Group group(const Lanes& lanes, int64_t g) {
     return {(v64)((lanes.zero ? lanes.zero_of<uint8_t>(g) : vi{} + 8) * 0x01010101)};
   }
-  template <class Fn>
-  static inline __attribute__((always_inline)) void fours(vi dwords, const Group& group, const Fn& fn) {
-    fn(0, four_of((vi)((v64)(dwords & 0x0f0f0f0f) - group.zero)));
-    fn(4, four_of((vi)((v64)((vi)((vu)dwords >> 4) & 0x0f0f0f0f) - group.zero)));
+  static constexpr int FOURS = 2;
+  static inline __attribute__((always_inline)) void fours(vi dwords, const Group& group, Four* out) {
+    out[0] = four_of((vi)((v64)(dwords & 0x0f0f0f0f) - group.zero));
+    out[1] = four_of((vi)((v64)((vi)((vu)dwords >> 4) & 0x0f0f0f0f) - group.zero));
   }
-  static inline __attribute__((always_inline)) vi less(const Lanes&, int64_t, int32_t) { return vi{}; }
+  static inline __attribute__((always_inline)) vi less(const Lanes&, int64_t, const uint8_t*) { return vi{}; }
 };
 
 template <class W, class T>
@@ -129,77 +127,108 @@ static inline __attribute__((always_inline)) uint32_t four_numbers(const uint8_t
   return out;
 }
 
-// sum[m] = the integer products of MR rows with the columns i .. end of a group. The rows' numbers are 128 too large, and
-// so what the weights' sum times 128 is taken away.
-template <class W, int MR>
+// out[m][b] = the integer products of MR rows with the columns i .. end of a group of each block. The rows' numbers are 128
+// too large, and so what the weights' sum times 128 is taken away.
+template <class W, int MR, int BLOCKS>
 static inline __attribute__((always_inline)) void group_product(
-    const uint8_t* const* x, const Lanes& lanes, int64_t g, int64_t i, int64_t end, vi* out) {
-  constexpr int CHAINS = MR <= 2 ? 4 : MR <= 4 ? 2 : 1;  // sums that do not wait for each other
-  const auto group = W::group(lanes, g);
-  vi sum[CHAINS][MR] = {}, weights[CHAINS] = {};
+    const uint8_t* const* x, const Lanes* lanes, int64_t g, int64_t i, int64_t end, vi (*out)[BLOCKS]) {
+  constexpr int SUMS = MR * BLOCKS, CHAINS = SUMS <= 4 ? 2 : 1;  // sums that do not wait for each other
+  typename W::Group group[BLOCKS];
+  vi sum[CHAINS * SUMS] = {}, weights[BLOCKS] = {};
+#pragma GCC unroll 2
+  for (int b = 0; b < BLOCKS; ++b) group[b] = W::group(lanes[b], g);
   for (; i < end; i += CHAINS * W::COLUMNS)
 #pragma GCC unroll 4
     for (int c = 0; c < CHAINS; ++c) {
       const int64_t column = i + c * W::COLUMNS;
-      const uint8_t* at = lanes.numbers + column * (64 / W::COLUMNS);
-      __builtin_prefetch(at + AHEAD);
-      W::fours(load_dwords(at), group, [&](int64_t offset, Four w) {
-        weights[c] = dot(w, 0x01010101u, weights[c]);
+      Four w[BLOCKS][W::FOURS];
+#pragma GCC unroll 2
+      for (int b = 0; b < BLOCKS; ++b) {
+        const uint8_t* at = lanes[b].numbers + column * (64 / W::COLUMNS);
+        __builtin_prefetch(at + 4096);
+        W::fours(load_dwords(at), group[b], w[b]);
+      }
+#pragma GCC unroll 2
+      for (int f = 0; f < W::FOURS; ++f) {
+#pragma GCC unroll 2
+        for (int b = 0; b < BLOCKS; ++b) weights[b] = dot(w[b][f], 0x01010101u, weights[b]);
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) sum[c][m] = dot(w, four_numbers(x[m] + column + offset), sum[c][m]);
-      });
-    }
-#pragma GCC unroll 4
-  for (int c = 1; c < CHAINS; ++c) weights[0] += weights[c];
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) {
-    out[m] = sum[0][m] - (weights[0] << 7);
-#pragma GCC unroll 4
-    for (int c = 1; c < CHAINS; ++c) out[m] += sum[c][m];
-  }
-}
-
-// out[m] = the products of MR rows with 16 weights like those of w.
-template <class W, int MR>
-static inline __attribute__((always_inline)) void lanes_product(
-    const uint8_t* const* x, const Lanes& lanes, const Matrix& w, int64_t k, vf* out) {
-  vf total[MR] = {};
-  int64_t g = 0;
-  for (int64_t start = 0, r = 0; start < k; start += w.row_group, ++r) {
-    vf part[MR] = {};
-    const int64_t end = std::min(start + w.row_group, k);
-    for (int64_t i = start; i < end; i += w.group, ++g) {
-      vi whole[MR];
-      group_product<W, MR>(x, lanes, g, i, std::min(i + w.group, end), whole);
-      const vf scale = lanes.scale_of(g);
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
-        whole[m] -= W::less(lanes, g, W::sums(x[m], w, k)[g]);
-        part[m] = fused(__builtin_convertvector(whole[m], vf), scale, part[m]);
+        for (int m = 0; m < MR; ++m) {
+          const uint32_t four = four_numbers(x[m] + column + 4 * f);
+#pragma GCC unroll 2
+          for (int b = 0; b < BLOCKS; ++b) sum[c * SUMS + m * BLOCKS + b] = dot(w[b][f], four, sum[c * SUMS + m * BLOCKS + b]);
+        }
       }
     }
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) total[m] = fused(part[m], W::scales(x[m], k)[r] - vf{}, total[m]);
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int b = 0; b < BLOCKS; ++b) {
+      out[m][b] = sum[m * BLOCKS + b] - (weights[b] << 7);
+#pragma GCC unroll 4
+      for (int c = 1; c < CHAINS; ++c) out[m][b] += sum[c * SUMS + m * BLOCKS + b];
+    }
+}
+
+// out[m][b] = the products of MR rows with the weights of each block, which lie as in w.
+template <class W, int MR, int BLOCKS>
+static void lanes_product(const uint8_t* const* x, const Lanes* lanes, const Matrix& w, int64_t k, vf (*out)[BLOCKS]) {
+  vf total[MR][BLOCKS] = {};
+  const int64_t sums = W::sums_at(w, k);
+  int64_t g = 0;
+  for (int64_t start = 0, r = 0; start < k; start += w.row_group, ++r) {
+    vf part[MR][BLOCKS] = {};
+    const int64_t end = std::min(start + w.row_group, k);
+    for (int64_t i = start; i < end; i += w.group, ++g) {
+      vi whole[MR][BLOCKS];
+      group_product<W, MR, BLOCKS>(x, lanes, g, i, std::min(i + w.group, end), whole);
+#pragma GCC unroll 2
+      for (int b = 0; b < BLOCKS; ++b) {
+        const vf scale = lanes[b].scale_of(g);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) {
+          whole[m][b] -= W::less(lanes[b], g, x[m] + sums);
+          part[m][b] = fused(__builtin_convertvector(whole[m][b], vf), scale, part[m][b]);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+      for (int b = 0; b < BLOCKS; ++b) total[m][b] = fused(part[m][b], W::scales(x[m], k)[r] - vf{}, total[m][b]);
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) out[m] = total[m];
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int b = 0; b < BLOCKS; ++b) out[m][b] = total[m][b];
 }
+
+// Weights of so many blocks meet a row's numbers while these are in a register.
+constexpr int64_t MOST_BLOCKS = 2;
+static constexpr int blocks_for(int rows) { return rows <= 4 ? MOST_BLOCKS : 1; }
 
 // put(m, n, value) for all rows m of x and the weights n = from .. to of w [.., k].
 template <class W, class Put>
 static void multiply_lanes(const uint8_t* const* x, int64_t rows, const Matrix& w, int64_t from, int64_t to, int64_t k,
                            const Put& put) {
-  const Scratch<vi, NUMBERS> room(lanes_room<W>(w, k));
-  for (int64_t n = from; n < to; n += LANES) {
-    const int64_t count = std::min(LANES, to - n);
-    const Lanes lanes = lanes_of<W>(w, n, count, k, room.get());
+  const int64_t block_room = lanes_room<W>(w, k);
+  const Scratch<vi, NUMBERS> room(MOST_BLOCKS * block_room);
+  for (int64_t n = from; n < to; n += MOST_BLOCKS * LANES) {
+    Lanes lanes[MOST_BLOCKS];
+    for (int64_t b = 0; b < MOST_BLOCKS; ++b) {
+      const int64_t start = n + b * LANES, count = std::min(LANES, to - start);
+      lanes[b] = count > 0 ? lanes_of<W>(w, start, count, k, room.get() + b * block_room) : lanes[0];
+    }
     for (int64_t first = 0; first < rows; first += TILE_M) {
       with_rows(static_cast<int>(std::min<int64_t>(TILE_M, rows - first)), [&](auto mr) {
-        constexpr int MR = decltype(mr)::value;
-        vf out[MR];
-        lanes_product<W, MR>(x + first, lanes, w, k, out);
-        for (int m = 0; m < MR; ++m)
-          for (int64_t j = 0; j < count; ++j) put(first + m, n + j, out[m][j]);
+        constexpr int MR = decltype(mr)::value, BLOCKS = blocks_for(MR);
+        for (int64_t b = 0; b < MOST_BLOCKS && n + b * LANES < to; b += BLOCKS) {
+          const int64_t start = n + b * LANES, count = std::min(BLOCKS * LANES, to - start);
+          vf out[MR][BLOCKS];
+          lanes_product<W, MR, BLOCKS>(x + first, lanes + b, w, k, out);
+          for (int m = 0; m < MR; ++m)
+            for (int64_t j = 0; j < count; ++j) put(first + m, start + j, out[m][j / LANES][j % LANES]);
+        }
       });
     }
   }
