@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from actors.quant_kind import QuantKind
 from benchmarks.speed_cases import Case
 from benchmarks.speed_figures import LLAMACPP, ONE_PROCESS, OURS, PEERS, TRANSFORMERS, VLLM, Contender, Precision
 
@@ -20,6 +21,9 @@ _NEEDS: Mapping[str, tuple[float, float]] = {
 }
 """Memory: times the bytes of the weights, and GiB beside."""
 
+_OUR_KIND: Mapping[Precision, QuantKind | Literal["none"]] = {"bf16": "none", "int8": "w8a8", "int4": "w4a8"}
+"""What a precision is for us: llama.cpp, with which ours is compared, rounds rows to int8 as well."""
+
 
 def contenders(precisions: Sequence[Precision], peers: Sequence[str], shards: Sequence[int]) -> list[Contender]:
     """Ours first, in one process too in the first precision; with other numbers of expert ``shards`` than the usual
@@ -33,10 +37,9 @@ def contenders(precisions: Sequence[Precision], peers: Sequence[str], shards: Se
 def our_config(contender: Contender, model: Path, streams: int, start_timeout_s: float) -> dict[str, Any]:
     """The server's configuration: as it is shipped, but for the model, its precision, ports of its own, a Ray of its
     own, and room for ``streams`` in a step where that is more than usual."""
-    experts: dict[str, Any] = {}
-    attention: dict[str, Any] = {"max_running": max(_USUAL_STREAMS, streams)}
-    if contender.precision != "bf16":
-        experts["quantization"] = attention["quantization"] = contender.precision
+    kind = _OUR_KIND[contender.precision]
+    experts: dict[str, Any] = {"quantization": kind}
+    attention: dict[str, Any] = {"max_running": max(_USUAL_STREAMS, streams), "quantization": kind}
     if contender.shards:
         experts["shards"] = contender.shards
     return {

@@ -19,7 +19,7 @@ from tests.paged_runner import PagedRunner, random_ids
 from tests.prompts import PROMPTS
 from tests.quantised_checkpoints import FORMATS, load_reference, write_plain, write_quantised
 
-KINDS: tuple[QuantKind, ...] = ("int8", "fp8", "int4")
+KINDS: tuple[QuantKind, ...] = ("int8", "w8a8", "fp8", "int4", "w4a8")
 TOKENS = 600
 STREAM = 100
 """Tokens of text in all, and in one stream."""

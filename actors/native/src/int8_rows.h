@@ -25,7 +25,9 @@ static inline __attribute__((always_inline)) int32_t reduced(vi v, const Op& op)
 }
 
 static inline __attribute__((always_inline)) vf widen_16(const float* p) { return load(p); }
-static inline __attribute__((always_inline)) vf widen_16(const uint16_t* p) { return (vf)Lanes::scales(reinterpret_cast<const uint8_t*>(p), BF16); }
+static inline __attribute__((always_inline)) vf widen_16(const uint16_t* p) {
+  return (vf)Lanes::scales(reinterpret_cast<const uint8_t*>(p), BF16);
+}
 
 // The scale of the numbers x .. x + count, a multiple of 32: their largest magnitude / 127.5, not 0; NaN or infinite where
 // one of them is.
@@ -145,7 +147,7 @@ static inline __attribute__((always_inline)) void group_product(
 #pragma GCC unroll 2
       for (int b = 0; b < BLOCKS; ++b) {
         const uint8_t* at = lanes[b].numbers + column * (64 / W::COLUMNS);
-        __builtin_prefetch(at + 4096);
+        __builtin_prefetch(at + BYTES_AHEAD);
         W::fours(load_dwords(at), group[b], w[b]);
       }
 #pragma GCC unroll 2

@@ -76,15 +76,25 @@ static inline __attribute__((always_inline)) void transpose(const vi* row, vi* c
 
 constexpr int64_t LANES = 16;
 
+// So much further on memory is fetched: int4 in groups of 32 gets its numbers, scales and zero points at the same time.
+constexpr int64_t BYTES_AHEAD = 4096, GROUPS_AHEAD = 16;
+
 // A block of 16 weights, one in each lane: dwords of their numbers, four columns of int8 or eight of int4; and for each
 // group a scale and, where there are any, a zero point.
 struct Lanes {
   const uint8_t *numbers, *scale, *zero;
   int64_t scale_kind;
 
-  vf scale_of(int64_t g) const { return (vf)scales(scale + g * LANES * (scale_kind == FP32 ? 4 : 2), scale_kind); }
+  vf scale_of(int64_t g) const {
+    const int64_t bytes = LANES * (scale_kind == FP32 ? 4 : 2);
+    __builtin_prefetch(scale + (g + GROUPS_AHEAD) * bytes);
+    return (vf)scales(scale + g * bytes, scale_kind);
+  }
   template <class Z>
-  vi zero_of(int64_t g) const { return widen16(reinterpret_cast<const Z*>(zero) + g * LANES); }
+  vi zero_of(int64_t g) const {
+    __builtin_prefetch(zero + (g + GROUPS_AHEAD) * LANES);
+    return widen16(reinterpret_cast<const Z*>(zero) + g * LANES);
+  }
 
   // The bits of 16 scales, as fp32.
   static inline __attribute__((always_inline)) vi scales(const uint8_t* p, int64_t kind) {

@@ -53,7 +53,7 @@ class LaidOut {
   template <class Source>
   LaidOut(int64_t count, int64_t k, const Matrix& w, Pool& pool, int threads, const Source& row)
       : width_(width(w, k)), memory_(count * width_) {
-    const int64_t step = std::max<int64_t>(1, std::min(SHARED_OUT / k, (count + threads - 1) / threads));
+    const int64_t step = std::max<int64_t>(1, std::min(SHARED_OUT / std::max<int64_t>(k, 1), (count + threads - 1) / threads));
     pool.run((count + step - 1) / step, threads, [&](int64_t task) {
       for (int64_t r = task * step; r < std::min((task + 1) * step, count); ++r) lay_out(row(r), k, w, at(r));
     });

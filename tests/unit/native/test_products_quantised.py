@@ -198,7 +198,6 @@ def test_what_they_take() -> None:
     columns = torch.arange(64)
     refused = [
         replace(good, columns=columns),
-        replace(good, zero=None, int8_activations=True),
         quantised(4, 64, "int8", group=16),
         quantised(4, 96, "int4", group=48),
         quantised(4, 40, "int4", group=40),

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -40,21 +41,34 @@ def int8(shape: tuple[int, int], seed: int = 0) -> Tensor:
     return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
 
 
-def matrix(n: int, width: int, group: int, zero: bool = False) -> QTensor:
+def matrix(n: int, width: int, group: int, zero: bool = False, row_group: int = 2**16, kind: Any = "int8") -> QTensor:
     groups = (n, -(-width // group))
     scale = torch.rand(groups, generator=torch.Generator().manual_seed(5)) + 0.5
-    return QTensor("int8", int8((n, width), 3), scale, group, int8(groups, 4) if zero else None, int8_activations=True)
+    data, zeros = int8((n, width), 3), int8(groups, 4)
+    if kind == "int4":
+        data, zeros = data[:, : width // 2].contiguous().view(torch.uint8), zeros.view(torch.uint8) & 15
+    return QTensor(kind, data, scale, group, zeros if zero else None, row_group=row_group)
 
 
 def test_rows_are_quantised_as_compressed_tensors_does_it() -> None:
     x = torch.cat((rows(20, 96), torch.zeros(1, 96), torch.full((1, 96), 1e-44), torch.arange(96.0)[None] - 48))
     scale, zero = compute_dynamic_scales_and_zp(x[None], TOKEN, torch.nn.Identity())
     want = fake_quantize(x[None], scale, zero, TOKEN)[0]
-    got, got_scale = quantize_rows(x)
+    got, got_scale = quantize_rows(x, 96)
     assert torch.equal(got_scale, scale[0])
     assert torch.equal(got.float() * got_scale, want)
     assert got.min() == -128
     assert got.max() == 127
+
+
+def test_groups_of_a_row_are_quantised_as_rows_are() -> None:
+    x = rows(5, 100)
+    got, scale = quantize_rows(x, 32)
+    assert scale.shape == (5, 4)
+    for index, part in enumerate(x.split(32, 1)):
+        numbers, alone = quantize_rows(part, 32)
+        assert torch.equal(got[:, 32 * index : 32 * index + 32], numbers)
+        assert torch.equal(scale[:, index], alone[:, 0])
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 5), (1, 64, 8), (40, 2048, 24), (2, 3000, 16), (0, 8, 8)])
@@ -102,7 +116,19 @@ def test_it_is_the_product_of_what_was_quantised(group: int, zero: bool, dtype: 
     tolerance = 1e-6 if dtype == torch.float32 else 4e-3
     assert ((got.double() - want).abs() <= tolerance * want.abs().amax(1, keepdim=True)).all()
     bias = torch.randn(24, generator=torch.Generator().manual_seed(6)).to(dtype)
-    assert torch.equal(linear(x, weight, bias), got + bias)
+    apart = (linear(x, weight, bias).double() - (got + bias).double()).abs()
+    assert (apart <= 2 * tolerance * (want.abs().amax(1, keepdim=True) + bias.double().abs().max())).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(("group", "row_group"), [(32, 96), (32, 32), (40, 80), (160, 160)])
+def test_so_it_is_with_groups_of_a_row(kind: Any, zero: bool, group: int, row_group: int) -> None:
+    x, weight = rows(6, 160), matrix(24, 160, group, zero, row_group, kind)
+    numbers, scale = quantize_rows(x, row_group)
+    quantised = numbers.double() * scale.double().repeat_interleave(row_group, 1)[:, :160]
+    want = quantised @ weight.dequantize(torch.float64).T
+    assert ((int8_linear(x, weight).double() - want).abs() <= 1e-6 * want.abs().amax(1, keepdim=True)).all()
 
 
 @pytest.mark.parametrize("row_block", [0, 8])
@@ -126,6 +152,6 @@ def test_what_is_not_finite_stays_in_its_row(bad: float) -> None:
 
 def test_without_the_flag_rows_are_not_quantised() -> None:
     x, weight = rows(5, 96), matrix(24, 96, 96)
-    plain = linear(x, replace(weight, int8_activations=False))
+    plain = linear(x, replace(weight, row_group=0))
     torch.testing.assert_close(plain, F.linear(x, weight.dequantize(torch.float32)), rtol=1e-5, atol=1e-4)
     assert not torch.allclose(plain, linear(x, weight), rtol=1e-5, atol=1e-5)

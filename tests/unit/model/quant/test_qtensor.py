@@ -107,7 +107,7 @@ def test_what_cannot_be_stacked() -> None:
         draw("int8", 3, 24, 8),
         draw("int8", 3, 16, 4),
         replace(q, columns=columns),
-        replace(q, int8_activations=True),
+        replace(q, row_group=q.group),
     ]
     for other in unlike:
         assert not can_stack([q, other])
@@ -139,7 +139,9 @@ def test_bytes_and_device() -> None:
         ({"zero": torch.zeros(3, 2, dtype=torch.uint8)}, r"zero is torch.uint8 .*: allowed is torch.int8 \[3, 2\]"),
         ({"zero": torch.zeros(3, 1, dtype=torch.int8)}, r"zero is torch.int8 \[3, 1\]"),
         ({"columns": torch.arange(15)}, r"columns is torch.int64 \[15\]: allowed is torch.int64 \[16\]"),
-        ({"columns": torch.arange(16), "int8_activations": True}, r"int8_activations with kind int8, .*, reorder"),
+        ({"columns": torch.arange(16), "row_group": 16}, r"row_group is 16 with kind int8, .*, reorder"),
+        ({"row_group": 12}, "row_group is 12: allowed is a multiple of group, which is 8, or at least 16"),
+        ({"row_group": -8}, "row_group is -8: allowed is"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -151,11 +153,37 @@ def test_other_refusals() -> None:
     fp8 = draw("fp8", 3, 16, 8)
     with pytest.raises(ValueError, match=r"zero is torch.int8 .*: allowed is none"):
         replace(fp8, zero=torch.zeros(3, 2, dtype=torch.int8))
-    with pytest.raises(ValueError, match="int8_activations with kind fp8"):
-        replace(fp8, int8_activations=True)
+    with pytest.raises(ValueError, match="row_group is 8 with kind fp8"):
+        replace(fp8, row_group=8)
     wide = MAX_INT8_COLUMNS + 1
     with pytest.raises(ValueError, match="at most 65536 columns"):
-        QTensor("int8", torch.zeros(1, wide, dtype=torch.int8), torch.ones(1, 1), wide, int8_activations=True)
+        QTensor("int8", torch.zeros(1, wide, dtype=torch.int8), torch.ones(1, 1), wide, row_group=wide)
+
+
+@pytest.mark.parametrize(("kind", "zero"), KINDS_AND_ZERO[:-1])
+@pytest.mark.parametrize(("rows", "width", "group"), [(32, 32, 32), (96, 160, 64), (1056, 64, 64)])
+def test_lanes_are_another_order_of_the_same_bytes(kind: Any, zero: bool, rows: int, width: int, group: int) -> None:
+    q = replace(draw(kind, rows, width, group, zero), row_group=width)
+    assert q.fits_lanes
+    want, data = q.dequantize(torch.float32), q.data.clone()
+    laid = q.in_lanes()
+    assert laid.lanes
+    assert laid.data.data_ptr() == q.data.data_ptr()
+    assert torch.equal(laid.dequantize(torch.float32), want)
+    assert torch.equal(laid.in_rows().data, data)
+    assert torch.equal(stack([laid, laid]).dequantize(torch.float32), torch.cat([want, want]))
+    four = laid.data.flatten().view(torch.uint8)[: 4 * 17].view(17, 4)
+    assert torch.equal(four, torch.cat([data[:16, :4], data[:1, 4:8]]).view(torch.uint8))
+    assert torch.equal(laid.scale.flatten()[:16], laid.in_rows().scale[:16, 0])
+
+
+def test_what_does_not_fit_lanes() -> None:
+    q = replace(draw("int8", 32, 64, 32), row_group=64)
+    assert q.in_rows() is q
+    assert not replace(q, row_group=0).fits_lanes
+    assert not replace(draw("int8", 48, 64, 32), row_group=64).fits_lanes
+    assert not replace(draw("int8", 32, 48, 48), row_group=48).fits_lanes
+    assert not can_stack([q, replace(q, lanes=True)])
 
 
 def test_nibbles() -> None:

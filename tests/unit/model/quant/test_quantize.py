@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actors.model.quant.quantize import GROUP, quantize, quantized_bytes
-from actors.quant_kind import QUANT_KINDS
+from actors.quant_kind import NUMBER_KINDS, NUMBERS, QUANT_KINDS
 
-KINDS = QUANT_KINDS
+KINDS = NUMBER_KINDS
 SYMMETRIC = ["int8", "fp8"]
 
 
@@ -156,14 +156,25 @@ def test_bytes_of_an_element() -> None:
         "int4": 0.5 + 3 / 32,
         "fp8": 1 + 2 / 128,
     }
-    for kind in KINDS:
+    for kind in QUANT_KINDS:
         for shape in ((64, 1024), (3, 130), (1, 2)):
             assert quantized_bytes(shape, kind) == quantize(torch.zeros(shape), kind).nbytes
+
+
+@pytest.mark.parametrize("kind", ["w8a8", "w4a8"])
+def test_kinds_with_int8_rows_have_the_numbers_of_those_without(kind: Any) -> None:
+    weight = torch.randn(6, 300, generator=torch.Generator().manual_seed(0))
+    got, want = quantize(weight, kind), quantize(weight, NUMBERS[kind])
+    assert (got.row_group, want.row_group) == (128, 0)
+    assert torch.equal(got.data, want.data)
+    assert torch.equal(got.dequantize(torch.float32), want.dequantize(torch.float32))
 
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="weight has 7 columns: allowed is an even number"):
         quantize(torch.zeros(2, 7), "int4")
+    with pytest.raises(ValueError, match="weight has 7 columns: allowed is an even number"):
+        quantize(torch.zeros(2, 7), "w4a8")
     quantize(torch.zeros(2, 7), "int8")
     with pytest.raises(ValueError, match="kind is 'int2'"):
         quantize(torch.zeros(2, 8), "int2")  # type: ignore[arg-type]
