@@ -10,8 +10,8 @@ NumberKind = Literal["int8", "int4", "fp8"]
 NUMBER_KINDS: tuple[NumberKind, ...] = get_args(NumberKind)
 
 QuantKind = Literal["int8", "int4", "fp8", "w8a8", "w4a8"]
-"""What can be asked for: numbers of a kind for rows that stay as they are (weight-only), or, as these are usually called,
-``w8a8`` and ``w4a8``: int8 and int4 for rows that are quantised to int8 themselves as they come."""
+"""What can be asked for: numbers of a kind for rows that stay as they are (weight-only), or ``w8a8`` and ``w4a8``: int8
+and int4 for rows that are quantised to int8 themselves as they come."""
 
 QUANT_KINDS: tuple[QuantKind, ...] = get_args(QuantKind)
 

@@ -45,8 +45,8 @@ class ExpertPlaces:
     def of(cls, gate_up: Weight | tuple[Weight, ...], down: Weight) -> ExpertPlaces | None:
         """One expert, number 0. gate_up: [2I, D], the gate's rows first, or both [I, D]; down: [D, I].
 
-        None if the kernels cannot take them, if gate and up are of two kinds or want other rows, or if the shapes do not
-        fit or are empty: an address of 0 is for an expert that is not held.
+        None if the kernels cannot take them, if gate and up are of two kinds or want rows of two kinds, or if the
+        shapes do not fit or are empty: an address of 0 is for an expert that is not held.
         """
         d_model, inter = down.shape
         gate, up = gate_up if isinstance(gate_up, tuple) else (gate_up, gate_up)

@@ -35,7 +35,8 @@ def serve(
         bool, typer.Option("--insecure", help="Off loopback, serve even without TLS or tokens.")
     ] = False,
     quantization: Annotated[
-        str | None, typer.Option(metavar="KIND", help="Quantise the experts at load: w8a8, w4a8, int8, int4, fp8 or none.")
+        str | None,
+        typer.Option(metavar="KIND", help="Quantise the experts at load: w8a8, w4a8, int8, int4, fp8 or none."),
     ] = None,
 ) -> None:
     """Start the cluster and serve until Ctrl-C."""

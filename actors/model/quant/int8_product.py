@@ -24,8 +24,9 @@ CUDA_MIN_ROWS = 32
 def int8_linear(x: Tensor, weight: QTensor) -> Tensor:
     """``dequantised(quantised(x)) @ dequantised(weight).T``. x: floating [R, K]; returns [R, N] in x's dtype.
 
-    The integer products of a group of columns are exact; scales are applied in fp32, with one cast at the end. A row's
-    result does not depend on the other rows. A row that holds NaN or infinity becomes NaN or infinity, the others do not.
+    The integer products of a group of columns are exact; scales are applied in fp32, with one cast at the end: the
+    weight's where groups are added that share a scale of the row, the row's to those sums. A row's result does not
+    depend on the other rows. A row that holds NaN or infinity becomes NaN or infinity, the others do not.
     """
     weight = weight.in_rows()
     width, row_group = weight.shape[1], min(weight.row_group, weight.shape[1])
@@ -52,8 +53,8 @@ def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """(int8 [R, K], fp32 scales [R, ceil(K / group)]) of rows [R, K] whose numbers share a scale in groups of columns:
     symmetric, scale = the largest magnitude / 127.5, ties to even.
 
-    As compressed-tensors' dynamic ``token`` and ``group`` strategies have it (compute_dynamic_scales_and_zp), eps in the
-    place of a scale of 0 included, but always in fp32: there, bf16 rows get bf16 scales and quotients.
+    As compressed-tensors' dynamic strategies ``token`` and ``group`` have it (compute_dynamic_scales_and_zp), eps in
+    the place of a scale of 0 included, but always in fp32: there, bf16 rows get bf16 scales and quotients.
     """
     groups = -(-x.shape[1] // group)
     values = F.pad(x.float(), (0, groups * group - x.shape[1])).unflatten(1, (groups, group))

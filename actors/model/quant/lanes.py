@@ -1,7 +1,8 @@
-"""The other order in which a quantised matrix's bytes may lie: rows side by side, as the kernels for int8 rows read them.
+"""The other order in which a quantised matrix's bytes may lie: rows side by side, as kernels for int8 rows read them.
 
-Of each 16 rows the first elements lie next to each other, then the second ones, and so on. So of numbers a register of 64
-bytes has four columns (int4: eight) of 16 rows, a row in each lane, and no instruction is spent on bringing them there.
+Of each 16 rows the first elements lie next to each other, then the second ones, and so on. So of numbers a register of
+64 bytes has four columns (int4: eight) of 16 rows, a row in each lane, and no instruction is spent on bringing them
+there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 // Products with rows that are quantised to int8 as they come. No include guard: see kernels.cpp.
 //
-// In a group of columns numbers meet as integers, exactly, whatever the order. The rest is fp32, by fused multiply-adds:
+// In a group of columns numbers meet as integers, exactly, in any order. The rest is fp32, by fused multiply-adds:
 // the groups that share a scale of the row are added in their order, times their scales, and then those sums, times the
 // row's scales. So results have the same bits on every instruction set and for any number of rows and of threads. See
 // actors/model/quant/int8_product.py, which is the same in torch.
@@ -83,7 +83,7 @@ struct W8 : Int8Rows {
   struct Group {};
   static inline __attribute__((always_inline)) Group group(const Lanes&, int64_t) { return {}; }
   static constexpr int FOURS = 1;
-  static inline __attribute__((always_inline)) void fours(vi dwords, Group, Four* out) { out[0] = four_of(dwords); }
+  static inline __attribute__((always_inline)) void fours(vi dwords, Group, Four* out) { *out = four_of(dwords); }
   // What the numbers' zero points take away from a row's product with a group.
   static inline __attribute__((always_inline)) vi less(const Lanes& lanes, int64_t g, const uint8_t* sums) {
     return lanes.zero ? lanes.zero_of<int8_t>(g) * reinterpret_cast<const int32_t*>(sums)[g] : vi{};
@@ -158,7 +158,10 @@ static inline __attribute__((always_inline)) void group_product(
         for (int m = 0; m < MR; ++m) {
           const uint32_t four = four_numbers(x[m] + column + 4 * f);
 #pragma GCC unroll 2
-          for (int b = 0; b < BLOCKS; ++b) sum[c * SUMS + m * BLOCKS + b] = dot(w[b][f], four, sum[c * SUMS + m * BLOCKS + b]);
+          for (int b = 0; b < BLOCKS; ++b) {
+            vi& one = sum[c * SUMS + m * BLOCKS + b];
+            one = dot(w[b][f], four, one);
+          }
         }
       }
     }

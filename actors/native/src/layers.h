@@ -44,7 +44,7 @@ static void with_kind(int kind, const Fn& fn) {
 constexpr int64_t SHARED_OUT = 16 << 10;  // numbers; a few microseconds of work
 
 // Rows of numbers as a kind of weights meets them.
-template <class W, Use use = ROWS>
+template <class W>
 class LaidOut {
  public:
   using Row = typename W::Row;
@@ -53,7 +53,8 @@ class LaidOut {
   template <class Source>
   LaidOut(int64_t count, int64_t k, const Matrix& w, Pool& pool, int threads, const Source& row)
       : width_(width(w, k)), memory_(count * width_) {
-    const int64_t step = std::max<int64_t>(1, std::min(SHARED_OUT / std::max<int64_t>(k, 1), (count + threads - 1) / threads));
+    const int64_t most = SHARED_OUT / std::max<int64_t>(k, 1) + 1, step = std::min(most, (count + threads - 1) / threads);
+    if (!count) return;
     pool.run((count + step - 1) / step, threads, [&](int64_t task) {
       for (int64_t r = task * step; r < std::min((task + 1) * step, count); ++r) lay_out(row(r), k, w, at(r));
     });
@@ -72,7 +73,7 @@ class LaidOut {
   }
 
   int64_t width_;
-  Scratch<Row, use> memory_;
+  Scratch<Row> memory_;
 };
 
 template <class T>
