@@ -18,6 +18,7 @@ from actors.model.quant.qtensor import QTensor
 from actors.model.quant.quantize import quantize
 from actors.model.quant.scheme import QuantScheme
 from actors.model.reader import TensorReader
+from actors.native.library import functions
 from tests.quantised_checkpoints import FORMATS
 
 from .conftest import Store
@@ -199,3 +200,29 @@ def test_the_device_is_where_everything_lands(store: Store) -> None:
     assert replace(kept).scale.device.type == "meta"  # type: ignore[union-attr]
     quantised = TensorReader(store({"b.weight": draw(8, 8)}), torch.float32, "meta", quantize="int8")
     assert quantised.matrix("b.weight", (8, 8)).device.type == "meta"
+
+
+@pytest.mark.skipif(functions() is None, reason="the kernels are not built")
+@pytest.mark.parametrize("kind", ["w8a8", "w4a8"])
+def test_what_the_kernels_multiply_as_integers_is_laid_in_lanes(store: Store, kind: Any) -> None:
+    gate, up, down = draw(64, 96), draw(64, 96, seed=1), draw(96, 64, seed=2)
+    tensors = {"gate.weight": gate, "up.weight": up, "down.weight": down, "low.weight": draw(24, 96)}
+    checkpoint = store(tensors | {"fused.weight": torch.stack([down, down + 1])})
+    expert = SwiGLU.load_expert(TensorReader(checkpoint, torch.bfloat16, quantize=kind), NAMES, 96, 64)
+    assert isinstance(expert.gate_up, QTensor)
+    assert isinstance(expert.down, QTensor)
+    assert expert.gate_up.lanes
+    assert expert.down.lanes
+    want = torch.cat([quantize(part, kind).dequantize(torch.float32) for part in (gate, up)])
+    assert torch.equal(expert.gate_up.dequantize(torch.float32), want)
+    read = TensorReader(checkpoint, torch.bfloat16, quantize=kind)
+    entry = read.matrix_entry("fused.weight", 2, 1, (96, 64))
+    assert isinstance(entry, QTensor)
+    assert entry.lanes
+    assert torch.equal(entry.dequantize(torch.float32), quantize(down + 1, kind).dequantize(torch.float32))
+    projection, low = read.projection([("gate.weight", (64, 96))]), read.matrix("low.weight", (24, 96))
+    half = TensorReader(checkpoint, torch.float16, quantize=kind).matrix("down.weight", (96, 64))
+    assert isinstance(projection, QTensor)
+    assert isinstance(low, QTensor)
+    assert isinstance(half, QTensor)
+    assert (projection.lanes, low.lanes, half.lanes) == (True, False, False)
