@@ -45,9 +45,9 @@ static float row_scale(const T* x, int64_t count) {
   return scale == 0 ? 0x1p-23f : scale;
 }
 
-// from[0 .. count] / scale, rounded to even and no more than int8 holds; to get numbers + 128. Returns the numbers' sum.
+// to = from[0 .. count] / scale, rounded to even and no more than int8 holds; returns the numbers' sum.
 template <class W, class T>
-static int32_t round_numbers(const T* from, int64_t count, float scale, uint8_t* to) {
+static int32_t round_numbers(const T* from, int64_t count, float scale, int8_t* to) {
   const vf magic = vf{} + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
   const vf lowest = vf{} - 128.0f, highest = vf{} + 127.0f;
   vi sum{};
@@ -56,63 +56,54 @@ static int32_t round_numbers(const T* from, int64_t count, float scale, uint8_t*
     steps = steps > highest ? highest : steps;
     steps = steps < lowest ? lowest : steps;
     const vi number = (vi)(steps + magic) - (vi)magic;
-    sum += number;
-    *reinterpret_cast<vb*>(to + i) = W::in_order(__builtin_convertvector(number + 128, vb));
+    sum += number << 24 >> 24;  // as it is stored, NaN too
+    *reinterpret_cast<vb*>(to + i) = W::in_order(__builtin_convertvector(number, vb));
   }
   return reduced(sum, [](vi a, vi b) { return a + b; });
 }
 
-// A kind of weights for rows of int8. A row has k numbers + 128, as one operand must be unsigned; then its scales; then,
-// for each group of the weights' columns, the sum of its numbers.
+// A kind of weights for rows of int8. A row has k numbers; then its scales; then, for each group of the weights' columns,
+// the sum of its numbers: weights are unsigned in products, and that many times their zero point is too much.
 struct Int8Rows {
-  using Row = uint8_t;
+  using Row = int8_t;
   static constexpr bool dense = false, rounds_rows = true;
 
   static int64_t row_groups(const Matrix& w, int64_t k) { return (k + w.row_group - 1) / w.row_group; }
-  static int64_t width(const Matrix& w, int64_t k) {
-    return rounded_up(k + 4 * (row_groups(w, k) + groups_of(w, k)), 128) + 64;
-  }
-  static const float* scales(const uint8_t* row, int64_t k) { return reinterpret_cast<const float*>(row + k); }
   static int64_t sums_at(const Matrix& w, int64_t k) { return k + 4 * row_groups(w, k); }
+  static int64_t width(const Matrix& w, int64_t k) { return rounded_up(sums_at(w, k) + 4 * groups_of(w, k), 128) + 64; }
+  static const float* scales(const int8_t* row, int64_t k) { return reinterpret_cast<const float*>(row + k); }
 };
 
 struct W8 : Int8Rows {
-  static constexpr int COLUMNS = 4;  // in a dword of each lane
+  static constexpr int COLUMNS = 4, FOURS = 1;  // in a dword of each lane
   static int64_t row_bytes(int64_t k) { return k; }
   static inline __attribute__((always_inline)) vb in_order(vb columns) { return columns; }
-  struct Group {};
-  static inline __attribute__((always_inline)) Group group(const Lanes&, int64_t) { return {}; }
-  static constexpr int FOURS = 1;
-  static inline __attribute__((always_inline)) void fours(vi dwords, Group, Four* out) { *out = four_of(dwords); }
-  // What the numbers' zero points take away from a row's product with a group.
-  static inline __attribute__((always_inline)) vi less(const Lanes& lanes, int64_t g, const uint8_t* sums) {
-    return lanes.zero ? lanes.zero_of<int8_t>(g) * reinterpret_cast<const int32_t*>(sums)[g] : vi{};
+  static inline __attribute__((always_inline)) void fours(vi dwords, Four* out) {
+    *out = four_of(dwords ^ static_cast<int32_t>(0x80808080u));  // + 128
+  }
+  static inline __attribute__((always_inline)) vi zero(const Lanes& lanes, int64_t g) {
+    return (lanes.zero ? lanes.zero_of<int8_t>(g) : vi{}) + 128;
   }
 };
 
 // Two numbers in a byte, the first in its low half: of each 8 columns a row has the even ones before the odd ones.
 struct W4 : Int8Rows {
-  static constexpr int COLUMNS = 8;
+  static constexpr int COLUMNS = 8, FOURS = 2;
   static int64_t row_bytes(int64_t k) { return k / 2; }
   static inline __attribute__((always_inline)) vb in_order(vb columns) {
     return __builtin_shuffle(columns, vb{0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
   }
-  struct Group {
-    v64 zero;  // four times in each lane
-  };
-  static inline __attribute__((always_inline)) Group group(const Lanes& lanes, int64_t g) {
-    return {(v64)((lanes.zero ? lanes.zero_of<uint8_t>(g) : vi{} + 8) * 0x01010101)};
+  static inline __attribute__((always_inline)) void fours(vi dwords, Four* out) {
+    out[0] = four_of(dwords & 0x0f0f0f0f);
+    out[1] = four_of((vi)((vu)dwords >> 4) & 0x0f0f0f0f);
   }
-  static constexpr int FOURS = 2;
-  static inline __attribute__((always_inline)) void fours(vi dwords, const Group& group, Four* out) {
-    out[0] = four_of((vi)((v64)(dwords & 0x0f0f0f0f) - group.zero));
-    out[1] = four_of((vi)((v64)((vi)((vu)dwords >> 4) & 0x0f0f0f0f) - group.zero));
+  static inline __attribute__((always_inline)) vi zero(const Lanes& lanes, int64_t g) {
+    return lanes.zero ? lanes.zero_of<uint8_t>(g) : vi{} + 8;
   }
-  static inline __attribute__((always_inline)) vi less(const Lanes&, int64_t, const uint8_t*) { return vi{}; }
 };
 
 template <class W, class T>
-static void round_row(const T* from, int64_t k, const Matrix& w, uint8_t* to) {
+static void round_row(const T* from, int64_t k, const Matrix& w, int8_t* to) {
   float* scale = reinterpret_cast<float*>(to + k);
   int32_t* sum = reinterpret_cast<int32_t*>(scale + W::row_groups(w, k));
   for (int64_t start = 0; start < k; start += w.row_group, ++scale) {
@@ -123,22 +114,12 @@ static void round_row(const T* from, int64_t k, const Matrix& w, uint8_t* to) {
   }
 }
 
-static inline __attribute__((always_inline)) uint32_t four_numbers(const uint8_t* p) {
-  uint32_t out;
-  std::memcpy(&out, p, 4);
-  return out;
-}
-
-// out[m][b] = the integer products of MR rows with the columns i .. end of a group of each block. The rows' numbers are 128
-// too large, and so what the weights' sum times 128 is taken away.
+// out[m][b] = the integer products of MR rows with the columns i .. end of a group of each block.
 template <class W, int MR, int BLOCKS>
 static inline __attribute__((always_inline)) void group_product(
-    const uint8_t* const* x, const Lanes* lanes, int64_t g, int64_t i, int64_t end, vi (*out)[BLOCKS]) {
+    const int8_t* const* x, const Lanes* lanes, int64_t i, int64_t end, vi (*out)[BLOCKS]) {
   constexpr int SUMS = MR * BLOCKS, CHAINS = SUMS <= 4 ? 2 : 1;  // sums that do not wait for each other
-  typename W::Group group[BLOCKS];
-  vi sum[CHAINS * SUMS] = {}, weights[BLOCKS] = {};
-#pragma GCC unroll 2
-  for (int b = 0; b < BLOCKS; ++b) group[b] = W::group(lanes[b], g);
+  vi sum[CHAINS * SUMS] = {};
   for (; i < end; i += CHAINS * W::COLUMNS)
 #pragma GCC unroll 4
     for (int c = 0; c < CHAINS; ++c) {
@@ -148,28 +129,23 @@ static inline __attribute__((always_inline)) void group_product(
       for (int b = 0; b < BLOCKS; ++b) {
         const uint8_t* at = lanes[b].numbers + column * (64 / W::COLUMNS);
         __builtin_prefetch(at + BYTES_AHEAD);
-        W::fours(load_dwords(at), group[b], w[b]);
+        W::fours(load_dwords(at), w[b]);
       }
 #pragma GCC unroll 2
-      for (int f = 0; f < W::FOURS; ++f) {
-#pragma GCC unroll 2
-        for (int b = 0; b < BLOCKS; ++b) weights[b] = dot(w[b][f], 0x01010101u, weights[b]);
+      for (int f = 0; f < W::FOURS; ++f)
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) {
-          const uint32_t four = four_numbers(x[m] + column + 4 * f);
+        for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 2
           for (int b = 0; b < BLOCKS; ++b) {
             vi& one = sum[c * SUMS + m * BLOCKS + b];
-            one = dot(w[b][f], four, one);
+            one = dot(w[b][f], x[m] + column + 4 * f, one);
           }
-        }
-      }
     }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 2
     for (int b = 0; b < BLOCKS; ++b) {
-      out[m][b] = sum[m * BLOCKS + b] - (weights[b] << 7);
+      out[m][b] = sum[m * BLOCKS + b];
 #pragma GCC unroll 4
       for (int c = 1; c < CHAINS; ++c) out[m][b] += sum[c * SUMS + m * BLOCKS + b];
     }
@@ -177,7 +153,7 @@ static inline __attribute__((always_inline)) void group_product(
 
 // out[m][b] = the products of MR rows with the weights of each block, which lie as in w.
 template <class W, int MR, int BLOCKS>
-static void lanes_product(const uint8_t* const* x, const Lanes* lanes, const Matrix& w, int64_t k, vf (*out)[BLOCKS]) {
+static void lanes_product(const int8_t* const* x, const Lanes* lanes, const Matrix& w, int64_t k, vf (*out)[BLOCKS]) {
   vf total[MR][BLOCKS] = {};
   const int64_t sums = W::sums_at(w, k);
   int64_t g = 0;
@@ -186,13 +162,14 @@ static void lanes_product(const uint8_t* const* x, const Lanes* lanes, const Mat
     const int64_t end = std::min(start + w.row_group, k);
     for (int64_t i = start; i < end; i += w.group, ++g) {
       vi whole[MR][BLOCKS];
-      group_product<W, MR, BLOCKS>(x, lanes, g, i, std::min(i + w.group, end), whole);
+      group_product<W, MR, BLOCKS>(x, lanes, i, std::min(i + w.group, k), whole);
 #pragma GCC unroll 2
       for (int b = 0; b < BLOCKS; ++b) {
         const vf scale = lanes[b].scale_of(g);
+        const vi zero = W::zero(lanes[b], g);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) {
-          whole[m][b] -= W::less(lanes[b], g, x[m] + sums);
+          whole[m][b] -= zero * reinterpret_cast<const int32_t*>(x[m] + sums)[g];
           part[m][b] = fused(__builtin_convertvector(whole[m][b], vf), scale, part[m][b]);
         }
       }
@@ -214,7 +191,7 @@ static constexpr int blocks_for(int rows) { return rows <= 4 ? MOST_BLOCKS : 1; 
 
 // put(m, n, value) for all rows m of x and the weights n = from .. to of w [.., k].
 template <class W, class Put>
-static void multiply_lanes(const uint8_t* const* x, int64_t rows, const Matrix& w, int64_t from, int64_t to, int64_t k,
+static void multiply_lanes(const int8_t* const* x, int64_t rows, const Matrix& w, int64_t from, int64_t to, int64_t k,
                            const Put& put) {
   const int64_t block_room = lanes_room<W>(w, k);
   const Scratch<vi, NUMBERS> room(MOST_BLOCKS * block_room);

@@ -1,25 +1,25 @@
 // Weights side by side, one in each of 16 lanes, for products of integers. No include guard: see kernels.cpp.
 
 using vb = int8_t __attribute__((vector_size(16), aligned(1), may_alias));
-using v64 = int8_t __attribute__((vector_size(64)));
-using v32 = int16_t __attribute__((vector_size(64)));
 
 static inline __attribute__((always_inline)) vi load_dwords(const void* p) { return (vi)*static_cast<const vu*>(p); }
 
-// Four columns of 16 weights as products of integers want them, and
-// dot: sum + the products of the signed bytes in each lane with the four unsigned ones of x.
+// Four columns of 16 weights, unsigned bytes, as products of integers want them, and
+// dot: sum + the products of each lane's four with the signed ones at x.
 #if HAS_VNNI
 using Four = vi;
 static inline __attribute__((always_inline)) Four four_of(vi bytes) { return bytes; }
-static inline __attribute__((always_inline)) vi dot(Four w, uint32_t x, vi sum) {
-  return (vi)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(static_cast<int>(x)), (__m512i)w);
+static inline __attribute__((always_inline)) vi dot(Four w, const int8_t* x, vi sum) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(four));
 }
 #else
 struct Four {
   vi even, odd;  // two 16-bit integers in each lane
 };
 static inline __attribute__((always_inline)) Four four_of(vi bytes) {
-  return {(vi)((v32)bytes << 8 >> 8), (vi)((v32)bytes >> 8)};
+  return {bytes & 0x00ff00ff, (vi)((vu)bytes >> 8) & 0x00ff00ff};
 }
 // The sums of the products of two 16-bit integers in each lane.
 static inline __attribute__((always_inline)) vi dot_pairs(vi a, vi b) {
@@ -39,9 +39,9 @@ static inline __attribute__((always_inline)) vi dot_pairs(vi a, vi b) {
   return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
-static inline __attribute__((always_inline)) vi dot(Four w, uint32_t x, vi sum) {
-  const auto even = static_cast<int32_t>(x & 0x00ff00ffu), odd = static_cast<int32_t>(x >> 8 & 0x00ff00ffu);
-  return sum + dot_pairs(w.even, vi{} + even) + dot_pairs(w.odd, vi{} + odd);
+static inline __attribute__((always_inline)) vi dot(Four w, const int8_t* x, vi sum) {
+  const auto pair = [](int low, int high) { return vi{} + static_cast<int32_t>((low & 0xffff) | unsigned(high) << 16); };
+  return sum + dot_pairs(w.even, pair(x[0], x[2])) + dot_pairs(w.odd, pair(x[1], x[3]));
 }
 #endif
 
