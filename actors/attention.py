@@ -100,7 +100,7 @@ class AttentionShard(Recorded):
 
     def load(self) -> Address:
         """Read this shard's weights. Returns where gateways connect."""
-        with Checkpoint(self._settings.path, check_finite=self._settings.check_weights) as checkpoint:
+        with Checkpoint(self._settings.path, self._settings.check_weights, self._settings.map_weights) as checkpoint:
             self._model = AttentionModel.load(
                 self._spec,
                 checkpoint,

@@ -166,7 +166,7 @@ class ExpertShard(Recorded):
         """The same as for the load before, unless its files have changed: parsing their headers would hold up whoever
         is served."""
         if self._checkpoint is None or not self._checkpoint.unchanged():
-            self._checkpoint = Checkpoint(self._model.path, check_finite=self._model.check_weights)
+            self._checkpoint = Checkpoint(self._model.path, self._model.check_weights, self._model.map_weights)
         return self._checkpoint
 
     def _count(self, read: int) -> None:

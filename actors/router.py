@@ -108,7 +108,7 @@ class Router(Recorded):
 
     def load(self) -> Address:
         """Read the gate weights and start to serve. Returns where attention shards connect."""
-        with Checkpoint(self._model.path, check_finite=self._model.check_weights) as checkpoint:
+        with Checkpoint(self._model.path, self._model.check_weights, self._model.map_weights) as checkpoint:
             self._gate = Gate.load(
                 self._spec,
                 checkpoint,

@@ -20,7 +20,8 @@ class ModelSettings:
     by ``sharing``, the number of such processes on it. ``device``: where it computes, "cpu" or "cuda" (the first GPU
     that this process sees). ``nccl``: rows travel between routers and expert shards over NCCL. ``quantization``:
     "none", or to what this process' weights are quantised while they are loaded ("int8", "int4", "fp8").
-    ``check_weights``: NaN and infinity are looked for meanwhile."""
+    ``check_weights``: NaN and infinity are looked for meanwhile. ``map_weights``: those that stay as they are on a local
+    disk are used where they lie in the system's cache."""
 
     path: Path
     dtype: str
@@ -32,6 +33,7 @@ class ModelSettings:
     nccl: bool = False
     quantization: str = "none"
     check_weights: bool = True
+    map_weights: bool = True
 
     @property
     def thread_count(self) -> int:

@@ -290,6 +290,7 @@ class ServerConfig(_Section):
         0, ge=0, description="tokens, prompt and answer; 0: what the model allows"
     )
     check_weights: bool = Field(True, description="look for NaN and infinity while weights are loaded")
+    map_weights: bool = Field(True, description="use weights where they lie in local files; false: copy them")
     deterministic: bool = Field(True, description="a row's result does not depend on its batch mates")
     transport: Literal["auto", "nccl", "shm", "tcp", "local"] = Field(
         "auto", description="auto: by pair; another: that medium or none; local: all in one process, without Ray"

@@ -147,6 +147,7 @@ class SettingsFactory:
             nccl=self.nccl,
             quantization=quantization,
             check_weights=self.config.check_weights,
+            map_weights=self.config.map_weights,
         )
 
 
