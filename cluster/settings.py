@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from actors.engine.admission import SchedulerLimits
 from actors.model.families import load_spec
-from actors.model.kv_cache import KVCache
-from actors.model.spec import MoEDecoderSpec
+from actors.model.spec import ITEM_BYTES, MoEDecoderSpec
 from actors.settings import EngineSettings, ModelSettings
 from cluster.access import AccessList, refuse_open_door
 from cluster.config import ConfigError, ServerConfig
@@ -124,13 +121,13 @@ class SettingsFactory:
 
     def _cache_tokens(self, node_id: str, kv_bytes: int) -> int:
         block_size, path = self.config.attention.block_size, self.paths[node_id]
-        token_bytes = KVCache.bytes_per_token(load_spec(path), torch_dtype(self.config, path))
+        token_bytes = load_spec(path).kv_floats_per_token * ITEM_BYTES[dtype_name(self.config, path)]
         return kv_bytes // (token_bytes * block_size) * block_size
 
     def _has_small_experts(self, node_id: str) -> bool:
         path = self.paths[node_id]
         spec = load_spec(path)
-        return spec.d_model * spec.moe.inter * torch_dtype(self.config, path).itemsize < _WORTH_A_THREAD
+        return spec.d_model * spec.moe.inter * ITEM_BYTES[dtype_name(self.config, path)] < _WORTH_A_THREAD
 
     def _model(self, node_id: str, threads: int, sharing: int, quantization: str = "none") -> ModelSettings:
         path = self.paths[node_id]
@@ -153,16 +150,7 @@ class SettingsFactory:
 
 def dtype_name(config: ServerConfig, path: Path) -> str:
     """The dtype to compute in: the checkpoint's own for "auto"."""
-    return str(torch_dtype(config, path)).removeprefix("torch.")
-
-
-def torch_dtype(config: ServerConfig, path: Path) -> torch.dtype:
-    """As ``dtype_name``, for torch."""
-    if config.dtype == "auto":
-        return load_spec(path).dtype
-    dtype = getattr(torch, config.dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+    return load_spec(path).dtype_name if config.dtype == "auto" else config.dtype
 
 
 def shard_limits(config: ServerConfig, spec: MoEDecoderSpec) -> tuple[int, int]:

@@ -96,7 +96,7 @@ def bytes_at_load(shapes: Iterable[tuple[int, int]], kind: QuantKind) -> int:
 def resident_bytes(spec: MoEDecoderSpec, kind: QuantKind | None = None) -> int:
     """Bytes of an attention shard's weights, computed in the model's dtype; ``kind``: as what its matrices are
     quantised at load, with a copy of tied embeddings as the head."""
-    itemsize = spec.dtype.itemsize
+    itemsize = spec.itemsize
     if kind is None:
         return Inventory.of(spec).attention_shard * itemsize
     total = bytes_at_load([(spec.vocab_size, spec.d_model)], kind) if spec.tie_embeddings else 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from .names import NameMap
 from .quant.scheme import QuantScheme
+
+if TYPE_CHECKING:
+    import torch
 
 AttentionKind = Literal["gqa", "mla"]
 LayerKind = Literal["dense", "moe"]
@@ -17,6 +18,19 @@ Precision = Literal["float32", "model"]
 """``model``: the dtype that the server computes in."""
 QkNorm = Literal["none", "head", "full"]
 RopeType = Literal["default", "yarn"]
+
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of the dtypes, by torch's names, in which a model is computed."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of this name."""
+    import torch
+
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +173,22 @@ class MoEDecoderSpec:
     moe: MoESpec
     layer_kinds: tuple[LayerKind, ...]
     dense_inter: int
-    dtype: torch.dtype
+    dtype_name: str
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     names: NameMap = field(default_factory=NameMap)
     quantization: QuantScheme | None = None
     n_mtp: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in. Loads torch, which takes a second: who only describes a model does without."""
+        return torch_dtype(self.dtype_name)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in it."""
+        return ITEM_BYTES[self.dtype_name]
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -27,8 +27,8 @@ class Checkpoint:
     whether it is ``unchanged``. Tensor data are read by the ``read`` methods alone, straight into the tensors that they
     return: CPU, contiguous. With ``map_files`` large ones that need no cast are not copied from local disks but used
     where they lie (:class:`MappedFile`), aligned to their elements; all others are aligned and in memory of their own.
-    ``bytes_read`` counts bytes of tensors as they lie on disk. With ``check_finite``, NaN and infinity are refused. All errors are CheckpointError and name the file, the tensor if
-    there is one, and what was expected.
+    ``bytes_read`` counts bytes of tensors as they lie on disk. With ``check_finite``, NaN and infinity are refused. All
+    errors are CheckpointError and name the file, the tensor if there is one, and what was expected.
     """
 
     def __init__(self, path: str | Path, check_finite: bool = True, map_files: bool = False) -> None:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.engine.request import TokenEvent
+from actors.frames import Kind
 from actors.loop import LoopThread
 from actors.losses import Known, Losses
-from actors.messages import Kind
 from actors.model.families import load_spec
 from actors.span_log import Recorded, SpanLog
 from actors.token_frames import decode_tokens

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.config import TelemetryConfig
-from cluster.ray_fleet import Hosted
+from cluster.hosted import Hosted
 from cluster.telemetry.process import ProcessTelemetry, process_telemetry
 
 
