@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from actors.engine.admission import SchedulerLimits
-from actors.model.spec import torch_dtype
+from actors.model.dtypes import torch_dtype
 from actors.quant_kind import QuantKind
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.engine.admission import SchedulerLimits
+from actors.model.dtypes import ITEM_BYTES
 from actors.model.families import load_spec
-from actors.model.spec import ITEM_BYTES, MoEDecoderSpec
+from actors.model.spec import MoEDecoderSpec
 from actors.settings import EngineSettings, ModelSettings
 from cluster.access import AccessList, refuse_open_door
 from cluster.config import ConfigError, ServerConfig

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from .dtypes import ITEM_BYTES, torch_dtype
 from .names import NameMap
 from .quant.scheme import QuantScheme
 
@@ -18,19 +19,6 @@ Precision = Literal["float32", "model"]
 """``model``: the dtype that the server computes in."""
 QkNorm = Literal["none", "head", "full"]
 RopeType = Literal["default", "yarn"]
-
-
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Of the dtypes, by torch's names, in which a model is computed."""
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of this name."""
-    import torch
-
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 @dataclass(frozen=True, slots=True)

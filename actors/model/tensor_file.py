@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .dtypes import STORED, torch_dtype
 from .errors import CheckpointError
 from .finite import all_finite
 from .mapped_file import LEAST_BYTES, MappedFile
@@ -18,14 +19,7 @@ from .safetensors_header import Header, Stamp
 PIECE = 1024 * 1024
 """Bytes read at a time: what is still in a core's cache when it is cast and checked."""
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu, "BOOL": torch.bool,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-}  # fmt: skip
+DTYPES = {stored: torch_dtype(name) for stored, name in STORED.items()}
 
 
 class TensorFile:

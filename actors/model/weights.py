@@ -65,6 +65,10 @@ class Checkpoint:
         """In which ``name`` is stored. CheckpointError if it is absent or of a type that torch has not."""
         return self._file(name).dtype(name)
 
+    def stored(self, name: str) -> str:
+        """The name of its dtype."""
+        return str(self.dtype(name)).removeprefix("torch.")
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of ``name`` as stored. CheckpointError if it is absent."""
         return self._file(name).shape(name)

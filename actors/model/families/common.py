@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.model.config_fields import Fields
+from actors.model.dtypes import COMPUTED
 from actors.model.names import NameMap
 from actors.model.quant.parse import parse_scheme
-from actors.model.spec import ITEM_BYTES, AttnSpec, GateSpec, LayerKind, MoEDecoderSpec, MoESpec, RopeSpec
+from actors.model.spec import AttnSpec, GateSpec, LayerKind, MoEDecoderSpec, MoESpec, RopeSpec
 
 from .rope import context_length
 
@@ -163,6 +164,6 @@ def _dtype_name(f: Fields) -> str:
     """What the model computes in, which a dtype of stored weights alone ("float8_e4m3fn") or "auto" does not tell."""
     key = "dtype" if f.get("dtype") is not None else "torch_dtype"
     name = str(f.get(key) or "float32").removeprefix("torch.")
-    known = ", ".join(map(repr, ITEM_BYTES))
-    f.require(name in ITEM_BYTES, key, f"one of {known}; a `dtype` beside torch_dtype wins over it")
+    known = ", ".join(map(repr, COMPUTED))
+    f.require(name in COMPUTED, key, f"one of {known}; a `dtype` beside torch_dtype wins over it")
     return name
