@@ -85,11 +85,13 @@ class ExpertFleet:
         return spawned
 
     def begin(self, shards: list[Member], deadline: float) -> list[Future[Any]]:
-        """Make the first map over ``shards`` and let them read; the futures end when they have."""
-        self._shards = {shard.name: shard for shard in self.listening(shards, deadline)}
+        """Make the first map over ``shards`` and let them read, each as soon as it is up; the futures end when they
+        have."""
         new = self.plan(shards)
+        loads = [s.handle.begin("load", new.epoch, new.held_by(s.name)) for s in shards]
+        self._shards = {shard.name: shard for shard in self.listening(shards, deadline)}
         self._maps.in_force = new
-        return [s.handle.begin("load", new.epoch, new.held_by(s.name)) for s in shards]
+        return loads
 
     def start(self, bundles: Sequence[Bundle], deadline: float) -> list[Member]:
         """Shards that listen and hold nothing. All or none; any thread."""
