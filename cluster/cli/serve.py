@@ -189,7 +189,7 @@ def check_description(config: ServerConfig, folder: Path) -> None:
     its tokenizer. Raises ConfigError, CheckpointError, UnsupportedModelError, TokenizerError.
     """
     from actors.model.families import load_spec
-    from cluster.gateway.server import served_model
+    from cluster.gateway.served_model import served_model
     from cluster.settings import SettingsFactory, check_quantization, check_shards
 
     spec = load_spec(folder)
