@@ -89,10 +89,10 @@ def test_deterministic_mode_and_dtype(checkpoint: Path) -> None:
 def test_quantisation_and_checks_reach_the_actors(checkpoint: Path) -> None:
     bundle = Bundle("expert-0", "a")
     plain = factory(checkpoint).expert(bundle, [bundle])
-    assert (plain.quant_kind, plain.check_weights) == (None, True)
-    asked = {"experts.quantization": "int4", "check_weights": False}
+    assert (plain.quant_kind, plain.check_weights, plain.map_weights) == (None, True, True)
+    asked = {"experts.quantization": "int4", "check_weights": False, "map_weights": False}
     settings = factory(checkpoint, **asked).expert(bundle, [bundle])
-    assert (settings.quant_kind, settings.check_weights) == ("int4", False)
+    assert (settings.quant_kind, settings.check_weights, settings.map_weights) == ("int4", False, False)
     assert factory(checkpoint, **asked).attention(bundle, [bundle]).quant_kind is None
     both = factory(checkpoint, **asked, **{"attention.quantization": "int8"})
     assert (both.expert(bundle, [bundle]).quant_kind, both.attention(bundle, [bundle]).quant_kind) == ("int4", "int8")
