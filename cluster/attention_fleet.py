@@ -99,7 +99,7 @@ class AttentionFleet:
             for bundle in bundles:
                 name = bundle.name.replace("attention", "router")
                 spawned.append(spawn(Role.ROLE_ROUTER, Router, name, bundle, settings.router(bundle)))
-                own = (settings.attention(bundle, beside), settings.engine(bundle, beside))
+                own = (settings.attention(bundle, beside), settings.engine(bundle, beside, self._deployment.nodes))
                 spawned.append(spawn(Role.ROLE_ATTENTION, AttentionShard, bundle.name, bundle, *own))
         except BaseException:
             for member in spawned:
