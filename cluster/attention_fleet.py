@@ -98,7 +98,7 @@ class AttentionFleet:
             for bundle in bundles:
                 name = bundle.name.replace("attention", "router")
                 spawned.append(spawn(Role.ROLE_ROUTER, ROUTER, name, bundle, settings.router(bundle)))
-                own = (settings.attention(bundle, beside), settings.engine(bundle, beside))
+                own = (settings.attention(bundle, beside), settings.engine(bundle, beside, self._deployment.nodes))
                 spawned.append(spawn(Role.ROLE_ATTENTION, ATTENTION_SHARD, bundle.name, bundle, *own))
         except BaseException:
             for member in spawned:

@@ -123,7 +123,10 @@ class AttentionConfig(_Section):
         60.0, ge=0, le=86400, description="the oldest batch request counts as interactive after so long"
     )
     micro_batches: int = Field(
-        0, ge=0, le=8, description="of a step; 0: by the measured times of both fleets; 1: steps are never split"
+        0,
+        ge=0,
+        le=8,
+        description="of a step; 0: by the measured times of both fleets, 1 where they share one node's cores",
     )
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +51,14 @@ class SettingsFactory:
         """Gates are small: one thread."""
         return self._model(bundle.node_id, threads=1, sharing=1)
 
-    def engine(self, bundle: Bundle, all_bundles: Sequence[Bundle]) -> EngineSettings:
-        """Limits of an attention shard. Those of one node share its memory, unless each has a GPU's."""
+    def engine(self, bundle: Bundle, all_bundles: Sequence[Bundle], nodes: Set[str]) -> EngineSettings:
+        """Limits of an attention shard. Those of one node share its memory, unless each has a GPU's.
+
+        ``nodes``: of all attention and expert shards. Where one node's cores compute for both fleets no micro-batch can
+        be at the experts while another's attention is computed: steps are not split, not even to try it.
+        """
         attention = self.config.attention
+        cores_shared = self.config.device == "cpu" and nodes == {bundle.node_id}
         beside = sum(b.node_id == bundle.node_id for b in all_bundles)
         limits = SchedulerLimits(
             context_length=self.context_length(bundle.node_id),
@@ -70,7 +75,7 @@ class SettingsFactory:
             block_size=attention.block_size,
             kv_share=attention.kv_memory_share,
             sharing=beside if self.config.device == "cpu" else max(1, int(1 / attention.gpus)),
-            micro_batches=attention.micro_batches,
+            micro_batches=attention.micro_batches or int(cores_shared),
         )
 
     def gateway(self, node_id: str) -> GatewaySettings:
