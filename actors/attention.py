@@ -11,22 +11,22 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from actors.attention_engine import AttentionEngine, EngineFigures
+from actors.attention_engine import AttentionEngine
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
 from actors.engine.scheduler import NeverFits, QueueFull
-from actors.kv_memory import NoMemory, allocate_cache
+from actors.frames import Kind
+from actors.kv_memory import allocate_cache
 from actors.loop import LoopThread
-from actors.messages import Kind
 from actors.micro_batches import MicroBatchTuner
 from actors.model.decoder import AttentionModel
 from actors.model.families import load_spec
 from actors.model.weights import Checkpoint
 from actors.moe_client import MoEClient
+from actors.refusals import Refusal
 from actors.settings import EngineSettings, ModelSettings
 from actors.span_log import Recorded, SpanLog
-from actors.stats import WireTraffic, traffic
+from actors.stats import AttentionStats, EngineFigures, traffic
 from actors.step_runner import StepRunner
 from actors.token_frames import encode_tokens
 from actors.transport.base import (
@@ -41,36 +41,9 @@ from actors.transport.base import (
     WireTimeout,
 )
 
-__all__ = ["AttentionShard", "AttentionStats", "NoMemory", "Refusal"]
-
 log = logging.getLogger(__name__)
 
 _GATEWAY_WAIT_S = 1.0
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a request was not admitted. ``field`` is set when the request itself is at fault."""
-
-    kind: str
-    message: str
-    field: str = ""
-    retry_after_s: float = 0.0
-
-    INVALID = "invalid"
-    FULL = "full"
-    UNAVAILABLE = "unavailable"
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionStats(EngineFigures):
-    """``tokens`` were told since the start. ``bytes_sent``: since the start, by medium."""
-
-    pid: int
-    weight_bytes: int
-    tokens: int
-    bytes_sent: dict[str, int]
-    wires: tuple[WireTraffic, ...]
 
 
 class AttentionShard(Recorded):
@@ -100,7 +73,7 @@ class AttentionShard(Recorded):
 
     def load(self) -> Address:
         """Read this shard's weights. Returns where gateways connect."""
-        with Checkpoint(self._settings.path, check_finite=self._settings.check_weights) as checkpoint:
+        with Checkpoint(self._settings.path, self._settings.check_weights, self._settings.map_weights) as checkpoint:
             self._model = AttentionModel.load(
                 self._spec,
                 checkpoint,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from actors.engine.kv_blocks import BlockPool
@@ -20,6 +20,7 @@ from actors.log_fields import fields
 from actors.moe_client import MoEClient, MoEUnavailable
 from actors.observer import ShardObserver
 from actors.span_log import PUBLISH, SpanLog
+from actors.stats import EngineFigures
 from actors.step_runner import StepRunner
 from actors.timeline import Instant
 
@@ -28,31 +29,6 @@ log = logging.getLogger(__name__)
 _NO_LOGPROBS = "log-probabilities could not be computed"
 
 Tell = Callable[[list[TokenEvent]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineFigures:
-    """Counters are since the start. ``busy_s`` seconds were spent in steps; for ``experts_wait_s`` of these only
-    experts were waited for: they were sent ``moe_batches`` (see :class:`MoEClient`). ``kv_blocks_free`` includes
-    ``kv_blocks_cached``, whose content can still be found by the prefix cache; ``kv_blocks_shared`` are used by more
-    than one request. ``micro_batches``: of the last step."""
-
-    running: int = 0
-    waiting: int = 0
-    kv_bytes: int = 0
-    kv_block_size: int = 0
-    kv_blocks: int = 0
-    kv_blocks_free: int = 0
-    kv_blocks_cached: int = 0
-    kv_blocks_shared: int = 0
-    prefix_queried_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
-    micro_batches: int = 0
-    steps: int = 0
-    busy_s: float = 0.0
-    experts_wait_s: float = 0.0
-    moe_batches: int = 0
 
 
 class _Work(NamedTuple):

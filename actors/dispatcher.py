@@ -22,12 +22,10 @@ from torch import Tensor
 
 from actors.batch_spans import DispatchSpan
 from actors.dispatch import ShardRows, split_rows
+from actors.frames import Kind, array_bytes, expect_parts
 from actors.messages import (
     BatchTimes,
-    Kind,
-    array_bytes,
     encode_times,
-    expect_parts,
     failure_text,
     rows_part,
     seconds_from,

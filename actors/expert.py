@@ -11,17 +11,17 @@ import os
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from actors.batch_spans import BatchSpan
+from actors.frames import Kind, on_host
 from actors.groups import Groups
 from actors.log_fields import mark, trace_ids
 from actors.loop import LoopThread
-from actors.messages import Kind, encode_seconds, indices_from, on_host, tensor_from, tensor_part, traced_parts
+from actors.messages import encode_seconds, indices_from, tensor_from, tensor_part, traced_parts
 from actors.model.experts import ExpertBank
 from actors.model.families import load_spec
 from actors.model.heap import trim
@@ -29,7 +29,7 @@ from actors.model.parallel import READERS
 from actors.model.weights import Checkpoint
 from actors.settings import ModelSettings
 from actors.span_log import Recorded, SpanLog
-from actors.stats import WireTraffic, traffic
+from actors.stats import ExpertStats, traffic
 from actors.stopwatch import Stopwatch
 from actors.trace_context import Trace
 from actors.transport.base import Address, Buffer, EndpointFactory, Frame, FrameTag, Part, PeerGone, Wire
@@ -38,26 +38,6 @@ from actors.transport.nccl_join import Lobby
 from placement.expert_map import Expert
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ExpertStats:
-    """Counters since the start; ``rows`` were received, ``pairs`` (row, expert) were computed.
-
-    ``batches`` were computed in ``busy_s`` seconds; on a GPU these are the device's, and both lag by the batches that
-    it has under way or has ended since the last one came. ``weight_bytes`` are held now, ``bytes_sent``
-    are by medium."""
-
-    pid: int
-    epoch: int
-    experts: int
-    weight_bytes: int
-    rows: int
-    pairs: int
-    busy_s: float
-    batches: int
-    bytes_sent: dict[str, int]
-    wires: tuple[WireTraffic, ...]
 
 
 class ExpertShard(Recorded):
@@ -166,7 +146,7 @@ class ExpertShard(Recorded):
         """The same as for the load before, unless its files have changed: parsing their headers would hold up whoever
         is served."""
         if self._checkpoint is None or not self._checkpoint.unchanged():
-            self._checkpoint = Checkpoint(self._model.path, check_finite=self._model.check_weights)
+            self._checkpoint = Checkpoint(self._model.path, self._model.check_weights, self._model.map_weights)
         return self._checkpoint
 
     def _count(self, read: int) -> None:

@@ -8,11 +8,8 @@ from actors.engine.kv_blocks import BlockPool
 from actors.free_memory import free_bytes
 from actors.model.kv_cache import KVCache
 from actors.model.spec import MoEDecoderSpec
+from actors.refusals import NoMemory
 from actors.settings import EngineSettings, ModelSettings
-
-
-class NoMemory(RuntimeError):
-    """The node, or its GPU, does not have the memory that the configuration gives to the KV cache."""
 
 
 def allocate_cache(spec: MoEDecoderSpec, model: ModelSettings, engine: EngineSettings) -> tuple[KVCache, BlockPool]:

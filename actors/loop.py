@@ -7,8 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-
-import torch
+from contextlib import AbstractContextManager, nullcontext
 
 from actors.transport.base import Frame, PeerGone, TransportError, Wire, WireTimeout
 from actors.transport.poller import Poller
@@ -106,7 +105,7 @@ class LoopThread:
     def _run(self) -> None:
         self._use_threads()
         try:
-            with torch.inference_mode():
+            with self._computing():
                 while not self._stopping:
                     self._turn()
         except BaseException as error:
@@ -121,7 +120,17 @@ class LoopThread:
     def _use_threads(self) -> None:
         """Torch keeps the number for each thread, and for threads to come."""
         if self._threads:
+            import torch
+
             torch.set_num_threads(self._threads)
+
+    def _computing(self) -> AbstractContextManager[object]:
+        """How handlers run: without threads to compute with they have no tensors, and the process no torch."""
+        if not self._threads:
+            return nullcontext()
+        import torch
+
+        return torch.inference_mode()
 
     def _turn(self) -> None:
         with self._lock:

@@ -19,7 +19,6 @@ The ``micro_batch`` of a tag counts down within a layer: 0 is the step's last, a
 from __future__ import annotations
 
 import struct
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,19 +26,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actors.frames import array_bytes, expect_parts, on_host
 from actors.trace_context import Trace, trace_from
 from actors.transport.base import Buffer, Frame, Medium, Part, ProtocolError, Wire
-
-
-class Kind(IntEnum):
-    """The ``kind`` of a frame."""
-
-    ROWS = 1
-    ROWS_DONE = 2
-    DISPATCH = 3
-    RESULTS = 4
-    FAILED = 5
-    TOKENS = 6
 
 
 def tensor_part(tensor: Tensor, wire: Wire) -> Buffer | Tensor:
@@ -64,11 +53,6 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return array_bytes((tensor if tensor.is_cpu else tensor.cpu()).view(torch.uint8).numpy())
 
 
-def array_bytes(array: NDArray[Any]) -> memoryview:
-    """The memory of a contiguous array, without a copy."""
-    return array.data.cast("B")
-
-
 CPU = torch.device("cpu")
 
 
@@ -89,20 +73,6 @@ def tensor_from(part: Part, dtype: torch.dtype, columns: int, device: torch.devi
 def indices_from(part: Part, device: torch.device = CPU) -> Tensor:
     """int64[P] on ``device`` of a received int32 part. ProtocolError if it is not in host memory."""
     return torch.from_numpy(np.frombuffer(on_host(part), np.int32).astype(np.int64)).to(device)
-
-
-def on_host(part: Part) -> memoryview:
-    """A part that has to be in host memory; ProtocolError for a tensor."""
-    if isinstance(part, Tensor):
-        raise ProtocolError(f"a part came as a tensor of {part.nbytes} bytes; it belongs in host memory")
-    return part
-
-
-def expect_parts(frame: Frame, count: int) -> tuple[Part, ...]:
-    """The frame's parts; ProtocolError unless there are exactly ``count``."""
-    if len(frame.parts) != count:
-        raise ProtocolError(f"frame of kind {frame.kind} has {len(frame.parts)} parts, expected {count}")
-    return frame.parts
 
 
 def traced_parts(frame: Frame, count: int) -> tuple[tuple[Part, ...], Trace | None]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actors.messages import Kind, expect_parts, failure_text, tensor_bytes, tensor_from, times_from
+from actors.frames import Kind, expect_parts
+from actors.messages import failure_text, tensor_bytes, tensor_from, times_from
 from actors.scratch import ScratchPool
 from actors.span_log import ROWS_OUT, WAIT, SpanLog
 from actors.transport.base import Buffer, Frame, FrameTag, ProtocolError, TransportError, Wire

@@ -13,23 +13,24 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from actors.batch_spans import DispatchSpan
 from actors.dispatcher import Dispatcher
+from actors.frames import Kind
 from actors.groups import Groups
 from actors.loop import LoopThread
 from actors.losses import Known, Losses
-from actors.messages import Kind, tensor_from, traced_parts
+from actors.messages import tensor_from, traced_parts
 from actors.model.families import load_spec
 from actors.model.gate import Gate
 from actors.model.weights import Checkpoint
+from actors.refusals import StaleEpoch
 from actors.routes import ExpertRoutes
 from actors.settings import ModelSettings
 from actors.span_log import Recorded, SpanLog
-from actors.stats import WireTraffic, traffic
+from actors.stats import RouterStats, traffic
 from actors.transport.base import (
     Address,
     EndpointFactory,
@@ -45,29 +46,6 @@ from actors.transport.nccl_group import GroupPlan
 from placement.expert_map import ExpertMap, held_only_by
 
 _CONNECT_S = 10.0
-
-
-class StaleEpoch(RuntimeError):
-    """A map is to be prepared or committed that was given up, or never prepared."""
-
-
-@dataclass(frozen=True)
-class RouterStats:
-    """``rows_per_shard``: rows sent to each expert shard since the start, by name. ``reroutes``: batches of rows that
-    were sent again. ``longest_wait_s``: longest time a batch waited for its experts. ``batches``, ``dispatch_s``,
-    ``combine_s``: see :class:`Completed`. ``bytes_sent``: since the start, by medium."""
-
-    pid: int
-    epoch: int
-    weight_bytes: int
-    rows_per_shard: dict[str, int]
-    reroutes: int
-    longest_wait_s: float
-    batches: int
-    dispatch_s: float
-    combine_s: float
-    bytes_sent: dict[str, int]
-    wires: tuple[WireTraffic, ...]
 
 
 class Router(Recorded):
@@ -108,7 +86,7 @@ class Router(Recorded):
 
     def load(self) -> Address:
         """Read the gate weights and start to serve. Returns where attention shards connect."""
-        with Checkpoint(self._model.path, check_finite=self._model.check_weights) as checkpoint:
+        with Checkpoint(self._model.path, self._model.check_weights, self._model.map_weights) as checkpoint:
             self._gate = Gate.load(
                 self._spec,
                 checkpoint,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
-
-import torch
+from typing import TYPE_CHECKING, cast
 
 from actors.engine.admission import SchedulerLimits
+from actors.model.dtypes import torch_dtype
 from actors.quant_kind import QuantKind
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class ModelSettings:
     by ``sharing``, the number of such processes on it. ``device``: where it computes, "cpu" or "cuda" (the first GPU
     that this process sees). ``nccl``: rows travel between routers and expert shards over NCCL. ``quantization``:
     "none", or to what this process' weights are quantised while they are loaded ("int8", "int4", "fp8").
-    ``check_weights``: NaN and infinity are looked for meanwhile."""
+    ``check_weights``: NaN and infinity are looked for meanwhile. ``map_weights``: those that stay as they are are used
+    where they lie in files on a local disk."""
 
     path: Path
     dtype: str
@@ -32,6 +35,7 @@ class ModelSettings:
     nccl: bool = False
     quantization: str = "none"
     check_weights: bool = True
+    map_weights: bool = True
 
     @property
     def thread_count(self) -> int:
@@ -41,9 +45,7 @@ class ModelSettings:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype itself."""
-        dtype = getattr(torch, self.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
+        return torch_dtype(self.dtype)
 
     @property
     def quant_kind(self) -> QuantKind | None:
@@ -53,6 +55,8 @@ class ModelSettings:
     @property
     def torch_device(self) -> torch.device:
         """The device itself."""
+        import torch
+
         return torch.device(self.device)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.engine.request import FinishReason, TokenEvent, TokenLogprobs
-from actors.messages import array_bytes, expect_parts, on_host
+from actors.frames import array_bytes, expect_parts, on_host
 from actors.transport.base import Buffer, Frame, ProtocolError
 
 # Times are NaN for None. float32 is 0.1 us in a second, and half the bytes: these are in every token's record.

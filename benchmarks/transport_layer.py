@@ -20,8 +20,9 @@ from torch import Tensor
 
 from actors.dispatch import split_rows
 from actors.dispatcher import Dispatcher
+from actors.frames import Kind
 from actors.loop import LoopThread
-from actors.messages import Kind, encode_seconds, indices_from, tensor_from, tensor_part, traced_parts
+from actors.messages import encode_seconds, indices_from, tensor_from, tensor_part, traced_parts
 from actors.model.combine import combine_rows
 from actors.moe_client import MoEClient
 from actors.routes import ExpertRoutes

@@ -12,9 +12,8 @@ from typing import Any
 
 from expertmesh.v1.control_pb2 import Role
 
-from actors.attention import AttentionShard
-from actors.router import Router
 from actors.transport.base import Address
+from cluster.actor_class import ATTENTION_SHARD, ROUTER
 from cluster.calls import results
 from cluster.deployment import PROCESS_START_S, Deployment, left
 from cluster.expert_fleet import ExpertFleet
@@ -98,9 +97,9 @@ class AttentionFleet:
             settings = self._deployment.settings([bundle.node_id for bundle in bundles], deadline)
             for bundle in bundles:
                 name = bundle.name.replace("attention", "router")
-                spawned.append(spawn(Role.ROLE_ROUTER, Router, name, bundle, settings.router(bundle)))
-                own = (settings.attention(bundle, beside), settings.engine(bundle, beside))
-                spawned.append(spawn(Role.ROLE_ATTENTION, AttentionShard, bundle.name, bundle, *own))
+                spawned.append(spawn(Role.ROLE_ROUTER, ROUTER, name, bundle, settings.router(bundle)))
+                own = (settings.attention(bundle, beside), settings.engine(bundle, beside, self._deployment.nodes))
+                spawned.append(spawn(Role.ROLE_ATTENTION, ATTENTION_SHARD, bundle.name, bundle, *own))
         except BaseException:
             for member in spawned:
                 self._deployment.roster.end(member)

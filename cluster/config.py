@@ -123,7 +123,10 @@ class AttentionConfig(_Section):
         60.0, ge=0, le=86400, description="the oldest batch request counts as interactive after so long"
     )
     micro_batches: int = Field(
-        0, ge=0, le=8, description="of a step; 0: by the measured times of both fleets; 1: steps are never split"
+        0,
+        ge=0,
+        le=8,
+        description="of a step; 0: by the measured times of both fleets, 1 where they share one node's cores",
     )
 
     @model_validator(mode="after")
@@ -290,6 +293,7 @@ class ServerConfig(_Section):
         0, ge=0, description="tokens, prompt and answer; 0: what the model allows"
     )
     check_weights: bool = Field(True, description="look for NaN and infinity while weights are loaded")
+    map_weights: bool = Field(True, description="use weights where they lie in local files; false: copy them")
     deterministic: bool = Field(True, description="a row's result does not depend on its batch mates")
     transport: Literal["auto", "nccl", "shm", "tcp", "local"] = Field(
         "auto", description="auto: by pair; another: that medium or none; local: all in one process, without Ray"

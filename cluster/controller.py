@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1.control_pb2 import ClusterEventKind, Role
 
-from actors.attention import NoMemory
 from actors.model.errors import CheckpointError
 from actors.model.families import load_spec
-from actors.router import StaleEpoch
+from actors.refusals import NoMemory, StaleEpoch
 from actors.transport.base import TransportError
 from cluster.attention_fleet import AttentionFleet, Replica
 from cluster.autoscaler import Autoscaler

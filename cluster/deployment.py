@@ -51,6 +51,11 @@ class Deployment:
         self._gpus = GpuCheck(config, fleet)
         self._tls = TlsCheck(config, fleet)
 
+    @property
+    def nodes(self) -> set[str]:
+        """Those with room for an attention or an expert shard."""
+        return {bundle.node_id for bundle in self._bundles.values()}
+
     def request(self, prefix: str, fleet: AttentionConfig | ExpertsConfig, actors: int = 1) -> BundleRequest:
         """What a new shard of this fleet needs of its node, with whatever lives beside it: ``actors`` together."""
         gpus = fleet.gpus if self.config.device == "cuda" else 0.0

@@ -12,9 +12,10 @@ from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1.control_pb2 import Role
 from numpy.typing import NDArray
 
-from actors.expert import ExpertShard, ExpertStats
 from actors.model.spec import MoEDecoderSpec
+from actors.stats import ExpertStats
 from actors.transport.base import Address
+from cluster.actor_class import EXPERT_SHARD
 from cluster.calls import answers, results
 from cluster.deployment import PROCESS_START_S, Deployment, left
 from cluster.expert_maps import ExpertMaps, Routers
@@ -75,7 +76,7 @@ class ExpertFleet:
             settings = self._deployment.settings([bundle.node_id for bundle in bundles], deadline)
             for bundle in bundles:
                 own = settings.expert(bundle, beside)
-                spawned.append(self._deployment.roster.spawn(Role.ROLE_EXPERT, ExpertShard, bundle.name, bundle, own))
+                spawned.append(self._deployment.roster.spawn(Role.ROLE_EXPERT, EXPERT_SHARD, bundle.name, bundle, own))
         except BaseException:
             self.dismiss(spawned)
             for bundle in bundles:
@@ -84,11 +85,13 @@ class ExpertFleet:
         return spawned
 
     def begin(self, shards: list[Member], deadline: float) -> list[Future[Any]]:
-        """Make the first map over ``shards`` and let them read; the futures end when they have."""
-        self._shards = {shard.name: shard for shard in self.listening(shards, deadline)}
+        """Make the first map over ``shards`` and let them read, each as soon as it is up; the futures end when they
+        have."""
         new = self.plan(shards)
+        loads = [s.handle.begin("load", new.epoch, new.held_by(s.name)) for s in shards]
+        self._shards = {shard.name: shard for shard in self.listening(shards, deadline)}
         self._maps.in_force = new
-        return [s.handle.begin("load", new.epoch, new.held_by(s.name)) for s in shards]
+        return loads
 
     def start(self, bundles: Sequence[Bundle], deadline: float) -> list[Member]:
         """Shards that listen and hold nothing. All or none; any thread."""

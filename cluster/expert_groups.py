@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.transport.base import Address
-from actors.transport.nccl_group import GroupPlan
 from cluster.calls import log_failure
 from cluster.deployment import Deployment, left
 from cluster.fleet import ActorUnreachable
@@ -69,6 +68,8 @@ class ExpertGroups:
             raise ActorUnreachable(f"{', '.join(dead) or 'every router'} does not answer")
         dispatch_id, results_id, rooms_id = members[0].handle.call("new_ids", timeout_s=left(deadline))
         names = tuple(router.name for router in members)
+        from actors.transport.nccl_group import GroupPlan  # loads torch, which only this rule of wires needs here
+
         plan = GroupPlan(new.epoch, dispatch_id, results_id, rooms_id, names, tuple(shard.name for shard in shards))
         self._next = _Formed(new.epoch, tuple(members), tuple(shards))
         arguments = (new, addresses, self._deployment.wires.medium, left(deadline), plan)

@@ -8,6 +8,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.actor_class import ActorClass
 from placement.spec import BundleRequest, Node
 
 
@@ -76,7 +77,7 @@ class Fleet(ABC):
         """
 
     @abstractmethod
-    def spawn(self, role: type, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
+    def spawn(self, role: ActorClass, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
         """Start ``role(name, *args, make_endpoint)`` in ``bundle``, or on the controller's node for None."""
 
     @abstractmethod

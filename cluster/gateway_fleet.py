@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from expertmesh.v1.control_pb2 import Role
 
+from cluster.actor_class import GATEWAY
 from cluster.attention_fleet import AttentionFleet
 from cluster.deployment import Deployment, left
 from cluster.fleet import ActorHandle
-from cluster.gateway.server import Gateway
 from cluster.gateway.settings import Doors, GatewaySettings
 from cluster.loss_watch import LossWatch
 from cluster.roster import Member
@@ -33,7 +33,7 @@ class GatewayFleet:
         if self._doors is not None:
             settings = _reopening(settings, self._doors)
         roster = self._deployment.roster
-        return roster.spawn(Role.ROLE_GATEWAY, Gateway, roster.fresh_name("gateway"), None, settings)
+        return roster.spawn(Role.ROLE_GATEWAY, GATEWAY, roster.fresh_name("gateway"), None, settings)
 
     def open(self, gateway: Member, controller: ActorHandle, deadline: float) -> Doors:
         """Connect it to the attention shards and let clients in."""

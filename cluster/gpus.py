@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from actors.transport.cupy_nccl import cuda_missing, requirements_missing
 from cluster.config import ConfigError, ServerConfig
 from cluster.fleet import Fleet
 from placement.spec import BundleRequest, Node
@@ -12,10 +11,24 @@ from placement.spec import BundleRequest, Node
 LOOK_S = 120.0
 """A node that has not told in this time what it lacks is given up: a process that loads torch and CUDA has to start."""
 
+_CHOSEN = "nccl, which transport: auto has taken,"
+
 Missing = Callable[[], list[str]]
 """Run on a node: what is missing there."""
 
-_CHOSEN = "nccl, which transport: auto has taken,"
+
+def cuda_missing() -> list[str]:
+    """What this node lacks to compute on GPUs. Loads torch, where it is asked."""
+    from actors.transport import cupy_nccl
+
+    return cupy_nccl.cuda_missing()
+
+
+def requirements_missing() -> list[str]:
+    """What it lacks for NCCL."""
+    from actors.transport import cupy_nccl
+
+    return cupy_nccl.requirements_missing()
 
 
 class GpuCheck:

@@ -176,7 +176,7 @@ def _sizes(spec: MoEDecoderSpec, entries: Entries, disk: int | None) -> Sizes:
         attention_shard,
         expert,
         _expert_on_disk(spec, entries),
-        spec.kv_floats_per_token * spec.dtype.itemsize,
+        spec.kv_floats_per_token * spec.itemsize,
         disk,
     )
 
@@ -186,10 +186,10 @@ def _expert_as_stored(spec: MoEDecoderSpec, entries: Entries, shapes: list[tuple
     scheme, headers = spec.quantization, KnownHeaders(entries)
     names = [tensor.name for layer in spec.moe_layers[:1] for tensor in expert_tensors(spec, layer, 0)]
     if scheme is None or not any(entries.values()) or not names:
-        return held_bytes(shapes, scheme, spec.dtype.itemsize)
+        return held_bytes(shapes, scheme, spec.itemsize)
     if not is_quantized(headers, scheme, names[0]):
-        return held_bytes(shapes, None, spec.dtype.itemsize)
-    return held_bytes(shapes, scheme, spec.dtype.itemsize, scale_bytes(headers, scheme, names[0]))
+        return held_bytes(shapes, None, spec.itemsize)
+    return held_bytes(shapes, scheme, spec.itemsize, scale_bytes(headers, scheme, names[0]))
 
 
 def _expert_on_disk(spec: MoEDecoderSpec, entries: Entries) -> int | None:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from actors.transport.local import LocalNetwork
+from cluster.actor_class import ActorClass
 from cluster.fleet import ActorHandle, ActorUnreachable, Bundle, Fleet, first_failure_or_all
 from placement.bundles import NoRoom
 from placement.spec import BundleRequest, Node
@@ -73,9 +74,9 @@ class LocalFleet(Fleet):
         """Run it here. What is not done in time goes on in its thread, for which ``close`` waits."""
         return first_failure_or_all({node_id: self.pool.submit(function, *args) for node_id in node_ids}, timeout_s)
 
-    def spawn(self, role: type, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
+    def spawn(self, role: ActorClass, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
         """Make the object here."""
-        return LocalHandle(name, role(name, *args, self._network.endpoint), self.pool)
+        return LocalHandle(name, role.load()(name, *args, self._network.endpoint), self.pool)
 
     def node_id(self, handle: ActorHandle) -> str:
         """The one node."""

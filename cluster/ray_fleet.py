@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -13,13 +11,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from actors.transport.base import EndpointLike, Wire
-from actors.transport.endpoint import Endpoint
-from cluster.config import ServerConfig, TelemetryConfig, WireTlsConfig
+from cluster.actor_class import RAY_CONTROLLER, ActorClass
+from cluster.config import ServerConfig, TelemetryConfig
 from cluster.controller import Controller
 from cluster.fleet import ActorHandle, ActorUnreachable, Bundle, Fleet, first_failure_or_all
-from cluster.telemetry.process import ProcessTelemetry
-from cluster.tls import wire_tls
+from cluster.hosted import Hosted, RayEndpoints
 from placement.bundles import create_group, node_of, ray_nodes, remove_group, wait_for_group
 from placement.spec import BundleRequest, Node
 from placement.spread import spread
@@ -28,45 +24,8 @@ NAMESPACE = "expertmesh"
 
 GROUP_PREFIX = "expertmesh-"
 
-_LAST_CALL = "stop"
 _CONCURRENCY = 16
 """Threads for control calls in an actor; the data plane has its own."""
-
-
-@dataclass(frozen=True)
-class RayEndpoints:
-    """Makes an actor's endpoint inside its process: it listens on the node's own address, and reads the node's own
-    files for ``tls``."""
-
-    secret: bytes
-    tls: WireTlsConfig | None
-
-    def __call__(self, name: str, on_wire: Callable[[Wire], None]) -> EndpointLike:
-        node_id = ray.get_runtime_context().get_node_id()
-        tls = wire_tls(self.tls) if self.tls is not None else None
-        return Endpoint(name, node_id, self.secret, host=ray.util.get_node_ip_address(), on_wire=on_wire, tls=tls)
-
-
-class Hosted:
-    """The Ray actor around a plain object. Ray wraps every method of an actor's class for tracing, inherited and
-    private ones too: held like this, the object's own calls, several at each layer, stay plain.
-    """
-
-    def __init__(self, telemetry: TelemetryConfig, name: str, role: type, *args: Any) -> None:
-        self._telemetry = ProcessTelemetry(telemetry, name)
-        self._role = role(*args)
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Call a public method of the object. After ``stop`` the process is only waiting for its end."""
-        try:
-            return getattr(self._role, method)(*args)
-        finally:
-            if method == _LAST_CALL:
-                self._telemetry.flush()
-
-    def live(self) -> None:
-        """Returns never: the call fails when the process ends, which tells its caller so within milliseconds."""
-        threading.Event().wait()
 
 
 class RayHandle(ActorHandle):
@@ -109,7 +68,9 @@ def _cause(error: RayActorError) -> str:
     return lines[-1] if "creation task" in lines[0] else lines[0]
 
 
-def start_actor(role: type, name: str, strategy: Any, gpus: float, telemetry: TelemetryConfig, *args: Any) -> RayHandle:
+def start_actor(
+    role: ActorClass, name: str, strategy: Any, gpus: float, telemetry: TelemetryConfig, *args: Any
+) -> RayHandle:
     """Start ``role(*args)`` as a detached, named Ray actor. It sees the GPU of which it gets the part ``gpus``."""
     options = {
         "name": name,
@@ -121,7 +82,7 @@ def start_actor(role: type, name: str, strategy: Any, gpus: float, telemetry: Te
         "max_restarts": 0,
         "scheduling_strategy": strategy,
     }
-    actor_class = ray.remote(type(role.__name__, (Hosted,), {}))
+    actor_class = ray.remote(type(role.name, (Hosted,), {}))
     return RayHandle(name, actor_class.options(**options).remote(telemetry, name, role, *args))
 
 
@@ -140,7 +101,7 @@ def start_controller(name: str, config: ServerConfig, secret: bytes) -> RayHandl
     """Start the controller on the node of this process. Raises AlreadyServing when another one was quicker."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     try:
-        return start_actor(RayController, name, here, 0, config.telemetry, config, secret)
+        return start_actor(RAY_CONTROLLER, name, here, 0, config.telemetry, config, secret)
     except ValueError as error:
         raise AlreadyServing(f"this Ray cluster has a controller already: {error}") from error
 
@@ -203,7 +164,7 @@ class RayFleet(Fleet):
                 ray.cancel(call, force=True)  # nothing, for those that are done
             raise (error.cause if isinstance(error, RayTaskError) else error) from None
 
-    def spawn(self, role: type, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
+    def spawn(self, role: ActorClass, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
         """The bundle's CPUs are reserved by the group; the actors inside ask for none of their own. Of its GPU they ask
         for their parts: only then does Ray let them see it."""
         strategy: Any

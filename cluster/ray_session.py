@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import ray
+from ray._private.services import get_ray_address_from_environment
 from ray.util import list_named_actors, placement_group_table
 from ray.util.placement_group import get_placement_group, remove_placement_group
 
@@ -85,6 +86,8 @@ def join(address: str) -> bool:
     False when nobody is there. Raises ConfigError for what is not an address, and for a RAY_ADDRESS that is dead.
     """
     named = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
+    if named == "auto" and not _runs_here():
+        return False
     if named not in ("auto", "local") and not _answers(named):
         if address == "auto":
             raise ConfigError(f"RAY_ADDRESS: no Ray cluster answers at {named!r}")
@@ -94,6 +97,15 @@ def join(address: str) -> bool:
     except ConnectionError:
         return False
     return True
+
+
+def _runs_here() -> bool:
+    """Whether a Ray cluster answers where Ray's own ``auto`` would look: a process of one on this machine, or the
+    address that the last one left in a file. That one may have been killed, and Ray would wait a minute for it."""
+    try:
+        return _answers(get_ray_address_from_environment("auto", None))
+    except ConnectionError:
+        return False
 
 
 def _answers(address: str) -> bool:

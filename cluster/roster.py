@@ -13,6 +13,7 @@ from typing import Any
 
 from expertmesh.v1.control_pb2 import ClusterEventKind, Role
 
+from cluster.actor_class import ActorClass
 from cluster.calls import LIFE_TIMEOUT_S, answers
 from cluster.events import EventLog
 from cluster.fleet import ActorHandle, Bundle, Fleet
@@ -74,7 +75,7 @@ class Roster:
         with self._lock:
             return self._members.get(name)
 
-    def spawn(self, role: Role, cls: type, name: str, bundle: Bundle | None, *args: Any) -> Member:
+    def spawn(self, role: Role, cls: ActorClass, name: str, bundle: Bundle | None, *args: Any) -> Member:
         """Start ``cls(name, *args, make_endpoint)``. Raises Stopping once ``close`` was called."""
         if self._stopping:
             raise Stopping("the cluster is being stopped")

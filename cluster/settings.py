@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from actors.engine.admission import SchedulerLimits
+from actors.model.dtypes import ITEM_BYTES
 from actors.model.families import load_spec
-from actors.model.kv_cache import KVCache
 from actors.model.spec import MoEDecoderSpec
 from actors.settings import EngineSettings, ModelSettings
 from cluster.access import AccessList, refuse_open_door
@@ -53,9 +51,14 @@ class SettingsFactory:
         """Gates are small: one thread."""
         return self._model(bundle.node_id, threads=1, sharing=1)
 
-    def engine(self, bundle: Bundle, all_bundles: Sequence[Bundle]) -> EngineSettings:
-        """Limits of an attention shard. Those of one node share its memory, unless each has a GPU's."""
+    def engine(self, bundle: Bundle, all_bundles: Sequence[Bundle], nodes: Set[str]) -> EngineSettings:
+        """Limits of an attention shard. Those of one node share its memory, unless each has a GPU's.
+
+        ``nodes``: of all attention and expert shards. Where one node's cores compute for both fleets no micro-batch can
+        be at the experts while another's attention is computed: steps are not split, not even to try it.
+        """
         attention = self.config.attention
+        cores_shared = self.config.device == "cpu" and nodes == {bundle.node_id}
         beside = sum(b.node_id == bundle.node_id for b in all_bundles)
         limits = SchedulerLimits(
             context_length=self.context_length(bundle.node_id),
@@ -72,7 +75,7 @@ class SettingsFactory:
             block_size=attention.block_size,
             kv_share=attention.kv_memory_share,
             sharing=beside if self.config.device == "cpu" else max(1, int(1 / attention.gpus)),
-            micro_batches=attention.micro_batches,
+            micro_batches=attention.micro_batches or int(cores_shared),
         )
 
     def gateway(self, node_id: str) -> GatewaySettings:
@@ -124,13 +127,13 @@ class SettingsFactory:
 
     def _cache_tokens(self, node_id: str, kv_bytes: int) -> int:
         block_size, path = self.config.attention.block_size, self.paths[node_id]
-        token_bytes = KVCache.bytes_per_token(load_spec(path), torch_dtype(self.config, path))
+        token_bytes = load_spec(path).kv_floats_per_token * ITEM_BYTES[dtype_name(self.config, path)]
         return kv_bytes // (token_bytes * block_size) * block_size
 
     def _has_small_experts(self, node_id: str) -> bool:
         path = self.paths[node_id]
         spec = load_spec(path)
-        return spec.d_model * spec.moe.inter * torch_dtype(self.config, path).itemsize < _WORTH_A_THREAD
+        return spec.d_model * spec.moe.inter * ITEM_BYTES[dtype_name(self.config, path)] < _WORTH_A_THREAD
 
     def _model(self, node_id: str, threads: int, sharing: int, quantization: str = "none") -> ModelSettings:
         path = self.paths[node_id]
@@ -147,21 +150,13 @@ class SettingsFactory:
             nccl=self.nccl,
             quantization=quantization,
             check_weights=self.config.check_weights,
+            map_weights=self.config.map_weights,
         )
 
 
 def dtype_name(config: ServerConfig, path: Path) -> str:
     """The dtype to compute in: the checkpoint's own for "auto"."""
-    return str(torch_dtype(config, path)).removeprefix("torch.")
-
-
-def torch_dtype(config: ServerConfig, path: Path) -> torch.dtype:
-    """As ``dtype_name``, for torch."""
-    if config.dtype == "auto":
-        return load_spec(path).dtype
-    dtype = getattr(torch, config.dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+    return load_spec(path).dtype_name if config.dtype == "auto" else config.dtype
 
 
 def shard_limits(config: ServerConfig, spec: MoEDecoderSpec) -> tuple[int, int]:

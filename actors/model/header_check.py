@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-
+from .dtypes import COMPUTED, STORED, shown
 from .errors import CheckpointError
 from .quant.layout import Part, quantized_parts
 from .quant.scheme import QuantScheme
 from .safetensors_header import TensorEntry
 from .spec import MoEDecoderSpec
 from .surplus import surplus_faults
-from .tensor_file import DTYPES
 from .tensor_list import ExpectedTensor, stored_tensors
-from .weights import READABLE
 
 
 class KnownHeaders:
@@ -35,14 +32,14 @@ class KnownHeaders:
     def file(self, name: str) -> None:
         """Where ``name`` lies: not known here."""
 
-    def dtype(self, name: str) -> torch.dtype | None:
-        """In which ``name`` is stored, if that is known. CheckpointError for a type that torch has not."""
+    def stored(self, name: str) -> str | None:
+        """The dtype of ``name``, if that is known. CheckpointError for a type that torch has not."""
         entry = self._entries[name]
         if entry is None:
             return None
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(f"tensor {name!r} is {entry.dtype}, expected one of {', '.join(DTYPES)}")
-        return DTYPES[entry.dtype]
+        if entry.dtype not in STORED:
+            raise CheckpointError(f"tensor {name!r} is {entry.dtype}, expected one of {', '.join(STORED)}")
+        return STORED[entry.dtype]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of ``name``, if it is known."""
@@ -79,16 +76,16 @@ def _wanted(headers: KnownHeaders, scheme: QuantScheme | None, tensor: ExpectedT
         parts = quantized_parts(headers, scheme, name, (tensor.shape[0], tensor.shape[1]))
         if parts is not None:
             return list(parts.values())
-    return [Part(name, tensor.shape, READABLE)]
+    return [Part(name, tensor.shape, COMPUTED)]
 
 
 def _faults(headers: KnownHeaders, part: Part) -> Iterator[Fault]:
     if not headers.has(part.name):
         yield Fault(part.name)
         return
-    shape, dtype = headers.shape(part.name), headers.dtype(part.name)
+    shape, dtype = headers.shape(part.name), headers.stored(part.name)
     if shape is not None and shape != part.shape:
         yield Fault(part.name, f"tensor {part.name!r} has shape {list(shape)}, expected {list(part.shape)}")
     if dtype is not None and dtype not in part.dtypes:
-        wanted = ", ".join(map(str, part.dtypes))
-        yield Fault(part.name, f"tensor {part.name!r} is {dtype}, expected one of {wanted}")
+        told = f"tensor {part.name!r} is {shown((dtype,))}, expected one of {shown(part.dtypes)}"
+        yield Fault(part.name, told)

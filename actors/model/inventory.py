@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from actors.quant_kind import QuantKind
 
 from .quant.layout import kept_bytes
-from .quant.quantize import quantized_bytes
 from .quant.scheme import QuantScheme
 from .spec import MoEDecoderSpec
 from .tensor_list import expert_tensors, fused_tensors, resident_tensors
@@ -90,20 +89,20 @@ def expert_shapes(spec: MoEDecoderSpec) -> list[tuple[int, int]]:
 
 def bytes_at_load(shapes: Iterable[tuple[int, int]], kind: QuantKind) -> int:
     """Bytes of matrices that were quantised at load, with scales and zero points."""
-    return sum(quantized_bytes(shape, kind) for shape in shapes)
+    return sum(_quantized_bytes(shape, kind) for shape in shapes)
 
 
 def resident_bytes(spec: MoEDecoderSpec, kind: QuantKind | None = None) -> int:
     """Bytes of an attention shard's weights, computed in the model's dtype; ``kind``: as what its matrices are
     quantised at load, with a copy of tied embeddings as the head."""
-    itemsize = spec.dtype.itemsize
+    itemsize = spec.itemsize
     if kind is None:
         return Inventory.of(spec).attention_shard * itemsize
     total = bytes_at_load([(spec.vocab_size, spec.d_model)], kind) if spec.tie_embeddings else 0
     for tensor in resident_tensors(spec):
         if tensor.part != "gate":
             shape = tensor.projection
-            total += tensor.numel * itemsize if shape is None else quantized_bytes(shape, kind)
+            total += tensor.numel * itemsize if shape is None else _quantized_bytes(shape, kind)
     return total
 
 
@@ -116,3 +115,9 @@ def held_bytes(
     if scheme is None:
         return sum(rows * width * itemsize for rows, width in shapes)
     return sum(kept_bytes(scheme, shape, scale_bytes) for shape in shapes)
+
+
+def _quantized_bytes(shape: tuple[int, int], kind: QuantKind) -> int:
+    from .quant.quantize import quantized_bytes  # loads torch: what is not quantised is counted without
+
+    return quantized_bytes(shape, kind)

@@ -20,7 +20,8 @@ from .reader import TensorReader
 class SwiGLU:
     """``down(silu(gate x) * (up x))``, no biases (arXiv 2002.05202).
 
-    gate_up: [2I, D], the gate's rows first, or the two matrices [I, D] apart where one is quantised unlike the other;
+    gate_up: [2I, D], the gate's rows first, or the two matrices [I, D] apart where one is quantised unlike the other
+    or both stay where they lie in their file;
     down: [D, I].
     """
 
@@ -38,9 +39,9 @@ class SwiGLU:
 
     @classmethod
     def load(cls, read: TensorReader, names: tuple[str, str, str], d_model: int, inter: int) -> SwiGLU:
-        """Read the (gate, up, down) matrices called ``names``, see :meth:`TensorReader.projection`."""
+        """Read the (gate, up, down) matrices called ``names``, see :meth:`TensorReader.projections`."""
         gate, up, down = names
-        gate_up = read.projection([(gate, (inter, d_model)), (up, (inter, d_model))])
+        gate_up = read.projections([(gate, (inter, d_model)), (up, (inter, d_model))])
         return cls(gate_up, read.projection([(down, (d_model, inter))]))
 
     @classmethod

@@ -72,6 +72,10 @@ class TensorReader:
     def stacked(self, parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
         """The tensors (name, shape) under one another, along axis 0: one product instead of several."""
         wanted = list(parts)
+        if len(wanted) == 1 and self._has_view(*wanted[0]):
+            view = self._checkpoint.read(*wanted[0], self.dtype)
+            self._report()
+            return view
         rows = sum(shape[0] for _, shape in wanted)
         whole = (rows, *wanted[0][1][1:])
         on_cpu = self._device.type == "cpu"
@@ -90,15 +94,22 @@ class TensorReader:
             return self.stacked(wanted)
         return self._laid(stack([self._made(name, shape) for name, shape in wanted]))
 
+    def projections(self, parts: Iterable[Part]) -> Matrix | tuple[Matrix, ...]:
+        """As :meth:`projection`, but apart, in their order, where they need no copy and stay where they lie."""
+        wanted = list(parts)
+        if self._quantize is None and all(self._has_view(*part) for part in wanted):
+            return tuple(self.stacked([part]) for part in wanted)
+        return self.projection(wanted)
+
     def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
         """The matrix ``name``, quantised if it is stored so or ``quantize`` is set."""
         return self._laid(self._matrix(name, shape))
 
     def stacked_matrix(self, parts: Sequence[Part]) -> Matrix | tuple[Matrix, ...]:
-        """As :meth:`stacked`, of what :meth:`matrix` gives. Apart, in their order, where they cannot lie under one
-        another: one plain and one quantised, or two orders of columns."""
+        """As :meth:`projections`, of what :meth:`matrix` gives. Apart too where they cannot lie under one another: one
+        plain and one quantised, or two orders of columns."""
         if self._quantize is None and not any(self._is_quantized(name) for name, _ in parts):
-            return self.stacked(parts)
+            return self.projections(parts)
         matrices = [self._matrix(name, shape) for name, shape in parts]
         quantized = [matrix for matrix in matrices if isinstance(matrix, QTensor)]
         if len(quantized) == len(matrices) and can_stack(quantized):
@@ -132,6 +143,10 @@ class TensorReader:
             self._checkpoint.read_into(out, name)
         else:
             out.copy_(self._checkpoint.read(name, shape, self.dtype))
+
+    def _has_view(self, name: str, shape: tuple[int, ...]) -> bool:
+        plain = self._device.type == "cpu" and not self._is_quantized(name)
+        return plain and self._checkpoint.has(name) and self._checkpoint.has_view(name, shape, self.dtype)
 
     def _is_quantized(self, name: str) -> bool:
         return self._scheme is not None and is_quantized(self._checkpoint, self._scheme, name)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .spec import RopeSpec
+from .yarn import magnitude
 
 Rotation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -102,11 +103,6 @@ def inverse_frequencies(spec: RopeSpec) -> tuple[Tensor, float]:
     keep = 1 - _ramp(*_correction_range(spec), spec.dim // 2)
     frequencies = (1.0 / (spec.factor * powers)) * (1 - keep) + (1.0 / powers) * keep
     return frequencies, _attention_scaling(spec)
-
-
-def magnitude(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's growth of the logits with the context's growth: 0.1 mscale ln(factor) + 1, never below 1."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _attention_scaling(spec: RopeSpec) -> float:

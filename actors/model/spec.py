@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
+from .dtypes import ITEM_BYTES, torch_dtype
 from .names import NameMap
 from .quant.scheme import QuantScheme
+
+if TYPE_CHECKING:
+    import torch
 
 AttentionKind = Literal["gqa", "mla"]
 LayerKind = Literal["dense", "moe"]
@@ -159,12 +161,22 @@ class MoEDecoderSpec:
     moe: MoESpec
     layer_kinds: tuple[LayerKind, ...]
     dense_inter: int
-    dtype: torch.dtype
+    dtype_name: str
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     names: NameMap = field(default_factory=NameMap)
     quantization: QuantScheme | None = None
     n_mtp: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in. Loads torch, which takes a second: who only describes a model does without."""
+        return torch_dtype(self.dtype_name)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in it."""
+        return ITEM_BYTES[self.dtype_name]
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

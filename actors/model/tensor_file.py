@@ -10,33 +10,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .dtypes import STORED, torch_dtype
 from .errors import CheckpointError
 from .finite import all_finite
+from .mapped_file import LEAST_BYTES, MappedFile
 from .safetensors_header import Header, Stamp
 
 PIECE = 1024 * 1024
 """Bytes read at a time: what is still in a core's cache when it is cast and checked."""
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu, "BOOL": torch.bool,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-}  # fmt: skip
+DTYPES = {stored: torch_dtype(name) for stored, name in STORED.items()}
 
 
 class TensorFile:
     """A file and what its header says. Opened at the first read; may be read by several threads at once.
 
-    Bytes go from the file to where they stay: nothing is mapped, so what a process holds is what it asked for,
-    and a file that is cut off under it is an error, not a SIGBUS. A file that is not the one any more whose header was
-    read is refused when it is opened. All errors are CheckpointError.
+    ``read_into`` copies bytes to where they stay: what a process holds is what it asked for, and a file that is cut off
+    under it is an error, not a SIGBUS. ``view`` gives them where they lie, if the file ``may_be_mapped`` and is on a
+    local disk. A file that is not the one any more whose header was read is refused when it is opened. All errors are
+    CheckpointError.
     """
 
-    def __init__(self, path: Path, header: Header) -> None:
+    def __init__(self, path: Path, header: Header, may_be_mapped: bool = False) -> None:
         self.path = path
+        self._may_be_mapped = may_be_mapped
+        self._mapped: MappedFile | None = None
         self._entries = header.entries
         self._stamp = header.stamp
         self._lock = threading.Lock()
@@ -58,14 +56,35 @@ class TensorFile:
 
         With ``check_finite``, NaN and infinity are refused after the cast: what fp16 cannot hold would overflow.
         """
-        begin = self._entries[name].begin + skip * self.dtype(name).itemsize
+        begin = self._begin(name, skip)
         flat = out.view(-1)
         pieces = self._pieces if flat.dtype == self.dtype(name) else self._cast_pieces
         for piece in pieces(flat, name, begin):
-            if check_finite and not all_finite(piece):
-                raise CheckpointError(
-                    f"{self.path}: tensor {name!r} holds NaN or infinity, expected finite {out.dtype}"
-                )
+            if check_finite:
+                self._refuse_unless_finite(piece, name)
+
+    def has_view(self, name: str, numel: int, dtype: torch.dtype, skip: int = 0) -> bool:
+        """Whether :meth:`view` gives ``numel`` elements of ``name`` from number ``skip`` on."""
+        begin, nbytes = self._begin(name, skip), numel * dtype.itemsize
+        if not self._may_be_mapped or self.dtype(name) != dtype or nbytes < LEAST_BYTES or begin % dtype.itemsize:
+            return False
+        self._opened(name)
+        return self._mapped is not None
+
+    def view(self, name: str, numel: int, skip: int = 0, check_finite: bool = True) -> Tensor:
+        """[numel] as it is stored, in the file's own pages, which are in memory then. ``has_view`` says whether."""
+        mapped, dtype, begin = self._mapped, self.dtype(name), self._begin(name, skip)
+        assert mapped is not None
+        flat = mapped.bytes(begin, begin + numel * dtype.itemsize)
+        try:
+            mapped.bring_in(flat)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
+        flat = flat.view(dtype)
+        if check_finite:
+            for piece in flat.split(PIECE // flat.itemsize):
+                self._refuse_unless_finite(piece, name)
+        return flat
 
     def unchanged(self) -> bool:
         """Whether the file is still the one whose header was read."""
@@ -74,9 +93,16 @@ class TensorFile:
     def close(self) -> None:
         """Let go of the file. May be called again, but not while it is read."""
         with self._lock:
-            fd, self._fd = self._fd, None
+            fd, self._fd, self._mapped = self._fd, None, None
         if fd is not None:
             os.close(fd)
+
+    def _begin(self, name: str, skip: int) -> int:
+        return self._entries[name].begin + skip * self.dtype(name).itemsize
+
+    def _refuse_unless_finite(self, piece: Tensor, name: str) -> None:
+        if not all_finite(piece):
+            raise CheckpointError(f"{self.path}: tensor {name!r} holds NaN or infinity, expected finite {piece.dtype}")
 
     def _pieces(self, flat: Tensor, name: str, begin: int) -> Iterator[Tensor]:
         """Fill ``flat`` from byte ``begin`` on, piece after piece; yields each when it is filled."""
@@ -120,6 +146,8 @@ class TensorFile:
                         f"{self.path}: was replaced or written to after its header was read, and before tensor "
                         f"{name!r} was: expected the file to stay as it is"
                     )
+                if self._may_be_mapped:
+                    self._mapped = MappedFile.of(fd, os.fstat(fd).st_size)
                 self._fd = fd
             return self._fd
 

@@ -1,8 +1,11 @@
 """The header in front of every frame on a byte stream, and the views that follow it.
 
-Little-endian, 68 bytes, always whole: magic ``EXMW``, version u16, kind u16, step u64, epoch u32, micro-batch
-u32, layer u32, attempt u32, number of parts u32, then MAX_PARTS lengths u32 (unused ones are 0). The parts'
-bytes follow back to back. A fixed size costs 32 bytes and saves a second read for every frame.
+Little-endian, 64 bytes, always whole: magic ``EXM``, version u8, kind u16, number of parts u16, step u64, epoch u32,
+micro-batch u32, layer u32, attempt u32, then MAX_PARTS lengths u32 (unused ones are 0). A fixed size costs 32 bytes and
+saves a second read for every frame. The parts follow, each filled up to a multiple of ALIGNMENT: so what lies behind a
+header is laid out as a Block is, and needs no copy to be aligned where the stream itself lies in memory.
+
+``src/ring.cpp`` knows this form too.
 """
 
 from __future__ import annotations
@@ -12,19 +15,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from actors.transport.base import MAX_FRAME_BYTES, MAX_PARTS, Buffer, FrameTag, ProtocolError
+from actors.transport.blocks import ALIGNMENT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised whenever the frame header or the handshake changes; two ends must agree on it."""
 
-MAGIC = b"EXMW"
+MAGIC = b"EXM"
 
-_HEADER = struct.Struct(f"<4sHHQIIIII{MAX_PARTS}I")
+_HEADER = struct.Struct(f"<3sBHHQ4I{MAX_PARTS}I")
 HEADER_BYTES = _HEADER.size
 _PADDING = tuple((0,) * (MAX_PARTS - n) for n in range(MAX_PARTS + 1))
 _EMPTY = memoryview(b"")
+_FILLING = bytes(ALIGNMENT)
 
 
 class Header(NamedTuple):
@@ -48,12 +53,12 @@ def encode_header(kind: int, tag: FrameTag, lengths: Sequence[int]) -> bytes:
             MAGIC,
             PROTOCOL_VERSION,
             kind,
+            count,
             step,
             epoch,
             micro_batch,
             layer,
             attempt,
-            count,
             *lengths,
             *_PADDING[count],
         )
@@ -66,7 +71,7 @@ def decode_header(data: Buffer) -> Header:
     allowed.
     """
     fields = _HEADER.unpack_from(data)
-    magic, version, kind, step, epoch, micro_batch, layer, attempt, count = fields[:9]
+    magic, version, kind, count, step, epoch, micro_batch, layer, attempt = fields[:9]
     if magic != MAGIC:
         raise ProtocolError(f"frame magic is {magic!r}, not {MAGIC!r}")
     if version != PROTOCOL_VERSION:
@@ -79,6 +84,11 @@ def decode_header(data: Buffer) -> Header:
     if sum(lengths) > MAX_FRAME_BYTES:
         raise ProtocolError(f"a frame announces {sum(lengths)} bytes; at most {MAX_FRAME_BYTES} are allowed")
     return Header(kind, FrameTag(epoch, step, micro_batch, layer, attempt), lengths)
+
+
+def filling(length: int) -> bytes:
+    """What follows a part of so many bytes."""
+    return _FILLING[: -length % ALIGNMENT]
 
 
 def byte_view(part: Buffer | Tensor) -> memoryview:

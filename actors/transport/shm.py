@@ -19,11 +19,15 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from actors.transport.base import HandshakeRefused, Medium, PeerGone, ProtocolError
+from actors.transport.base import Buffer, FrameTag, HandshakeRefused, Medium, PeerGone, ProtocolError
+from actors.transport.ring import Ring, make_ring
 from actors.transport.sockets import recv_exact, send_exact, shutdown, wait_for
 from actors.transport.stream import StreamWire, poll_on
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIN_RING_BYTES = 64 << 10
 MAX_RING_BYTES = 1 << 30
@@ -36,20 +40,6 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _SETUP = struct.Struct("<Q")
 _READY = b"R"
 _BELLS = 4
-
-
-@dataclass(slots=True)
-class _Ring:
-    """One direction as one end sees it. ``known`` counts bytes this end may handle: free ones for the writer,
-    written ones for the reader.
-    """
-
-    memory: memoryview
-    data_bell: int
-    space_bell: int
-    known: int
-    position: int = 0
-    unannounced: int = 0
 
 
 class ShmWire(StreamWire):
@@ -76,8 +66,8 @@ class ShmWire(StreamWire):
             rings = (whole[:size], whole[size:])
         out, into = (0, 1) if first else (1, 0)
         self._size = size
-        self._out = _Ring(rings[out], bells[2 * out], bells[2 * out + 1], known=size)
-        self._in = _Ring(rings[into], bells[2 * into], bells[2 * into + 1], known=0)
+        self._out = make_ring(rings[out], bells[2 * out], bells[2 * out + 1], size)
+        self._in = make_ring(rings[into], bells[2 * into], bells[2 * into + 1], 0)
         self._sock_fd = sock.fileno()
         self._poll_recv = poll_on((self._in.data_bell, self._sock_fd))
         self._poll_send = poll_on((self._in.data_bell, self._out.space_bell, self._sock_fd))
@@ -87,10 +77,38 @@ class ShmWire(StreamWire):
         """See :meth:`Wire.filenos`."""
         return () if self._freed else (self._in.data_bell, self._sock_fd)
 
+    def send(self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], deadline: float) -> None:
+        """See :meth:`Wire.send`."""
+        with self._use:
+            size = 0 if self._end else self._out.put(kind, tag, parts)
+            if size:
+                self.stats.frames_sent += 1
+                self.stats.bytes_sent += size
+                return
+        super().send(kind, tag, parts, deadline)
+
+    def _take_in(self) -> bool:
+        """As a stream does, but frames that are here whole are taken in one call each."""
+        moved = False
+        while self._target is self._head and not self._freed and (self._in.known or not moved):
+            taken = self._in.take(self._pool.take)
+            if taken is None:
+                break
+            kind, tag, parts, block, size = taken
+            self._announce()
+            self._arrived(kind, FrameTag._make(tag), parts, block, size)
+            moved = True
+        if moved and not self._in.known:
+            return True
+        # What is left is part of a frame, or garbled, which no bell would tell.
+        return super()._take_in() or moved
+
     def _push(self, outgoing: deque[memoryview]) -> bool:
         ring = self._out
         written = 0
         while outgoing and written < _PIECE_BYTES:
+            if self._lied_to(ring):
+                break
             room = min(ring.known, _PIECE_BYTES - written)
             if room == 0:
                 if self._answer_bell(ring.space_bell, ring):
@@ -106,7 +124,7 @@ class ShmWire(StreamWire):
             os.eventfd_write(ring.data_bell, written)
         return written > 0
 
-    def _write(self, ring: _Ring, view: memoryview) -> None:
+    def _write(self, ring: Ring, view: memoryview) -> None:
         count = len(view)
         start, end = ring.position, ring.position + count
         if end <= self._size:
@@ -120,7 +138,9 @@ class ShmWire(StreamWire):
 
     def _pull(self, target: memoryview) -> int:
         ring = self._in
-        if ring.known == 0 and not self._answer_bell(ring.data_bell, ring):
+        if not ring.known:
+            self._answer_bell(ring.data_bell, ring)
+        if not ring.known or self._lied_to(ring):
             return 0
         count = min(ring.known, len(target))
         start, end = ring.position, ring.position + count
@@ -133,28 +153,36 @@ class ShmWire(StreamWire):
         ring.position = end % self._size
         ring.known -= count
         ring.unannounced += count
+        self._announce()
+        return count
+
+    def _announce(self) -> None:
+        """Tell the peer of the room there is, if it is worth a system call."""
+        ring = self._in
         # A writer waits only when the ring is full, and then at least three quarters are announced or still
         # to be read: holding back a quarter saves small frames a system call and can lock nobody.
         if ring.unannounced >= self._size // 4:
             os.eventfd_write(ring.space_bell, ring.unannounced)
             ring.unannounced = 0
-        return count
 
     def _in_hand(self) -> bool:
         return self._in.known > 0
 
-    def _answer_bell(self, bell: int, ring: _Ring) -> bool:
+    def _answer_bell(self, bell: int, ring: Ring) -> bool:
         """Learn how many bytes the peer has handled since the last look; False when none."""
         try:
-            count = os.eventfd_read(bell)
+            ring.known += os.eventfd_read(bell)
         except BlockingIOError:
             return False
-        if count > self._size:
+        return not self._lied_to(ring)
+
+    def _lied_to(self, ring: Ring) -> bool:
+        """Whether the peer claims to have handled more than there is: nothing it sends can be trusted then."""
+        if ring.known > self._size:
             self._target = self._head[:0]
-            self._set_end(ProtocolError, f"{self.peer!r} announced {count} bytes of a ring of {self._size}")
-            return False
-        ring.known += count
-        return True
+            self._set_end(ProtocolError, f"{self.peer!r} announced {ring.known} bytes of a ring of {self._size}")
+            return True
+        return False
 
     def _notice(self, events: Sequence[tuple[int, int]]) -> None:
         for fd, _ in events:
@@ -180,8 +208,8 @@ class ShmWire(StreamWire):
         shutdown(self._sock)
 
     def _free(self) -> None:
-        self._out.memory.release()
-        self._in.memory.release()
+        self._out.close()
+        self._in.close()
         self._shared.close()
         self._sock.close()
         for bell in self._bells:

@@ -18,7 +18,7 @@ from actors.transport.base import (
     WireTimeout,
 )
 from actors.transport.blocks import Block, footprint
-from actors.transport.frame import HEADER_BYTES, Header, byte_view, decode_header, encode_header
+from actors.transport.frame import HEADER_BYTES, Header, byte_view, decode_header, encode_header, filling
 from actors.transport.inbox import InboxWire
 
 if TYPE_CHECKING:
@@ -56,13 +56,14 @@ class StreamWire(InboxWire):
         self._header: Header | None = None
         self._block: Block | None = None
         self._parts: tuple[memoryview, ...] = ()
-        self._unfilled: list[memoryview] = []
 
     def send(self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], deadline: float) -> None:
         """See :meth:`Wire.send`."""
         views = [byte_view(part) for part in parts]
         lengths = [len(view) for view in views]
-        outgoing = deque([memoryview(encode_header(kind, tag, lengths)), *filter(None, views)])
+        outgoing = deque([memoryview(encode_header(kind, tag, lengths))])
+        for view in views:
+            outgoing.extend(filter(None, (view, memoryview(filling(len(view))))))
         size = HEADER_BYTES + sum(lengths)
         try:
             with self._use:
@@ -119,11 +120,8 @@ class StreamWire(InboxWire):
         return moved
 
     def _filled(self) -> bool:
-        """The target is full: aim at the next part. True when that was the frame's last."""
-        if self._header is None and not self._begin():
-            return False
-        if self._unfilled:
-            self._target = self._unfilled.pop()
+        """The target, a header or what follows it, is full: aim at the next. True when the frame is whole."""
+        if self._header is None and not (self._begin() and not self._target):
             return False
         assert self._header is not None
         assert self._block is not None
@@ -141,9 +139,10 @@ class StreamWire(InboxWire):
             self._target = self._head[:0]
             self._set_end(ProtocolError, f"from {self.peer!r} over {self.medium}: {error}")
             return False
-        self._block = self._pool.take(footprint(header.lengths))
+        size = footprint(header.lengths)
+        self._block = self._pool.take(size)
         self._parts = self._block.split(header.lengths)
-        self._unfilled = [part for part in reversed(self._parts) if part]
+        self._target = self._block.view[:size]
         self._header = header
         return True
 

@@ -160,7 +160,7 @@ def _mtp(found: Inspection) -> str:
 
 def _stored_as(found: Inspection) -> str:
     assert found.spec is not None
-    dtype, scheme = str(found.spec.dtype).removeprefix("torch."), found.spec.quantization
+    dtype, scheme = found.spec.dtype_name, found.spec.quantization
     return dtype if scheme is None else f"{scheme.method}, {scheme.bits} bits; computed in {dtype}"
 
 

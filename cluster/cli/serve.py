@@ -189,7 +189,7 @@ def check_description(config: ServerConfig, folder: Path) -> None:
     its tokenizer. Raises ConfigError, CheckpointError, UnsupportedModelError, TokenizerError.
     """
     from actors.model.families import load_spec
-    from cluster.gateway.server import served_model
+    from cluster.gateway.served_model import served_model
     from cluster.settings import SettingsFactory, check_quantization, check_shards
 
     spec = load_spec(folder)
@@ -200,8 +200,8 @@ def check_description(config: ServerConfig, folder: Path) -> None:
 
 def expected_errors() -> tuple[type[Exception], ...]:
     """What a user can cause; anything else is a bug and shows its traceback."""
-    from actors.attention import NoMemory
     from actors.model.errors import CheckpointError, UnsupportedModelError
+    from actors.refusals import NoMemory
     from actors.transport.base import TransportError
     from cluster.controller import StartFailed
     from cluster.default_model import DefaultModelError

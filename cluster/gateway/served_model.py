@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from actors.engine.request import SamplingParams
+from actors.model.families import load_spec
+from cluster.config import ConfigError
 from cluster.gateway.chat import ChatTemplate
 from cluster.gateway.sampling import MAX_REPETITION_PENALTY, MAX_TEMPERATURE
+from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.tokenizer import Tokenizer
 
 _NEUTRAL_TEMPERATURE = 1.0
@@ -95,3 +99,30 @@ def _number(generation_config: Mapping[str, Any], name: str, neutral: float) -> 
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"generation_config.{name} is {value!r}; allowed are finite numbers")
     return value
+
+
+def served_model(settings: GatewaySettings) -> ServedModel:
+    """What the checkpoint says of itself. Raises CheckpointError, TokenizerError, ConfigError."""
+    spec = load_spec(settings.model_path)
+    tokenizer = Tokenizer.load(settings.model_path)
+    generation = settings.model_path / "generation_config.json"
+    try:
+        config = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {}
+        sampling, stops = default_sampling(config), stop_ids(config, tokenizer)
+    except ValueError as error:
+        raise ConfigError(f"{generation}: {error}") from error
+    return ServedModel(
+        name=settings.model_name,
+        model_type=spec.model_type,
+        dtype=settings.dtype,
+        context_length=settings.context_length,
+        vocab_size=spec.vocab_size,
+        layers=spec.n_layers,
+        moe_layers=len(spec.moe_layers),
+        experts_per_layer=spec.moe.n_experts,
+        experts_per_token=spec.moe.top_k,
+        stop_ids=stops | frozenset(spec.eos_token_ids),
+        default_sampling=sampling,
+        tokenizer=tokenizer,
+        chat=ChatTemplate.of(tokenizer),
+    )

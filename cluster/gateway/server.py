@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import threading
@@ -14,26 +13,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.engine.request import TokenEvent
+from actors.frames import Kind
 from actors.loop import LoopThread
 from actors.losses import Known, Losses
-from actors.messages import Kind
-from actors.model.families import load_spec
 from actors.span_log import Recorded, SpanLog
 from actors.token_frames import decode_tokens
 from actors.transport.base import Address, EndpointFactory, Frame, Medium, PeerGone, ProtocolError, Wire
-from cluster.config import ConfigError
 from cluster.fleet import ActorHandle
-from cluster.gateway.chat import ChatTemplate
 from cluster.gateway.grpc_door import GrpcDoor, Health, HealthDoor
 from cluster.gateway.http.api import api, metrics_api
 from cluster.gateway.http.door import HttpDoor
 from cluster.gateway.http.watched import Watched
 from cluster.gateway.inference import Inference
 from cluster.gateway.peers import AttentionPeer
-from cluster.gateway.served_model import ServedModel, default_sampling, stop_ids
+from cluster.gateway.served_model import ServedModel, served_model
 from cluster.gateway.settings import Doors, GatewaySettings, PortInUse
 from cluster.gateway.streams import Streams
-from cluster.gateway.tokenizer import Tokenizer
 from cluster.telemetry.http_meter import HttpMeter
 from cluster.telemetry.metrics import GatewayMetrics
 from cluster.telemetry.request import RequestObserver
@@ -242,30 +237,3 @@ class Gateway(Recorded):
             self._losses.tell(epoch, lost | {wire.peer})
         self._wires.pop(wire.peer, None)
         self._loop.call_soon_threadsafe(self._streams.lose_peer, wire.peer)
-
-
-def served_model(settings: GatewaySettings) -> ServedModel:
-    """What the checkpoint says of itself. Raises CheckpointError, TokenizerError, ConfigError."""
-    spec = load_spec(settings.model_path)
-    tokenizer = Tokenizer.load(settings.model_path)
-    generation = settings.model_path / "generation_config.json"
-    try:
-        config = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {}
-        sampling, stops = default_sampling(config), stop_ids(config, tokenizer)
-    except ValueError as error:
-        raise ConfigError(f"{generation}: {error}") from error
-    return ServedModel(
-        name=settings.model_name,
-        model_type=spec.model_type,
-        dtype=settings.dtype,
-        context_length=settings.context_length,
-        vocab_size=spec.vocab_size,
-        layers=spec.n_layers,
-        moe_layers=len(spec.moe_layers),
-        experts_per_layer=spec.moe.n_experts,
-        experts_per_token=spec.moe.top_k,
-        stop_ids=stops | frozenset(spec.eos_token_ids),
-        default_sampling=sampling,
-        tokenizer=tokenizer,
-        chat=ChatTemplate.of(tokenizer),
-    )

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from actors.attention import Refusal
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
+from actors.refusals import Refusal
 from cluster.access import Caller
 from cluster.gateway.errors import ServiceError
 from cluster.gateway.peers import AttentionPeer

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from actors.attention import Refusal
 from actors.engine.request import FinishReason, TokenEvent
 from actors.log_fields import fields, trace_ids
+from actors.refusals import Refusal
 from cluster.access import Caller
 from cluster.fleet import ActorUnreachable
 from cluster.gateway.errors import (

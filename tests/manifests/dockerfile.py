@@ -20,6 +20,7 @@ _LINES = (
     *(
         "python -m venv ",
         "python -m actors.native",
+        'python -c "import actors.transport._ring"',
         "pip install ",
         "groupadd --gid ",
         "useradd --uid ",

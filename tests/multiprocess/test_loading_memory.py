@@ -64,7 +64,7 @@ class Size:
             moe=MoESpec(n_experts=self.experts, top_k=1, inter=self.inter, gate=gate),
             layer_kinds=("moe",),
             dense_inter=0,
-            dtype=torch.bfloat16,
+            dtype_name="bfloat16",
             eos_token_ids=(0,),
             bos_token_id=None,
             quantization=quantization,

@@ -6,16 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from actors.model.config_fields import Fields
+from actors.model.dtypes import COMPUTED
 from actors.model.names import NameMap
 from actors.model.quant.parse import parse_scheme
 from actors.model.spec import AttnSpec, GateSpec, LayerKind, MoEDecoderSpec, MoESpec, RopeSpec
 
 from .rope import context_length
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 NEUTRAL: Mapping[str, Any] = {
     "attention_bias": False,
@@ -76,7 +73,7 @@ def decoder(
         moe=moe,
         layer_kinds=kinds,
         dense_inter=f.integer("intermediate_size"),
-        dtype=_dtype(f),
+        dtype_name=_dtype_name(f),
         eos_token_ids=f.token_ids("eos_token_id"),
         bos_token_id=f.optional_integer("bos_token_id"),
         names=names or NameMap(),
@@ -163,9 +160,10 @@ def _check_layer_types(f: Fields, attn: AttnSpec, n_layers: int) -> None:
     f.require(f.get("layer_types") in (None, expected), "layer_types", f"what the other keys say: {expected}")
 
 
-def _dtype(f: Fields) -> torch.dtype:
+def _dtype_name(f: Fields) -> str:
     """What the model computes in, which a dtype of stored weights alone ("float8_e4m3fn") or "auto" does not tell."""
     key = "dtype" if f.get("dtype") is not None else "torch_dtype"
     name = str(f.get(key) or "float32").removeprefix("torch.")
-    f.require(name in DTYPES, key, f"one of {', '.join(map(repr, DTYPES))}; a `dtype` beside torch_dtype wins over it")
-    return DTYPES[name]
+    known = ", ".join(map(repr, COMPUTED))
+    f.require(name in COMPUTED, key, f"one of {known}; a `dtype` beside torch_dtype wins over it")
+    return name

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import cast
 
 from actors.model.config_fields import LARGEST, Fields
-from actors.model.rope import magnitude
 from actors.model.spec import Precision, RopeSpec, RopeType
+from actors.model.yarn import magnitude
 
 ROPE_TYPES = ("default", "yarn")
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
+from actors.model.dtypes import COMPUTED as SCALES
+from actors.model.dtypes import ITEM_BYTES, shown
 from actors.model.errors import CheckpointError
 
-from .qtensor import SCALES
 from .scheme import QuantMethod, QuantScheme
 
 MARKS: dict[QuantMethod, tuple[str, ...]] = {
@@ -33,13 +32,13 @@ SCALE: dict[QuantMethod, str] = {
 }
 """The part that holds the scales."""
 
-FP8 = (torch.float8_e4m3fn,)
-FP8_SCALES = (*SCALES, torch.float8_e8m0fnu)
+FP8 = ("float8_e4m3fn",)
+FP8_SCALES = (*SCALES, "float8_e8m0fnu")
 """Powers of two may be stored as their exponents."""
 
-INT8 = (torch.int8,)
-WORDS = (torch.int32,)
-INDICES = (torch.int64, torch.int32)
+INT8 = ("int8",)
+WORDS = ("int32",)
+INDICES = ("int64", "int32")
 
 
 class Headers(Protocol):
@@ -51,8 +50,8 @@ class Headers(Protocol):
     def file(self, name: str) -> Path | None:
         """Where the tensor ``name``, which is there, lies; None if that is not known."""
 
-    def dtype(self, name: str) -> torch.dtype | None:
-        """In which ``name`` is stored; None if only its name is known. CheckpointError for one that torch has not."""
+    def stored(self, name: str) -> str | None:
+        """The dtype of ``name``; None if only its name is known. CheckpointError for one that torch has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ class Part:
 
     name: str
     shape: tuple[int, ...]
-    dtypes: tuple[torch.dtype, ...]
+    dtypes: tuple[str, ...]
 
 
 Parts = dict[str, Part]
@@ -120,17 +119,17 @@ def kept_bytes(scheme: QuantScheme, shape: tuple[int, int], scale_bytes: int | N
     else:
         groups = groups_of(scheme, width)[1]
     per_group = (scale_bytes or (4 if scheme.method == "fp8" else 2)) + (0 if scheme.symmetric else 1)
-    order = torch.int64.itemsize * width if scheme.ordered and groups > 1 else 0
+    order = ITEM_BYTES["int64"] * width if scheme.ordered and groups > 1 else 0
     return rows * width * scheme.bits // 8 + rows * groups * per_group + order
 
 
 def scale_bytes(headers: Headers, scheme: QuantScheme, name: str) -> int | None:
     """Bytes of a scale of the matrix ``name`` (``X.weight``) in memory; None if that is not known."""
     scales = f"{name.removesuffix('.weight')}.{SCALE[scheme.method]}"
-    dtype = headers.dtype(scales) if headers.has(scales) else None
+    dtype = headers.stored(scales) if headers.has(scales) else None
     if dtype is None:
         return None
-    return dtype.itemsize if dtype in SCALES else torch.float32.itemsize
+    return ITEM_BYTES[dtype if dtype in SCALES else "float32"]
 
 
 def _place(headers: Headers, name: str) -> str:
@@ -140,13 +139,13 @@ def _place(headers: Headers, name: str) -> str:
 
 
 def _refuse_bare_numbers(headers: Headers, scheme: QuantScheme, name: str) -> None:
-    dtype = headers.dtype(name) if headers.has(name) else None
-    if dtype is not None and dtype.itemsize == 1:
+    dtype = headers.stored(name) if headers.has(name) else None
+    if dtype is not None and ITEM_BYTES[dtype] == 1:
         base = name.removesuffix(".weight")
         marks = " or ".join(f"{base}.{mark}" for mark in MARKS[scheme.method])
         raise CheckpointError(
-            f"{_place(headers, name)}tensor {name!r} is {dtype}, but there is no {marks} for it: "
-            f"expected that, or weights in one of {', '.join(map(str, SCALES))}"
+            f"{_place(headers, name)}tensor {name!r} is {shown((dtype,))}, but there is no {marks} for it: "
+            f"expected that, or weights in one of {shown(SCALES)}"
         )
 
 
@@ -184,7 +183,7 @@ def _pack_quantized(headers: Headers, scheme: QuantScheme, base: str, shape: tup
     )
     if not scheme.symmetric:
         name = f"{base}.weight_zero_point"
-        plain = headers.has(name) and headers.dtype(name) == torch.int8
+        plain = headers.has(name) and headers.stored(name) == "int8"
         packed = ((_words(rows, scheme.bits), groups), WORDS)
         parts |= _parts(base, weight_zero_point=((rows, groups), INT8) if plain else packed)
     return parts | _order(headers, scheme, f"{base}.weight_g_idx", width)
@@ -227,7 +226,7 @@ def _order(headers: Headers, scheme: QuantScheme, name: str, width: int) -> Part
     return {name.rpartition(".")[2]: Part(name, (width,), INDICES)}
 
 
-def _parts(base: str, **parts: tuple[tuple[int, ...], tuple[torch.dtype, ...]]) -> Parts:
+def _parts(base: str, **parts: tuple[tuple[int, ...], tuple[str, ...]]) -> Parts:
     return {end: Part(f"{base}.{end}", shape, dtypes) for end, (shape, dtypes) in parts.items()}
 
 

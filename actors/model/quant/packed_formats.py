@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from actors.model.dtypes import torch_dtype
 from actors.model.errors import CheckpointError
 from actors.model.heap import blank
 from actors.model.weights import Checkpoint
@@ -86,7 +87,7 @@ def read_order(checkpoint: Checkpoint, parts: Parts, end: str, group: int) -> Te
 
 def read_part(checkpoint: Checkpoint, part: Part) -> Tensor:
     """A part of a matrix as it is stored. CheckpointError unless it is what it has to be."""
-    return checkpoint.read_raw(part.name, part.shape, part.dtypes)
+    return checkpoint.read_raw(part.name, part.shape, tuple(map(torch_dtype, part.dtypes)))
 
 
 def _zero_of_pack(checkpoint: Checkpoint, scheme: QuantScheme, parts: Parts, rows: int) -> Tensor:

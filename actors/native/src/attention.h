@@ -74,12 +74,12 @@ static inline void scores(const typename W::Row* const* query, const Panel<typen
   const typename W::Row* x[MR];
   for (int m = 0; m < MR; ++m) x[m] = query[m];
   for (const auto* key = keys; key != keys + 2; ++key) {
-    accumulate<W, MR, 4>(x, key->token + first, key->whole, 0, acc);
+    accumulate<W, MR, 4, NOTHING>(x, key->token + first, key->whole, 0, acc);
     for (int m = 0; m < MR; ++m) x[m] += key->whole;
     if (key->whole == key->dim) continue;
     const typename W::Stored* ends[4];
     for (int n = 0; n < 4; ++n) ends[n] = key->end[first + n];
-    accumulate<W, MR, 4>(x, ends, 32, 0, acc);
+    accumulate<W, MR, 4, NOTHING>(x, ends, 32, 0, acc);
     for (int m = 0; m < MR; ++m) x[m] += 32;
   }
   put_scores<MR>(acc, scale, out);

@@ -62,8 +62,9 @@ struct Dense {
   static Line line(const Matrix& w, int64_t row, int64_t k, float*) { return static_cast<const S*>(w.data) + row * k; }
   static inline __attribute__((always_inline)) int64_t group_size(Line, int64_t k) { return k; }
   static inline __attribute__((always_inline)) Group group(Line, int64_t) { return {}; }
+  template <int LOCALITY>
   static inline __attribute__((always_inline)) void prefetch(Line line, int64_t i) {
-    for (size_t j = 0; j < 32; j += 64 / sizeof(S)) __builtin_prefetch(line + i + j);
+    for (size_t j = 0; j < 32; j += 64 / sizeof(S)) __builtin_prefetch(line + i + j, 0, LOCALITY);
   }
 };
 
@@ -169,8 +170,9 @@ struct Quantised {
     for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
   }
   static inline __attribute__((always_inline)) int64_t group_size(const Line& line, int64_t) { return line.group; }
+  template <int LOCALITY>
   static inline __attribute__((always_inline)) void prefetch(const Line& line, int64_t i) {
-    __builtin_prefetch(line.data + (i * BITS >> 3));
+    __builtin_prefetch(line.data + (i * BITS >> 3), 0, LOCALITY);
   }
   static inline __attribute__((always_inline)) Numbers row(const float* p) { return Fp32::row(p); }
   static inline __attribute__((always_inline)) vf add(Numbers x, Numbers w, vf sum) { return Fp32::add(x, w, sum); }
@@ -230,9 +232,26 @@ struct Int4 : Quantised<uint8_t, 4, 8> {
   }
 };
 
+// Tiles of many rows. All numbers of a weight's 64 bytes are in one register for a dot product of bf16 alone, which leaves
+// room for more weights.
+template <class W>
+struct Many {
+  static constexpr int rows = TILE_M, weights = TILE_N;
+};
+#if HAS_BF16_DOT
+template <>
+struct Many<Dotted> {
+  static constexpr int rows = 4, weights = 6;
+};
+#endif
+
+// Which cache the weights that come next are fetched into: the first, or the second where the first is full of those under
+// way and of rows.
+enum Fetch { NOTHING, NEAR, FAR };
+
 // acc[m][n] += x[m] . w[n], lane by lane, for MR rows and NR weights over k numbers, a multiple of 32. What stands ahead
 // numbers behind each weight is fetched meanwhile.
-template <class W, int MR, int NR>
+template <class W, int MR, int NR, Fetch FETCH>
 static inline __attribute__((always_inline)) void accumulate(
     const typename W::Row* const* x, const typename W::Line* w, int64_t k, int64_t ahead, vf* sum) {
   vf acc[MR * NR];  // a copy, which stays in registers; the copying is unrolled, or GCC makes two slow calls of it
@@ -249,7 +268,7 @@ static inline __attribute__((always_inline)) void accumulate(
 #pragma GCC unroll 32
       for (int n = 0; n < NR; ++n) {
         weight[n] = W::weight(w[n], group[n], i);
-        W::prefetch(w[n], i + ahead);
+        if constexpr (FETCH != NOTHING) W::template prefetch<FETCH == NEAR ? 3 : 2>(w[n], i + ahead);
       }
 #pragma GCC unroll 32
       for (int m = 0; m < MR; ++m) {
@@ -306,16 +325,22 @@ static inline __attribute__((always_inline)) vf exp16(vf x) {
   return below ? vf{} : p * (vf)power;
 }
 
+// Scratch where none is needed: finding a thread's own takes as long as some of a tile's products.
+struct NoScratch {
+  explicit NoScratch(int64_t) {}
+  float* get() const { return nullptr; }
+};
+
 // The NR weights from n on of w [.., k] times MR rows: out[m * NR + n].
-template <class W, int MR, int NR>
+template <class W, int MR, int NR, Fetch FETCH>
 static void product(const typename W::Row* const* x, const Matrix& w, int64_t n, int64_t k, float* out) {
   const int64_t whole = k & ~int64_t{31};
   typename W::Line rows[NR];
   const int64_t room = W::room(w, k);
-  const Scratch<float, SCALES> rooms(NR * room);
+  const std::conditional_t<W::dense, NoScratch, Scratch<float, SCALES>> rooms(NR * room);
   for (int j = 0; j < NR; ++j) rows[j] = W::line(w, n + j, k, rooms.get() + j * room);
   vf acc[MR * NR] = {};
-  accumulate<W, MR, NR>(x, rows, whole, NR * k, acc);
+  accumulate<W, MR, NR, FETCH>(x, rows, whole, NR * k, acc);
   if constexpr (W::dense) {
     if (whole != k) {
       typename W::Stored ends[NR][32] = {};
@@ -325,7 +350,7 @@ static void product(const typename W::Row* const* x, const Matrix& w, int64_t n,
         std::memcpy(ends[j], rows[j] + whole, W::row_bytes(k - whole));
         rows[j] = ends[j];
       }
-      accumulate<W, MR, NR>(x_end, rows, 32, 0, acc);
+      accumulate<W, MR, NR, NOTHING>(x_end, rows, 32, 0, acc);
     }
   }
   finish<MR * NR>(acc, out);
@@ -343,36 +368,59 @@ static inline void with_rows(int rows, const Fn& fn) {
   }
 }
 
-// put(m, n + j, value) for the rows from .. to of x and the NR weights from n on.
-template <class W, int NR, class Put>
+// put(m, n + j, value) for the rows from .. to of x and the NR weights from n on, in tiles of about the same size.
+template <class W, int MOST, int NR, class Put>
 static inline void multiply_rows(const typename W::Row* const* x, int64_t from, int64_t to, const Matrix& w, int64_t n,
                                  int64_t k, const Put& put) {
-  for (int64_t first = from; first < to; first += TILE_M) {
-    with_rows(static_cast<int>(std::min<int64_t>(TILE_M, to - first)), [&](auto mr) {
+  const int64_t tiles = (to - from + MOST - 1) / MOST;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = from + (to - from) * tile / tiles, last = from + (to - from) * (tile + 1) / tiles;
+    with_rows<MOST>(static_cast<int>(last - first), [&](auto mr) {
       constexpr int MR = decltype(mr)::value;
       float out[MR * NR];
-      product<W, MR, NR>(x + first, w, n, k, out);
+      if (MOST == TILE_M) product<W, MR, NR, NEAR>(x + first, w, n, k, out);
+      else if (tile == 0) product<W, MR, NR, FAR>(x + first, w, n, k, out);
+      else product<W, MR, NR, NOTHING>(x + first, w, n, k, out);
       for (int m = 0; m < MR; ++m)
         for (int j = 0; j < NR; ++j) put(first + m, n + j, out[m * NR + j]);
     });
   }
 }
 
-// put(m, n, value) for all rows m of x and the weights n = from .. to of w [.., k].
-//
-// What is larger than the second cache streams by once: the weights past a few rows, or many rows past some weights.
+// put(m, n, value) for all rows m of x and the weights n = from .. to of w [.., k], in tiles of MOST rows and NR weights.
+// block weights at a time pass by step rows, tile by tile.
+template <class W, int MOST, int NR, class Put>
+static void stream_tiles(const typename W::Row* const* x, int64_t rows, const Matrix& w, int64_t from, int64_t to,
+                         int64_t k, int64_t step, int64_t block, const Put& put) {
+  const int64_t in_tiles = to - (to - from) % NR;
+  for (int64_t start = from; start < in_tiles; start += block)
+    for (int64_t first = 0; first < rows; first += step)
+      for (int64_t n = start; n < std::min(start + block, in_tiles); n += NR)
+        multiply_rows<W, MOST, NR>(x, first, std::min(first + step, rows), w, n, k, put);
+  for (int64_t n = in_tiles; n < to; ++n) multiply_rows<W, MOST, 1>(x, 0, rows, w, n, k, put);
+}
+
+// The same in the order in which what is larger than the second cache is seldom read: few rows stay there while each
+// weight passes once. Many dot products of bf16 have more weights in a tile, which pass by as many rows as fit, again and
+// again; others have a tile of rows that stays in the first cache while weights that fit the second pass by.
 template <class W, class Put>
 static void stream(const typename W::Row* const* x, int64_t rows, const Matrix& w, int64_t from, int64_t to, int64_t k,
                    const Put& put) {
-  const int64_t in_tiles = to - (to - from) % TILE_N;
-  const bool few = rows * k * static_cast<int64_t>(sizeof(typename W::Row)) <= IN_CACHE;
-  const int64_t n_step = few ? TILE_N : weights_in_cache(W::row_bytes(k));
-  const int64_t m_step = few ? std::max<int64_t>(rows, 1) : TILE_M;
-  for (int64_t block = from; block < in_tiles; block += n_step)
-    for (int64_t first = 0; first < rows; first += m_step)
-      for (int64_t n = block; n < std::min(block + n_step, in_tiles); n += TILE_N)
-        multiply_rows<W, TILE_N>(x, first, std::min(first + m_step, rows), w, n, k, put);
-  for (int64_t n = in_tiles; n < to; ++n) multiply_rows<W, 1>(x, 0, rows, w, n, k, put);
+  const int64_t fitting = IN_CACHE / (padded(k) * static_cast<int64_t>(sizeof(typename W::Row)) + 1);
+  if constexpr (Many<W>::rows != TILE_M) {
+    if (rows > TILE_M) {
+      const int64_t step = std::max<int64_t>(2 * fitting, TILE_M);
+      for (int64_t first = 0; first < rows; first += step)
+        stream_tiles<W, Many<W>::rows, Many<W>::weights>(x + first, std::min(step, rows - first), w, from, to, k, rows,
+                                                         to - from, [&](int64_t m, int64_t n, float value) {
+                                                           put(first + m, n, value);
+                                                         });
+      return;
+    }
+  }
+  const bool few = rows <= fitting;
+  stream_tiles<W, TILE_M, TILE_N>(x, rows, w, from, to, k, few ? rows : TILE_M,
+                                  few ? to - from : weights_in_cache(W::row_bytes(k)), put);
 }
 
 // put(n, i, numbers) for each 32 dequantised numbers, from column i on, of the weights n = from .. to of w [.., k].

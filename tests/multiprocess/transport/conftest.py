@@ -9,7 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from actors.transport import shm
 from actors.transport.base import Medium
+from actors.transport.ring import PlainRing
 from tests.multiprocess.transport.bench import Bench, Crew
 from tests.multiprocess.transport.encrypted import tls_for
 from tests.multiprocess.transport.remote import left_behind
@@ -50,29 +52,41 @@ def children() -> list[str]:
         return file.read().split()
 
 
-@pytest.fixture(params=list(Medium))
+PLAIN = "shm without a compiler"
+"""Our end of the shared-memory wire in Python alone, the other as it was built."""
+
+
+def medium_of(request: pytest.FixtureRequest) -> Medium:
+    """That of the fixture's parameter."""
+    if request.param != PLAIN:
+        return Medium(request.param)
+    request.getfixturevalue("monkeypatch").setattr(shm, "make_ring", PlainRing)
+    return Medium.SHM
+
+
+@pytest.fixture(params=[*Medium, PLAIN])
 def medium(request: pytest.FixtureRequest) -> Medium:
     """Every medium in turn; nccl over the communicator double."""
-    return Medium(request.param)
+    return medium_of(request)
 
 
-FAR = [Medium.SHM, Medium.TCP, Medium.TLS, Medium.NCCL]
+FAR = [Medium.SHM, Medium.TCP, Medium.TLS, Medium.NCCL, PLAIN]
 """Without local: its two ends are threads of one process, which are stopped and killed together or not at all."""
 
-STREAMS = [Medium.SHM, Medium.TCP, Medium.TLS]
+STREAMS = [Medium.SHM, Medium.TCP, Medium.TLS, PLAIN]
 """Without local, where a frame is never in pieces; without nccl, whose announcements are such a stream's frames."""
 
 
 @pytest.fixture(params=FAR)
 def far(request: pytest.FixtureRequest) -> Medium:
     """The media between processes, for what only a process can suffer."""
-    return Medium(request.param)
+    return medium_of(request)
 
 
 @pytest.fixture(params=STREAMS)
 def stream(request: pytest.FixtureRequest) -> Medium:
     """The media that carry bytes one after the other, for what can happen in the middle of a frame."""
-    return Medium(request.param)
+    return medium_of(request)
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ from actors.transport.frame import HEADER_BYTES
 from actors.transport.nccl import NcclWire
 from actors.transport.nccl_group import GroupPlan, NcclGroup
 from actors.transport.nccl_join import join_as_router
+from actors.transport.ring import PlainRing
+from actors.transport.shm import ShmWire
 from actors.transport.stream import StreamWire
 from tests.multiprocess.peers import Peer
 from tests.multiprocess.transport.encrypted import tls_for
@@ -113,7 +115,12 @@ def resident_bytes() -> int:
 
 
 def cut_sending(wire: StreamWire, at: int, cut: Callable[[], None]) -> None:
-    """Have ``cut`` called once ``at`` bytes, to the byte, of what this wire sends from now on are out."""
+    """Have ``cut`` called once ``at`` bytes, to the byte, of what this wire sends from now on are out.
+
+    All of it goes the general way: a frame that goes in one call is announced at once, so nobody sees it cut."""
+    if isinstance(wire, ShmWire):
+        ring = wire._out
+        wire._out = PlainRing(ring.memory, ring.data_bell, ring.space_bell, ring.known, ring.position)
     push, left = wire._push, at
 
     def cutting(outgoing: deque[memoryview]) -> bool:

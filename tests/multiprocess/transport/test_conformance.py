@@ -38,7 +38,7 @@ from actors.transport.base import (
     Wire,
     WireTimeout,
 )
-from actors.transport.blocks import ALIGNMENT
+from actors.transport.blocks import ALIGNMENT, footprint
 from actors.transport.frame import HEADER_BYTES
 from actors.transport.nccl import NcclWire
 from actors.transport.poller import Poller
@@ -281,6 +281,17 @@ class TestBuffers:
         assert remote.hear() == digest(1, TAG, [payload(300_000, 5)])
         assert data_of(frame.parts[0]) == payload(300_000, 5)
         assert data_of(wire.recv(soon()).parts[0]) == payload(300_000, 7)
+
+    def test_received_parts_stay_however_much_a_send_takes_in(self, bench: Bench, medium: Medium) -> None:
+        """More than a ring holds comes while a small frame is in the caller's hands."""
+        wire, remote = bench.link(medium, ring_bytes=64 << 10)
+        remote.call("send", (1, TAG, (1000, 9), 5))
+        frame = wire.recv(soon())
+        remote.tell("swap", (2, TAG, (2 * MIB,), 6))
+        sent = send_shape(wire, (3, TAG, (2 * MIB,), 7))
+        assert [data_of(part) for part in frame.parts] == parts_of((1000, 9), 5)
+        received = recv_digest(wire)
+        assert remote.hear() == (received, sent)
 
     def test_what_was_sent_is_the_callers_again(self, bench: Bench, medium: Medium) -> None:
         wire, remote = bench.link(medium)
@@ -566,7 +577,7 @@ class TestDeath:
     def test_each_byte_may_be_the_last(self, server: Server, stream: Medium) -> None:
         """The stream is cut after every number of bytes: a frame is there whole or not at all."""
         parts = [b"abc", b"", b"0123456789"]
-        total = HEADER_BYTES + sum(map(len, parts))
+        total = HEADER_BYTES + footprint([len(part) for part in parts])
         for at in range(1, total + 1):
             wire, accepted = server.pair(stream)
             assert isinstance(wire, StreamWire)

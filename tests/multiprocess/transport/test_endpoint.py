@@ -8,6 +8,7 @@ import queue
 import socket
 import struct
 import threading
+from collections import deque
 
 import pytest
 
@@ -22,7 +23,7 @@ from actors.transport.base import (
     Wire,
 )
 from actors.transport.endpoint import Endpoint
-from actors.transport.frame import encode_header
+from actors.transport.frame import HEADER_BYTES, encode_header, filling
 from actors.transport.handshake import greet
 from actors.transport.local import LocalNetwork
 from tests.multiprocess.transport.remote import NODE, SECRET, soon
@@ -106,14 +107,14 @@ def test_closing_an_endpoint_leaves_its_wires_and_ends_its_listening(server: Ser
 
 def test_a_frame_that_breaks_a_limit_ends_the_wire(server: Server) -> None:
     for garbage, text in (
-        (b"\0" * 68, "magic"),
+        (bytes(HEADER_BYTES), "magic"),
         (encode_header(1, TAG, [1] * 8)[:-4] + struct.pack("<I", MAX_FRAME_BYTES), "announces 268435463 bytes"),
     ):
         sock = server.dial(Medium.TCP)
         sock.setblocking(False)
         greet(sock, Medium.TCP, "client", "server", SECRET, soon())
         wire = server.wires.get(timeout=10)
-        sock.sendall(encode_header(7, TAG, [3]) + b"abc" + garbage)
+        sock.sendall(encode_header(7, TAG, [3]) + b"abc" + filling(3) + garbage)
         assert wire.recv(soon()).kind == 7
         with pytest.raises(ProtocolError, match=f"'client' over tcp: .*{text}"):
             wire.recv(soon())
@@ -122,6 +123,19 @@ def test_a_frame_that_breaks_a_limit_ends_the_wire(server: Server) -> None:
         sock.setblocking(True)
         assert ended(sock) == b""
         sock.close()
+
+
+def test_what_is_garbled_behind_a_frame_needs_no_further_bell(server: Server) -> None:
+    wire = server.client.connect(server.address, soon(), Medium.SHM)
+    accepted = server.wires.get(timeout=10)
+    wire.send(7, TAG, [b"abc"], soon())
+    wire._push(deque([memoryview(bytes(HEADER_BYTES))]))  # type: ignore[attr-defined]
+    assert accepted.ready()
+    assert accepted.recv(soon()).kind == 7
+    assert accepted.buffered()
+    with pytest.raises(ProtocolError, match="from 'client' over shm: frame magic"):
+        accepted.recv(soon())
+    wire.close()
 
 
 def test_a_doorbell_that_lies_ends_the_wire(server: Server) -> None:

@@ -20,12 +20,11 @@ from opentelemetry.trace import get_current_span
 from actors import batch_spans
 from actors.batch_spans import DispatchSpan
 from actors.dispatcher import Dispatcher
+from actors.frames import Kind, expect_parts
 from actors.messages import (
     CPU,
     BatchTimes,
-    Kind,
     encode_seconds,
-    expect_parts,
     failure_text,
     tensor_bytes,
     tensor_from,

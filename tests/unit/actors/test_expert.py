@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from actors import batch_spans
 from actors.expert import ExpertShard
+from actors.frames import Kind, array_bytes, expect_parts
 from actors.log_fields import fields_of
-from actors.messages import Kind, array_bytes, expect_parts, failure_text, seconds_from, tensor_from
+from actors.messages import failure_text, seconds_from, tensor_from
 from actors.model.experts import ExpertBank
 from actors.model.parallel import READERS
 from actors.model.safetensors_header import Header, read_header

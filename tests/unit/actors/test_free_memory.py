@@ -15,9 +15,10 @@ MIB = 2**20
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
-    """100 MiB are available; the process is in the group /pod/box of cgroups v2, where nothing is limited."""
+    """120 MiB are available, of which mapped files take 20; the process is in the group /pod/box of cgroups v2, where
+    nothing is limited."""
     files = {
-        "proc/meminfo": "MemTotal: 204800 kB\nMemAvailable: 102400 kB\n",
+        "proc/meminfo": "MemTotal: 204800 kB\nMemAvailable: 122880 kB\nMapped: 20480 kB\n",
         "proc/self/cgroup": "0::/pod/box\n",
         "cgroup/pod/box/memory.max": "max",
         "cgroup/pod/box/memory.current": "0",
@@ -49,6 +50,16 @@ def test_a_containers_limit_counts_and_its_cache_does_not(machine: Path, group: 
     assert free(machine) == 24
 
 
+def test_mapped_files_are_no_cache_to_give_back(machine: Path) -> None:
+    box = machine / "cgroup/pod/box"
+    write(box / "memory.max", str(64 * MIB))
+    write(box / "memory.current", str(50 * MIB))
+    write(box / "memory.stat", f"inactive_file {30 * MIB}\nfile_mapped {25 * MIB}\n")
+    assert free(machine) == 19
+    write(box / "memory.stat", f"inactive_file {20 * MIB}\nfile_mapped {25 * MIB}\n")
+    assert free(machine) == 14
+
+
 def test_over_its_limit_nothing_is_free(machine: Path) -> None:
     write(machine / "cgroup/pod/box/memory.max", str(MIB))
     write(machine / "cgroup/pod/box/memory.current", str(2 * MIB))
@@ -60,7 +71,7 @@ def test_the_older_cgroups(machine: Path) -> None:
     box = machine / "cgroup/memory/box"
     write(box / "memory.limit_in_bytes", str(30 * MIB))
     write(box / "memory.usage_in_bytes", str(20 * MIB))
-    write(box / "memory.stat", f"total_inactive_file {5 * MIB}\n")
+    write(box / "memory.stat", f"total_inactive_file {9 * MIB}\ntotal_mapped_file {4 * MIB}\n")
     assert free(machine) == 15
 
 

@@ -9,8 +9,9 @@ import pytest
 
 import actors.kv_memory
 from actors.engine.admission import SchedulerLimits
-from actors.kv_memory import NoMemory, allocate_cache
+from actors.kv_memory import allocate_cache
 from actors.model.families import load_spec
+from actors.refusals import NoMemory
 from actors.settings import EngineSettings, ModelSettings
 from tests.checkpoints import write_deepseek_v3
 

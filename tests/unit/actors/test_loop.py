@@ -72,3 +72,23 @@ def test_threads_that_begin_after_it_was_made_take_its_number_of_torch_threads_o
     finally:
         torch.set_num_threads(before)
     assert seen == [before + 1]
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_handlers_that_compute_record_no_gradients(network: LocalNetwork, threads: int) -> None:
+    before, seen = torch.get_num_threads(), list[bool]()
+    made = LoopThread(
+        "expert-0",
+        lambda wire, frame: seen.append(torch.is_inference_mode_enabled()),
+        lambda wire, error: None,
+        threads=threads,
+    )
+    torch.set_num_threads(before)
+    made.start()
+    try:
+        _, far = connect(network, made, "router-0")
+        send(far, 1)
+        until(lambda: bool(seen))
+    finally:
+        made.stop()
+    assert seen == [threads > 0]

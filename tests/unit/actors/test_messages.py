@@ -8,12 +8,11 @@ import torch
 from opentelemetry.trace import get_current_span
 from torch import Tensor
 
+from actors.frames import Kind, expect_parts
 from actors.messages import (
     BatchTimes,
-    Kind,
     encode_seconds,
     encode_times,
-    expect_parts,
     indices_from,
     rows_part,
     seconds_from,

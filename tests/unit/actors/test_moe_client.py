@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from actors import moe_client
-from actors.messages import CPU, BatchTimes, Kind, encode_times, tensor_bytes
+from actors.frames import Kind
+from actors.messages import CPU, BatchTimes, encode_times, tensor_bytes
 from actors.moe_client import MoEClient, MoEUnavailable, RowsSent
 from actors.transport.base import Frame, Wire
 from actors.transport.local import local_pair

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from actors.engine.request import FinishReason, TokenEvent, TokenLogprobs
-from actors.messages import Kind
+from actors.frames import Kind
 from actors.token_frames import decode_tokens, encode_tokens
 from actors.transport.base import Frame, FrameTag, ProtocolError
 

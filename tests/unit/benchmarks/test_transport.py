@@ -9,7 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from actors.messages import array_bytes, tensor_bytes
+from actors.frames import array_bytes
+from actors.messages import tensor_bytes
 from benchmarks.transport import IDLE_S, Effort, in_turns, print_all, size_text, sized, trip_text, wishes
 from benchmarks.transport_figures import Cost, Trips, Wanted
 from benchmarks.transport_layer import Shape, moved

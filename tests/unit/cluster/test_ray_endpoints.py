@@ -13,7 +13,7 @@ import pytest
 from actors.transport.base import Medium, Wire
 from cluster import ray_fleet
 from cluster.config import ConfigError, WireTlsConfig
-from cluster.ray_fleet import RayEndpoints
+from cluster.hosted import RayEndpoints
 from tests.authority import Authority
 
 SECRET = b"a secret of the tests"

@@ -35,7 +35,7 @@ def test_the_context_is_what_model_and_cache_allow(checkpoint: Path) -> None:
     assert factory(checkpoint).context_length("a") == 512
     assert factory(checkpoint, **{"attention.kv_memory": TOKEN_BYTES * 100}).context_length("a") == 96
     bundle = Bundle("attention-0", "a")
-    assert factory(checkpoint, context_length=77).engine(bundle, [bundle]).limits.context_length == 77
+    assert factory(checkpoint, context_length=77).engine(bundle, [bundle], {"a"}).limits.context_length == 77
 
 
 def test_what_is_configured_for_the_engine_reaches_it(checkpoint: Path) -> None:
@@ -44,15 +44,31 @@ def test_what_is_configured_for_the_engine_reaches_it(checkpoint: Path) -> None:
     own = {"block_size": 4, "micro_batches": 2}
     bundle = Bundle("attention-0", "a")
     keys = {f"attention.{name}": value for name, value in (limits | own).items()}
-    engine = factory(checkpoint, **keys).engine(bundle, [bundle])
+    engine = factory(checkpoint, **keys).engine(bundle, [bundle], {"a"})
     assert engine.limits == SchedulerLimits(512, **limits)
     assert {name: getattr(engine, name) for name in own} == own
+
+
+@pytest.mark.parametrize(
+    ("keys", "nodes", "micro_batches"),
+    [
+        ({}, {"a"}, 1),
+        ({}, {"a", "b"}, 0),
+        ({"attention.micro_batches": 3}, {"a"}, 3),
+        ({"device": "cuda"}, {"a"}, 0),
+    ],
+)
+def test_steps_are_split_only_where_the_fleets_can_compute_at_the_same_time(
+    checkpoint: Path, keys: dict[str, Any], nodes: set[str], micro_batches: int
+) -> None:
+    bundle = Bundle("attention-0", "a")
+    assert factory(checkpoint, **keys).engine(bundle, [bundle], nodes).micro_batches == micro_batches
 
 
 def test_memory_that_is_to_be_measured_is_shared_by_the_replicas_of_a_node(checkpoint: Path) -> None:
     bundles = [Bundle("attention-0", "a"), Bundle("attention-1", "a"), Bundle("attention-2", "b")]
     settings = factory(checkpoint, **{"attention.kv_memory": "auto", "attention.kv_memory_share": 0.25})
-    engines = [settings.engine(bundle, bundles) for bundle in bundles]
+    engines = [settings.engine(bundle, bundles, {"a", "b"}) for bundle in bundles]
     assert [(e.kv_bytes, e.kv_share, e.sharing, e.limits.context_length) for e in engines] == [
         (None, 0.25, 2, 512),
         (None, 0.25, 2, 512),
@@ -89,10 +105,10 @@ def test_deterministic_mode_and_dtype(checkpoint: Path) -> None:
 def test_quantisation_and_checks_reach_the_actors(checkpoint: Path) -> None:
     bundle = Bundle("expert-0", "a")
     plain = factory(checkpoint).expert(bundle, [bundle])
-    assert (plain.quant_kind, plain.check_weights) == (None, True)
-    asked = {"experts.quantization": "int4", "check_weights": False}
+    assert (plain.quant_kind, plain.check_weights, plain.map_weights) == (None, True, True)
+    asked = {"experts.quantization": "int4", "check_weights": False, "map_weights": False}
     settings = factory(checkpoint, **asked).expert(bundle, [bundle])
-    assert (settings.quant_kind, settings.check_weights) == ("int4", False)
+    assert (settings.quant_kind, settings.check_weights, settings.map_weights) == ("int4", False, False)
     assert factory(checkpoint, **asked).attention(bundle, [bundle]).quant_kind is None
     both = factory(checkpoint, **asked, **{"attention.quantization": "int8"})
     assert (both.expert(bundle, [bundle]).quant_kind, both.attention(bundle, [bundle]).quant_kind) == ("int4", "int8")

@@ -7,8 +7,8 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any
 
-from actors.attention import Refusal
 from actors.engine.request import FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from actors.refusals import Refusal
 from actors.transport.base import Address
 from cluster.fleet import ActorHandle, ActorUnreachable
 from cluster.gateway.peers import AttentionPeer

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from actors.attention import Refusal
 from actors.engine.request import FinishReason, Priority
+from actors.refusals import Refusal
 from cluster.access import Caller
 from cluster.fleet import ActorUnreachable
 from cluster.gateway.arrivals import Arrivals

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from actors.attention import Refusal
 from actors.engine.request import FinishReason, TokenEvent
+from actors.refusals import Refusal
 from cluster.access import EVERYBODY, Caller
 from cluster.fleet import ActorUnreachable
 from cluster.gateway.errors import Conflict, DeadlineExceeded, Internal, InvalidRequest, Overloaded, Unavailable

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.actor_class import ActorClass
 from cluster.config import ServerConfig, load_config
 from cluster.local_fleet import LocalFleet
 from tests.serving import tiny_model
@@ -67,7 +68,7 @@ def actors(monkeypatch: pytest.MonkeyPatch) -> Actors:
     found = Actors()
     honest = LocalFleet.spawn
 
-    def spawn(fleet: LocalFleet, role: type, name: str, *args: Any) -> Any:
+    def spawn(fleet: LocalFleet, role: ActorClass, name: str, *args: Any) -> Any:
         handle = honest(fleet, role, name, *args)
         found.add(name, handle.actor, lambda new_name: honest(fleet, role, new_name, *args).actor)
         return handle

@@ -12,9 +12,10 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from actors.attention import AttentionShard, NoMemory
+from actors.attention import AttentionShard
 from actors.model import kv_cache
 from actors.model.experts import ExpertBank
+from actors.refusals import NoMemory
 from actors.router import Router
 from cluster.config import ServerConfig
 from cluster.controller import StartFailed

@@ -18,11 +18,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 
 from actors import groups, moe_client, request_spans
-from actors.attention import AttentionShard, Refusal
+from actors.attention import AttentionShard
 from actors.engine.request import GenerationRequest
 from actors.expert import ExpertShard
-from actors.messages import Kind
+from actors.frames import Kind
 from actors.moe_client import MoEClient
+from actors.refusals import Refusal
 from actors.transport.base import Frame, Medium, PeerGone
 from actors.transport.frame import byte_view
 from actors.transport.local import LocalWire

@@ -13,6 +13,7 @@ from expertmesh.v1 import control_pb2 as pb
 
 from actors.transport.base import EndpointLike, Wire
 from actors.transport.endpoint import Endpoint
+from cluster.actor_class import ActorClass
 from cluster.cli.status import print_cluster
 from cluster.config import ConfigError, ServerConfig
 from cluster.controller import Controller
@@ -50,7 +51,7 @@ class TwoNodes(LocalFleet):
         """See Fleet."""
         return [Bundle(r.name, next(self._turns) if r.name.startswith("expert") else HERE) for r in requests]
 
-    def spawn(self, role: type, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
+    def spawn(self, role: ActorClass, name: str, bundle: Bundle | None, *args: Any) -> ActorHandle:
         """See Fleet."""
         node_id = bundle.node_id if bundle else HERE
 
@@ -58,7 +59,7 @@ class TwoNodes(LocalFleet):
             tls = wire_tls(self._tls) if self._tls is not None else None
             return Endpoint(own, node_id, SECRET, on_wire=on_wire, tls=tls)
 
-        return LocalHandle(name, role(name, *args, endpoint), self.pool)
+        return LocalHandle(name, role.load()(name, *args, endpoint), self.pool)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from actors.expert import ExpertShard
-from actors.messages import CPU, Kind
+from actors.frames import Kind
+from actors.messages import CPU
 from actors.moe_client import MoEClient, MoEUnavailable, RowsSent
 from actors.router import Router
 from actors.settings import ModelSettings

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from expertmesh.v1 import inference_pb2 as pb
 
-from actors.attention import AttentionShard, Refusal
+from actors.attention import AttentionShard
 from actors.attention_engine import AttentionEngine
 from actors.engine.request import GenerationRequest, SamplingParams
-from actors.messages import Kind
+from actors.frames import Kind
+from actors.refusals import Refusal
 from actors.router import Router
 from actors.token_frames import decode_tokens
 from actors.transport.base import Medium

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from cluster.actor_class import ActorClass
 from cluster.config import TelemetryConfig
-from cluster.ray_fleet import Hosted
+from cluster.hosted import Hosted
 from cluster.telemetry.process import ProcessTelemetry, process_telemetry
 
 
@@ -31,7 +32,7 @@ class Role:
 @pytest.fixture
 def hosted() -> Iterator[Hosted]:
     """One in this process."""
-    made = Hosted(TelemetryConfig(), "expert-0", Role, "expert-0")
+    made = Hosted(TelemetryConfig(), "expert-0", ActorClass(__name__, "Role"), "expert-0")
     yield made
     made._telemetry.end()
 

@@ -33,11 +33,11 @@ def test_noise_is_refused(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("offset", "value", "text"),
     [
-        (0, b"HTTP", "magic is b'HTTP'"),
-        (4, struct.pack("<H", 2), "version is 2, not 1"),
-        (32, struct.pack("<I", MAX_PARTS + 1), "9 parts; at most 8"),
-        (32, struct.pack("<I", 1), "1 parts announces lengths"),
-        (36, struct.pack("<I", MAX_FRAME_BYTES), "announces 268435459 bytes; at most 268435456"),
+        (0, b"HTT", "magic is b'HTT'"),
+        (3, b"\x01", "version is 1, not 2"),
+        (6, struct.pack("<H", MAX_PARTS + 1), "9 parts; at most 8"),
+        (6, struct.pack("<H", 1), "1 parts announces lengths"),
+        (32, struct.pack("<I", MAX_FRAME_BYTES), "announces 268435459 bytes; at most 268435456"),
     ],
 )
 def test_each_field_is_checked(offset: int, value: bytes, text: str) -> None:
