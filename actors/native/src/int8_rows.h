@@ -29,6 +29,15 @@ static inline __attribute__((always_inline)) vf widen_16(const uint16_t* p) {
   return (vf)Lanes::scales(reinterpret_cast<const uint8_t*>(p), BF16);
 }
 
+// 16 integers that int8 holds.
+static inline __attribute__((always_inline)) vb narrowed(vi numbers) {
+#if HAS_AVX512
+  return (vb)_mm512_cvtepi32_epi8((__m512i)numbers);
+#else
+  return __builtin_convertvector(numbers, vb);
+#endif
+}
+
 // The scale of the numbers x .. x + count, a multiple of 32: their largest magnitude / 127.5, not 0; NaN or infinite where
 // one of them is.
 template <class T>
@@ -57,7 +66,7 @@ static int32_t round_numbers(const T* from, int64_t count, float scale, int8_t* 
     steps = steps < lowest ? lowest : steps;
     const vi number = (vi)(steps + magic) - (vi)magic;
     sum += number << 24 >> 24;  // as it is stored, NaN too
-    *reinterpret_cast<vb*>(to + i) = W::in_order(__builtin_convertvector(number, vb));
+    *reinterpret_cast<vb*>(to + i) = narrowed(W::in_order(number));
   }
   return reduced(sum, [](vi a, vi b) { return a + b; });
 }
@@ -75,30 +84,28 @@ struct Int8Rows {
 };
 
 struct W8 : Int8Rows {
+  using Zero = int8_t;
   static constexpr int COLUMNS = 4, FOURS = 1;  // in a dword of each lane
+  static constexpr int32_t MOVED = 128, MIDDLE = 128;
   static int64_t row_bytes(int64_t k) { return k; }
-  static inline __attribute__((always_inline)) vb in_order(vb columns) { return columns; }
+  static inline __attribute__((always_inline)) vi in_order(vi columns) { return columns; }
   static inline __attribute__((always_inline)) void fours(vi dwords, Four* out) {
     *out = four_of(dwords ^ static_cast<int32_t>(0x80808080u));  // + 128
-  }
-  static inline __attribute__((always_inline)) vi zero(const Lanes& lanes, int64_t g) {
-    return (lanes.zero ? lanes.zero_of<int8_t>(g) : vi{}) + 128;
   }
 };
 
 // Two numbers in a byte, the first in its low half: of each 8 columns a row has the even ones before the odd ones.
 struct W4 : Int8Rows {
+  using Zero = uint8_t;
   static constexpr int COLUMNS = 8, FOURS = 2;
+  static constexpr int32_t MOVED = 0, MIDDLE = 8;
   static int64_t row_bytes(int64_t k) { return k / 2; }
-  static inline __attribute__((always_inline)) vb in_order(vb columns) {
-    return __builtin_shuffle(columns, vb{0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
+  static inline __attribute__((always_inline)) vi in_order(vi columns) {
+    return __builtin_shuffle(columns, vi{0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
   }
   static inline __attribute__((always_inline)) void fours(vi dwords, Four* out) {
     out[0] = four_of(dwords & 0x0f0f0f0f);
     out[1] = four_of((vi)((vu)dwords >> 4) & 0x0f0f0f0f);
-  }
-  static inline __attribute__((always_inline)) vi zero(const Lanes& lanes, int64_t g) {
-    return lanes.zero ? lanes.zero_of<uint8_t>(g) : vi{} + 8;
   }
 };
 
@@ -151,43 +158,71 @@ static inline __attribute__((always_inline)) void group_product(
     }
 }
 
-// out[m][b] = the products of MR rows with the weights of each block, which lie as in w.
+// total[m][b] += the products of MR rows, from column start on to end, all of the r-th of their groups, with the weights of
+// each block, which lie as in w; g: the first of their groups. No part of its caller, whose sums would take the registers.
 template <class W, int MR, int BLOCKS>
-static void lanes_product(const int8_t* const* x, const Lanes* lanes, const Matrix& w, int64_t k, vf (*out)[BLOCKS]) {
-  vf total[MR][BLOCKS] = {};
+static __attribute__((noinline)) void add_row_group(const int8_t* const* x, const Lanes* lanes, const Matrix& w, int64_t k,
+                                                    int64_t start, int64_t end, int64_t r, int64_t g, vf (*total)[BLOCKS]) {
+  vf part[MR][BLOCKS] = {};
   const int64_t sums = W::sums_at(w, k);
-  int64_t g = 0;
-  for (int64_t start = 0, r = 0; start < k; start += w.row_group, ++r) {
-    vf part[MR][BLOCKS] = {};
-    const int64_t end = std::min(start + w.row_group, k);
-    for (int64_t i = start; i < end; i += w.group, ++g) {
-      vi whole[MR][BLOCKS];
-      group_product<W, MR, BLOCKS>(x, lanes, i, std::min(i + w.group, k), whole);
+  for (int64_t i = start; i < end; i += w.group, ++g) {
+    vi whole[MR][BLOCKS];
+    group_product<W, MR, BLOCKS>(x, lanes, i, std::min(i + w.group, end), whole);
 #pragma GCC unroll 2
-      for (int b = 0; b < BLOCKS; ++b) {
-        const vf scale = lanes[b].scale_of(g);
-        const vi zero = W::zero(lanes[b], g);
+    for (int b = 0; b < BLOCKS; ++b) {
+      const vf scale = lanes[b].scale[g];
+      const vi zero = lanes[b].zero[g];
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) {
-          whole[m][b] -= zero * reinterpret_cast<const int32_t*>(x[m] + sums)[g];
-          part[m][b] = fused(__builtin_convertvector(whole[m][b], vf), scale, part[m][b]);
-        }
+      for (int m = 0; m < MR; ++m) {
+        whole[m][b] -= zero * reinterpret_cast<const int32_t*>(x[m] + sums)[g];
+        part[m][b] = fused(__builtin_convertvector(whole[m][b], vf), scale, part[m][b]);
       }
     }
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 2
-      for (int b = 0; b < BLOCKS; ++b) total[m][b] = fused(part[m][b], W::scales(x[m], k)[r] - vf{}, total[m][b]);
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 2
-    for (int b = 0; b < BLOCKS; ++b) out[m][b] = total[m][b];
+    for (int b = 0; b < BLOCKS; ++b) total[m][b] = fused(part[m][b], W::scales(x[m], k)[r] - vf{}, total[m][b]);
 }
 
-// Weights of so many blocks meet a row's numbers while these are in a register.
-constexpr int64_t MOST_BLOCKS = 2;
-static constexpr int blocks_for(int rows) { return rows <= 4 ? MOST_BLOCKS : 1; }
+// out[m][b] = the products of MR rows with the weights of each block.
+template <class W, int MR, int BLOCKS>
+static void lanes_product(const int8_t* const* x, const Lanes* lanes, const Matrix& w, int64_t k, vf (*out)[BLOCKS]) {
+  const int64_t step = (w.row_group + w.group - 1) / w.group;
+  for (int m = 0; m < MR; ++m)
+    for (int b = 0; b < BLOCKS; ++b) out[m][b] = vf{};
+  for (int64_t start = 0, r = 0; start < k; start += w.row_group, ++r)
+    add_row_group<W, MR, BLOCKS>(x, lanes, w, k, start, std::min(start + w.row_group, k), r, r * step, out);
+}
+
+// Blocks of weights whose products with so many rows stay in registers.
+constexpr int64_t MOST_BLOCKS = 2, ROWS_OF_TWO = std::min(TILE_M, 6);
+static constexpr int blocks_for(int rows) { return rows <= ROWS_OF_TWO ? MOST_BLOCKS : 1; }
+
+// put(m, n + j, value) for the rows from .. to of x and the count weights of all lanes, which begin with n, in tiles of about
+// the same size.
+template <class W, class Put>
+static void multiply_blocks(const int8_t* const* x, int64_t rows, const Lanes* lanes, const Matrix& w, int64_t n,
+                            int64_t count, int64_t k, const Put& put) {
+  const int64_t most = rows <= TILE_M ? TILE_M : ROWS_OF_TWO, tiles = (rows + most - 1) / most;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = rows * tile / tiles, last = rows * (tile + 1) / tiles;
+    with_rows(static_cast<int>(last - first), [&](auto mr) {
+      constexpr int MR = decltype(mr)::value, BLOCKS = blocks_for(MR);
+      for (int64_t b = 0; b * LANES < count; b += BLOCKS) {
+        vf out[MR][BLOCKS];
+        lanes_product<W, MR, BLOCKS>(x + first, lanes + b, w, k, out);
+        for (int m = 0; m < MR; ++m)
+          for (int64_t c = b; c < b + BLOCKS && c * LANES < count; ++c) {
+            float value[LANES];
+            std::memcpy(value, &out[m][c - b], sizeof value);
+            if (count - c * LANES >= LANES) for (int j = 0; j < LANES; ++j) put(first + m, n + c * LANES + j, value[j]);
+            else for (int j = 0; j < count - c * LANES; ++j) put(first + m, n + c * LANES + j, value[j]);
+          }
+      }
+    });
+  }
+}
 
 // put(m, n, value) for all rows m of x and the weights n = from .. to of w [.., k].
 template <class W, class Put>
@@ -201,17 +236,6 @@ static void multiply_lanes(const int8_t* const* x, int64_t rows, const Matrix& w
       const int64_t start = n + b * LANES, count = std::min(LANES, to - start);
       lanes[b] = count > 0 ? lanes_of<W>(w, start, count, k, room.get() + b * block_room) : lanes[0];
     }
-    for (int64_t first = 0; first < rows; first += TILE_M) {
-      with_rows(static_cast<int>(std::min<int64_t>(TILE_M, rows - first)), [&](auto mr) {
-        constexpr int MR = decltype(mr)::value, BLOCKS = blocks_for(MR);
-        for (int64_t b = 0; b < MOST_BLOCKS && n + b * LANES < to; b += BLOCKS) {
-          const int64_t start = n + b * LANES, count = std::min(BLOCKS * LANES, to - start);
-          vf out[MR][BLOCKS];
-          lanes_product<W, MR, BLOCKS>(x + first, lanes + b, w, k, out);
-          for (int m = 0; m < MR; ++m)
-            for (int64_t j = 0; j < count; ++j) put(first + m, start + j, out[m][j / LANES][j % LANES]);
-        }
-      });
-    }
+    multiply_blocks<W>(x, rows, lanes, w, n, std::min(MOST_BLOCKS * LANES, to - n), k, put);
   }
 }

@@ -76,25 +76,14 @@ static inline __attribute__((always_inline)) void transpose(const vi* row, vi* c
 
 constexpr int64_t LANES = 16;
 
-// So much further on memory is fetched: int4 in groups of 32 gets its numbers, scales and zero points at the same time.
-constexpr int64_t BYTES_AHEAD = 4096, GROUPS_AHEAD = 16;
+constexpr int64_t BYTES_AHEAD = 4096;  // so much further on numbers are fetched
 
 // A block of 16 weights, one in each lane: dwords of their numbers, four columns of int8 or eight of int4; and for each
-// group a scale and, where there are any, a zero point.
+// group the scales and the zero points.
 struct Lanes {
-  const uint8_t *numbers, *scale, *zero;
-  int64_t scale_kind;
-
-  vf scale_of(int64_t g) const {
-    const int64_t bytes = LANES * (scale_kind == FP32 ? 4 : 2);
-    __builtin_prefetch(scale + (g + GROUPS_AHEAD) * bytes);
-    return (vf)scales(scale + g * bytes, scale_kind);
-  }
-  template <class Z>
-  vi zero_of(int64_t g) const {
-    __builtin_prefetch(zero + (g + GROUPS_AHEAD) * LANES);
-    return widen16(reinterpret_cast<const Z*>(zero) + g * LANES);
-  }
+  const uint8_t* numbers;
+  const vf* scale;
+  const vi* zero;
 
   // The bits of 16 scales, as fp32.
   static inline __attribute__((always_inline)) vi scales(const uint8_t* p, int64_t kind) {
@@ -142,35 +131,40 @@ static inline __attribute__((always_inline)) void columns_of(const Block& block,
   }
 }
 
-template <class B>
-static int64_t lanes_room(const Matrix& w, int64_t k) {
-  if (w.in_lanes) return 0;
-  const int64_t groups = rounded_up(groups_of(w, k), 16);
-  return rounded_up(B::row_bytes(k) / 4, 16) + groups + groups / 4;
+// fn(i, the elements i .. i + 16 of 16 lanes) for all count elements of a block's rows; see columns_of.
+template <class Read, class Fn>
+static inline __attribute__((always_inline)) void lanes_each(const Block& block, bool in_lanes, int64_t count,
+                                                             int64_t bytes, const Read& read, const Fn& fn) {
+  if (!in_lanes) return columns_of(block, count, bytes, read, [&](int64_t i, const vi* columns) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) fn(i + j, columns[j]);
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    const uint8_t* p = block.first + i * LANES * bytes;
+    for (int64_t line = 0; line < LANES * bytes; line += 64) __builtin_prefetch(p + 2 * count * LANES * bytes + line);
+    fn(i, read(p));
+  }
 }
 
-// The count weights of w from n on, no more than 16: where they lie, or a copy in room if they lie row by row.
+template <class B>
+static int64_t lanes_room(const Matrix& w, int64_t k) {
+  const int64_t dwords = w.in_lanes ? 0 : rounded_up(B::row_bytes(k) / 4, 16);
+  return dwords + 2 * rounded_up(groups_of(w, k), 16);
+}
+
+// The count weights of w from n on, no more than 16, with what does not lie as it is needed in room.
 template <class B>
 static Lanes lanes_of(const Matrix& w, int64_t n, int64_t count, int64_t k, vi* room) {
   const int64_t dwords = B::row_bytes(k) / 4, groups = groups_of(w, k), scale_bytes = w.scale_kind == FP32 ? 4 : 2;
   const Block number(w.data, n, count, 4 * dwords), scale(w.scale, n, count, groups * scale_bytes);
   const Block zero(w.zero, n, count, groups);
-  if (w.in_lanes) return {number.first, scale.first, w.zero ? zero.first : nullptr, w.scale_kind};
-  vi *const scales = room + rounded_up(dwords, 16);
-  vb *const zeros = reinterpret_cast<vb*>(scales + rounded_up(groups, 16));
-  const auto into = [](vi* to) {
-    return [=](int64_t i, const vi* columns) {
-#pragma GCC unroll 16
-      for (int j = 0; j < 16; ++j) to[i + j] = columns[j];
-    };
-  };
-  columns_of(number, dwords, 4, load_dwords, into(room));
+  vi *const scales = room, *const zeros = scales + rounded_up(groups, 16), *const numbers = zeros + rounded_up(groups, 16);
+  const auto into = [](vi* to, int32_t more) { return [=](int64_t i, vi lanes) { to[i] = lanes + more; }; };
+  if (!w.in_lanes) lanes_each(number, false, dwords, 4, load_dwords, into(numbers, 0));
   const auto read_scale = [&](const uint8_t* p) { return Lanes::scales(p, w.scale_kind); };
-  columns_of(scale, groups, scale_bytes, read_scale, into(scales));
-  if (w.zero)
-    columns_of(zero, groups, 1, [](const uint8_t* p) { return widen16(p); }, [&](int64_t g, const vi* columns) {
-      for (int j = 0; j < 16; ++j) zeros[g + j] = __builtin_convertvector(columns[j], vb);
-    });
-  const auto bytes = [](const void* p) { return static_cast<const uint8_t*>(p); };
-  return {bytes(room), bytes(scales), w.zero ? bytes(zeros) : nullptr, FP32};
+  lanes_each(scale, w.in_lanes, groups, scale_bytes, read_scale, into(scales, 0));
+  const auto read_zero = [](const uint8_t* p) { return widen16(reinterpret_cast<const typename B::Zero*>(p)); };
+  if (w.zero) lanes_each(zero, w.in_lanes, groups, 1, read_zero, into(zeros, B::MOVED));
+  else std::fill_n(zeros, groups, vi{} + B::MIDDLE);
+  return {w.in_lanes ? number.first : reinterpret_cast<const uint8_t*>(numbers), reinterpret_cast<const vf*>(scales), zeros};
 }
