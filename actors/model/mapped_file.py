@@ -58,9 +58,7 @@ class MappedFile:
 
     def bytes(self, begin: int, end: int) -> Tensor:
         """uint8 [end - begin]: these bytes of the file. When they are dropped the system may have the pages again."""
-        array = (ctypes.c_ubyte * (end - begin)).from_buffer(self._memory, begin)
-        weakref.finalize(array, _let_go, self._memory, begin, end).atexit = False
-        return torch.frombuffer(array, dtype=torch.uint8)
+        return piece(self._memory, begin, end)
 
     def bring_in(self, part: Tensor) -> None:
         """Have ``part``, which ``bytes`` gave, in memory: read ahead, then mapped. OSError if it cannot be read:
@@ -71,6 +69,13 @@ class MappedFile:
             if _libc.madvise(start, length, advice):
                 number = ctypes.get_errno()
                 raise OSError(number, os.strerror(number))
+
+
+def piece(memory: mmap.mmap, begin: int, end: int) -> Tensor:
+    """uint8 [end - begin]: these bytes of a private mapping, whose pages the system has again when they are dropped."""
+    array = (ctypes.c_ubyte * (end - begin)).from_buffer(memory, begin)
+    weakref.finalize(array, _let_go, memory, begin, end).atexit = False
+    return torch.frombuffer(array, dtype=torch.uint8)
 
 
 def _let_go(memory: mmap.mmap, begin: int, end: int) -> None:

@@ -92,7 +92,7 @@ class TensorReader:
         wanted = list(parts)
         if self._quantize is None:
             return self.stacked(wanted)
-        return self._laid(stack([self._made(name, shape) for name, shape in wanted]))
+        return self._stacked([self._made(name, shape) for name, shape in wanted])
 
     def projections(self, parts: Iterable[Part]) -> Matrix | tuple[Matrix, ...]:
         """As :meth:`projection`, but apart, in their order, where they need no copy and stay where they lie."""
@@ -113,7 +113,7 @@ class TensorReader:
         matrices = [self._matrix(name, shape) for name, shape in parts]
         quantized = [matrix for matrix in matrices if isinstance(matrix, QTensor)]
         if len(quantized) == len(matrices) and can_stack(quantized):
-            return self._laid(stack(quantized))
+            return self._stacked(quantized)
         return tuple(map(self._laid, matrices))
 
     def matrix_entry(self, name: str, count: int, index: int, shape: tuple[int, int]) -> Matrix:
@@ -171,11 +171,15 @@ class TensorReader:
         assert self._quantize is not None
         return self._fitting(quantize(plain, self._quantize), name, name).to(self._device)
 
+    def _stacked(self, parts: Sequence[QTensor]) -> QTensor:
+        return stack(parts, in_lanes=all(map(self._goes_in_lanes, parts)))
+
     def _laid(self, matrix: Matrix) -> Matrix:
         """As the kernels like it best, where it will be theirs."""
-        if isinstance(matrix, Tensor) or not matrix.fits_lanes or not takes(matrix, self.dtype) or library() is None:
-            return matrix
-        return matrix.in_lanes()
+        return matrix.in_lanes() if isinstance(matrix, QTensor) and self._goes_in_lanes(matrix) else matrix
+
+    def _goes_in_lanes(self, matrix: QTensor) -> bool:
+        return matrix.fits_lanes and takes(matrix, self.dtype) and library() is not None
 
     def _fitting(self, matrix: QTensor, name: str, part: str) -> QTensor:
         """``matrix``, whose parts are finite; multiplied, they may be more than fp16 holds. ``part``: a tensor that it

@@ -25,20 +25,17 @@ ELEMENT = 4
 _TILE_ROWS = 512
 
 
-def to_lanes(part: Tensor, element: int) -> None:
-    """Bring contiguous [N, ...] in that order, where it lies. N: a multiple of ROWS; ``element``: bytes of one."""
-    for tile in part.view(torch.uint8).split(_TILE_ROWS):
+def to_lanes(part: Tensor, element: int, out: Tensor) -> None:
+    """Write ``part`` [N, ...] in that order into ``out``, of its shape and dtype, both contiguous. N: a multiple of
+    ROWS; ``element``: bytes of one."""
+    for tile, to in zip(part.view(torch.uint8).split(_TILE_ROWS), out.view(torch.uint8).split(_TILE_ROWS), strict=True):
         blocks, width = tile.shape[0] // ROWS, tile.shape[1] // element
-        tile.copy_(_exchanged(tile, (blocks, ROWS, width, element)))
+        to.view(blocks, width, ROWS, element).copy_(tile.view(blocks, ROWS, width, element).transpose(1, 2))
 
 
 def from_lanes(part: Tensor, element: int) -> Tensor:
     """A copy that lies row by row: what :func:`to_lanes` was given."""
     plain = part.view(torch.uint8)
     blocks, width = plain.shape[0] // ROWS, plain.shape[1] // element
-    return _exchanged(plain, (blocks, width, ROWS, element)).view(part.dtype)
-
-
-def _exchanged(plain: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """``plain`` as ``shape`` with the two axes in the middle exchanged."""
-    return plain.reshape(shape).transpose(1, 2).reshape(plain.shape)
+    rows = plain.view(blocks, width, ROWS, element).transpose(1, 2)
+    return rows.reshape(plain.shape).view(part.dtype)

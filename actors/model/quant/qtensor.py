@@ -111,15 +111,12 @@ class QTensor:
     @property
     def fits_lanes(self) -> bool:
         """Whether :meth:`in_lanes` takes it, and it is of use: rows are int8 as well."""
-        return bool(self.row_group and self.shape[0]) and not (self.shape[0] % HEIGHT or self.shape[1] % WIDTH)
+        rows, width = self.shape
+        return bool(self.row_group and rows) and not (self.lanes or rows % HEIGHT or width % WIDTH)
 
     def in_lanes(self) -> QTensor:
-        """The same matrix in the order of :mod:`.lanes`, where it lies: ``self`` is not to be used any more."""
-        to_lanes(self.data, ELEMENT)
-        for part in (self.scale, self.zero):
-            if part is not None:
-                to_lanes(part, part.itemsize)
-        return replace(self, lanes=True)
+        """A copy in the order of :mod:`.lanes`, on the CPU."""
+        return stack([self], in_lanes=True)
 
     def in_rows(self) -> QTensor:
         """Row by row: a copy, or ``self`` where it lies so."""
@@ -195,8 +192,9 @@ def can_stack(parts: Sequence[QTensor]) -> bool:
     return all(_layout(part) == _layout(first) and _same_columns(part, first) for part in parts)
 
 
-def stack(parts: Sequence[QTensor]) -> QTensor:
-    """The matrices under one another. ValueError for what :func:`can_stack` refuses."""
+def stack(parts: Sequence[QTensor], in_lanes: bool = False) -> QTensor:
+    """The matrices under one another; ``in_lanes``: in that order, which each must fit, and on the CPU. ValueError for
+    what :func:`can_stack` refuses."""
     if not can_stack(parts):
         found = ", ".join(f"{p.kind} K={p.shape[1]} group={p.group} act order={p.columns is not None}" for p in parts)
         raise ValueError(f"matrices {found} cannot be stacked: expected one kind, K, group and order of columns")
@@ -205,22 +203,24 @@ def stack(parts: Sequence[QTensor]) -> QTensor:
     scale_dtype = scales.pop() if len(scales) == 1 else torch.float32
     zero = None
     if any(part.zero is not None for part in parts):
-        zero = torch.cat([_zero(part) for part in parts])
-    return replace(
-        first,
-        data=_under_one_another([part.data for part in parts]),
-        scale=torch.cat([part.scale.to(scale_dtype) for part in parts]),
-        zero=zero,
-    )
+        zero = _under_one_another([_zero(part) for part in parts], in_lanes, 1)
+    scale = _under_one_another([part.scale.to(scale_dtype) for part in parts], in_lanes, scale_dtype.itemsize)
+    data = _under_one_another([part.data for part in parts], in_lanes, ELEMENT)
+    return replace(first, data=data, scale=scale, zero=zero, lanes=in_lanes or first.lanes)
 
 
-def _under_one_another(parts: Sequence[Tensor]) -> Tensor:
-    """``torch.cat`` of matrices [n, w] of one byte an element, fp8 too, which stay when ``parts`` are dropped."""
+def _under_one_another(parts: Sequence[Tensor], in_lanes: bool, element: int) -> Tensor:
+    """``torch.cat`` of matrices [n, w], fp8 too, which stay when ``parts`` are dropped; ``element``: of lanes, bytes."""
     first = parts[0]
     shape = (sum(len(part) for part in parts), first.shape[1])
     on_cpu = first.device.type == "cpu"
-    out = blank(shape, torch.uint8) if on_cpu else torch.empty(shape, dtype=torch.uint8, device=first.device)
-    return torch.cat([part.view(torch.uint8) for part in parts], out=out).view(first.dtype)
+    out = blank(shape, first.dtype) if on_cpu else torch.empty(shape, dtype=first.dtype, device=first.device)
+    for part, rows in zip(parts, out.split([len(part) for part in parts]), strict=True):
+        if in_lanes:
+            to_lanes(part, element, rows)
+        else:
+            rows.view(torch.uint8).copy_(part.view(torch.uint8))
+    return out
 
 
 def _layout(q: QTensor) -> tuple[object, ...]:

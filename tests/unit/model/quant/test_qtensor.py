@@ -168,7 +168,7 @@ def test_lanes_are_another_order_of_the_same_bytes(kind: Any, zero: bool, rows: 
     want, data = q.dequantize(torch.float32), q.data.clone()
     laid = q.in_lanes()
     assert laid.lanes
-    assert laid.data.data_ptr() == q.data.data_ptr()
+    assert not laid.fits_lanes
     assert torch.equal(laid.dequantize(torch.float32), want)
     assert torch.equal(laid.in_rows().data, data)
     assert torch.equal(stack([laid, laid]).dequantize(torch.float32), torch.cat([want, want]))
