@@ -13,8 +13,11 @@ from torch import Tensor
 
 from .mapped_file import piece
 
-MAPPED_BYTES = 64 * 1024
-"""From here on a tensor is no part of the heap."""
+MAPPED_BYTES = 1024 * 1024
+"""From here on a tensor has a mapping of its own."""
+
+LEAST_BYTES = 64 * 1024
+"""From here on what stays is no part of the heap."""
 
 CHUNK_BYTES = 64 * 1024 * 1024
 """Mapped at a time: the system's large pages (2 MiB) do not fit experts' matrices one by one. Weights in small pages are
@@ -29,6 +32,16 @@ def blank(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """``torch.empty`` on the CPU; a large one is no part of the heap, so that nothing is left when it is dropped."""
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < MAPPED_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+
+
+def lasting(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """:func:`blank` for weights, which come to stay, in large pages where the system has them. What is soon dropped would
+    break the pages of its neighbours up."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < LEAST_BYTES:
         return torch.empty(shape, dtype=dtype)
     return _chunks.take(nbytes).view(dtype).view(shape)
 

@@ -13,7 +13,7 @@ from actors.native.matrix import takes
 from actors.quant_kind import QuantKind
 
 from .errors import CheckpointError
-from .heap import blank
+from .heap import lasting
 from .linear import Matrix
 from .quant.layout import is_quantized, mark_of
 from .quant.qtensor import QTensor, can_stack, stack
@@ -79,7 +79,7 @@ class TensorReader:
         rows = sum(shape[0] for _, shape in wanted)
         whole = (rows, *wanted[0][1][1:])
         on_cpu = self._device.type == "cpu"
-        out = blank(whole, self.dtype) if on_cpu else torch.empty(whole, dtype=self.dtype, device=self._device)
+        out = lasting(whole, self.dtype) if on_cpu else torch.empty(whole, dtype=self.dtype, device=self._device)
         start = 0
         for name, shape in wanted:
             self._fill(out[start : start + shape[0]], name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.model.finite import all_finite
-from actors.model.heap import blank
+from actors.model.heap import lasting
 from actors.quant_kind import NumberKind
 
 from .lanes import ELEMENT, HEIGHT, WIDTH, from_lanes, to_lanes
@@ -214,7 +214,7 @@ def _under_one_another(parts: Sequence[Tensor], in_lanes: bool, element: int) ->
     first = parts[0]
     shape = (sum(len(part) for part in parts), first.shape[1])
     on_cpu = first.device.type == "cpu"
-    out = blank(shape, first.dtype) if on_cpu else torch.empty(shape, dtype=first.dtype, device=first.device)
+    out = lasting(shape, first.dtype) if on_cpu else torch.empty(shape, dtype=first.dtype, device=first.device)
     for part, rows in zip(parts, out.split([len(part) for part in parts]), strict=True):
         if in_lanes:
             to_lanes(part, element, rows)

@@ -1,6 +1,6 @@
 """How tensors get from a file into memory."""
 
-from __future__ import annotations
+from __future__ import mmap
 
 import os
 import threading
@@ -15,7 +15,7 @@ from safetensors.torch import save, save_file
 from actors.model import tensor_file
 from actors.model.errors import CheckpointError
 from actors.model.finite import all_finite
-from actors.model.heap import EVERY_BYTES, MAPPED_BYTES, HeapTrimmer, blank, trim
+from actors.model.heap import CHUNK_BYTES, EVERY_BYTES, LEAST_BYTES, MAPPED_BYTES, HeapTrimmer, blank, lasting, trim
 from actors.model.parallel import READERS, load_each
 from actors.model.weights import Checkpoint
 
@@ -296,6 +296,28 @@ def test_blank_tensors(nbytes: int) -> None:
     assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == ((nbytes // 2, 1), torch.bfloat16, True)
     assert tensor.data_ptr() % 64 == 0
     assert tensor.fill_(2).eq(2).all()
+
+
+@pytest.mark.parametrize("nbytes", [0, 64, LEAST_BYTES - 2, LEAST_BYTES, LEAST_BYTES + 2, CHUNK_BYTES + 2])
+def test_lasting_tensors(nbytes: int) -> None:
+    before, tensor, after = (lasting((n // 2, 1), torch.bfloat16).fill_(3) for n in (LEAST_BYTES, nbytes, LEAST_BYTES))
+    assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == ((nbytes // 2, 1), torch.bfloat16, True)
+    assert tensor.data_ptr() % 64 == 0
+    assert tensor.fill_(2).eq(2).all()
+    del tensor
+    assert before.eq(3).all()
+    assert after.eq(3).all()
+
+
+def test_lasting_memory_goes_back_when_it_is_dropped() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    nbytes = CHUNK_BYTES // 4
+    tensors = [lasting((nbytes,), torch.uint8).fill_(1) for _ in range(4)]
+    much = resident()
+    del tensors[1:3]
+    assert resident() <= much - 1.9 * nbytes
 
 
 def test_the_heap_is_trimmed_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
