@@ -20,8 +20,8 @@ LEAST_BYTES = 64 * 1024
 """From here on what stays is no part of the heap."""
 
 CHUNK_BYTES = 64 * 1024 * 1024
-"""Mapped at a time: the system's large pages (2 MiB) do not fit experts' matrices one by one. Weights in small pages are
-read at 28 to 36 GB/s, in large ones at 40 (measured, two threads)."""
+"""Mapped at a time: the system's large pages (2 MiB) do not fit experts' matrices one by one. Weights in small pages
+are read at 28 to 36 GB/s, in large ones at 40 (measured, two threads)."""
 
 EVERY_BYTES = 64 * 1024 * 1024
 """Loaded between two trims. One takes 4 to 30 ms of quantised experts (measured; 140 ms on a heap of 400 MB in small
@@ -38,8 +38,8 @@ def blank(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def lasting(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """:func:`blank` for weights, which come to stay, in large pages where the system has them. What is soon dropped would
-    break the pages of its neighbours up."""
+    """:func:`blank` for weights, which come to stay, in large pages where the system has them. What is soon dropped
+    would break the pages of its neighbours up."""
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < LEAST_BYTES:
         return torch.empty(shape, dtype=dtype)

@@ -2,8 +2,8 @@
 
 Each output is a sum in one fixed order, whatever the number of rows, of threads and of columns: these kernels serve the
 deterministic mode as they are. Weights are read where they lie, [N, K], once for a few rows; quantised ones become fp32
-on the way, ``(number - zero) * scale``, and nothing else is rounded before the result. Where rows are to become int8 too
-(``row_group``), integers are multiplied: :mod:`actors.model.quant.int8_product` says what exactly.
+on the way, ``(number - zero) * scale``, and nothing else is rounded before the result. Where rows are to become int8
+too (``row_group``), integers are multiplied: :mod:`actors.model.quant.int8_product` says what exactly.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ def stack(parts: Sequence[QTensor], in_lanes: bool = False) -> QTensor:
 
 
 def _under_one_another(parts: Sequence[Tensor], in_lanes: bool, element: int) -> Tensor:
-    """``torch.cat`` of matrices [n, w], fp8 too, which stay when ``parts`` are dropped; ``element``: of lanes, bytes."""
+    """``torch.cat`` of matrices [n, w], fp8 too, which stay when ``parts`` are dropped. ``element``: bytes of one."""
     first = parts[0]
     shape = (sum(len(part) for part in parts), first.shape[1])
     on_cpu = first.device.type == "cpu"

@@ -32,7 +32,7 @@ static inline __attribute__((always_inline)) vf widen_16(const uint16_t* p) {
 // 16 integers that int8 holds.
 static inline __attribute__((always_inline)) vb narrowed(vi numbers) {
 #if HAS_AVX512
-  return (vb)_mm512_cvtepi32_epi8((__m512i)numbers);
+  return (vb)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)numbers);
 #else
   return __builtin_convertvector(numbers, vb);
 #endif

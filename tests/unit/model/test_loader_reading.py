@@ -1,7 +1,8 @@
 """How tensors get from a file into memory."""
 
-from __future__ import mmap
+from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
