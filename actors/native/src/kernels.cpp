@@ -12,8 +12,10 @@
 #include <immintrin.h>
 #endif
 
+#include "attention_layer_call.h"
 #include "attention_tasks.h"
 #include "dispatch.h"
+#include "matrix.h"
 #include "pool.h"
 
 namespace expertmesh {
@@ -47,12 +49,6 @@ static inline int64_t stride(int64_t k) { return (padded(k) + 63) / 64 * 64 + 32
 
 enum Kind { DENSE, INT8, INT4 };  // of a weight; dense: of the rows' own type
 enum ScaleKind { FP32, BF16, FP16 };
-
-// A weight [N, K]; see actors/native/matrix.py.
-struct Matrix {
-  const void *data, *scale, *zero;
-  int64_t group, scale_kind;
-};
 
 struct Linear {
   int kind;
@@ -127,7 +123,7 @@ static int64_t weights_in_cache(int64_t row_bytes) {
 constexpr int64_t MOST_KEPT = 2 << 20;  // bytes: what a step of decoding needs; with more a call takes milliseconds
 
 // Memory of this thread, undefined at first. A little of it stays for the next call with the same use.
-enum Use { ROWS, INPUTS, GATES, SCALES, NUMBERS };
+enum Use { ROWS, INPUTS, GATES, SCALES, NUMBERS, LAYER };
 template <class T, Use use = ROWS>
 class Scratch {
  public:
@@ -161,6 +157,8 @@ constexpr int TILE_M = 8, TILE_N = 3;
 #include "products.h"
 #include "attention.h"
 #include "combine.h"
+#include "elementwise.h"
+#include "attention_layer.h"
 #undef HAS_BF16_DOT
 }  // namespace avx512_bf16
 #pragma GCC pop_options
@@ -172,6 +170,8 @@ constexpr int TILE_M = 8, TILE_N = 3;
 #include "products.h"
 #include "attention.h"
 #include "combine.h"
+#include "elementwise.h"
+#include "attention_layer.h"
 #undef HAS_AVX512
 }  // namespace avx512
 #pragma GCC pop_options
@@ -184,6 +184,8 @@ constexpr int TILE_M = 2, TILE_N = 3;
 #include "products.h"
 #include "attention.h"
 #include "combine.h"
+#include "elementwise.h"
+#include "attention_layer.h"
 #undef HAS_AVX2
 }  // namespace avx2
 #pragma GCC pop_options
@@ -194,6 +196,8 @@ constexpr int TILE_M = 2, TILE_N = 3;
 #include "products.h"
 #include "attention.h"
 #include "combine.h"
+#include "elementwise.h"
+#include "attention_layer.h"
 }  // namespace portable
 
 struct Kernels {
@@ -204,6 +208,8 @@ struct Kernels {
   void (*attention[2])(const Attention&, Pool&);
   void (*head_products[2])(const HeadProducts&, Pool&);
   void (*combine[2])(const Combine&, const void* const*, const float*, Pool&);
+  void (*grouped_layer[2])(const GroupedLayer&, const AttentionStep&, const void*, const void*, int, Pool&);
+  void (*latent_layer[2])(const LatentLayer&, const AttentionStep&, const void*, const void*, int, Pool&);
 };
 
 #define KERNELS(isa)                                                    \
@@ -214,6 +220,8 @@ struct Kernels {
         {isa::attention<float>, isa::attention<uint16_t>},              \
         {isa::head_products<float>, isa::head_products<uint16_t>},      \
         {isa::combine<float>, isa::combine<uint16_t>},                  \
+        {isa::grouped_layer<float>, isa::grouped_layer<uint16_t>},      \
+        {isa::latent_layer<float>, isa::latent_layer<uint16_t>},        \
   }
 
 static std::vector<Kernels> supported() {
@@ -325,6 +333,25 @@ int64_t expertmesh_combine(int isa, int kind, int weight_kind, int out_kind, con
                                           : from_bf16(static_cast<const uint16_t*>(weight)[i]);
     return all()[isa].combine[kind](call, at.get(), widened.get(), pool()), 0;
   });
+}
+
+// A decoder layer's attention: step.x grows by a and b [rows, d], b or both null, then by what the layer's attention makes
+// of it, and is left normed for the MLP in step.normed; see attention_layer_call.h. Returns, before anything is changed,
+// 1 + the row whose position or slot does not exist, else 0.
+int64_t expertmesh_grouped_layer(int isa, int type, const void* layer, const void* step, const void* a, const void* b,
+                                 int threads) {
+  const auto& call = *static_cast<const GroupedLayer*>(layer);
+  const auto& rows = *static_cast<const AttentionStep*>(step);
+  if (const int64_t outside = row_outside(call.common, rows); outside >= 0) return outside + 1;
+  return guarded([&] { return all()[isa].grouped_layer[type](call, rows, a, b, threads, pool()), 0; });
+}
+
+int64_t expertmesh_latent_layer(int isa, int type, const void* layer, const void* step, const void* a, const void* b,
+                                int threads) {
+  const auto& call = *static_cast<const LatentLayer*>(layer);
+  const auto& rows = *static_cast<const AttentionStep*>(step);
+  if (const int64_t outside = row_outside(call.common, rows); outside >= 0) return outside + 1;
+  return guarded([&] { return all()[isa].latent_layer[type](call, rows, a, b, threads, pool()), 0; });
 }
 
 // Splits the pairs at slots [count], ascending, among the shards owner [count], less than 0 for nobody. chosen [T * k]:
