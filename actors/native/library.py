@@ -41,6 +41,7 @@ class Library:
         self.split = functions.expertmesh_split
         self.grouped_layer = functions.expertmesh_grouped_layer
         self.latent_layer = functions.expertmesh_latent_layer
+        self.gate = functions.expertmesh_gate
 
 
 def instruction_sets(functions: ctypes.CDLL) -> list[str]:
@@ -89,6 +90,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         "split": [*[pointer] * 3, whole, whole, pointer],
         "grouped_layer": [number, number, *[pointer] * 4, number],
         "latent_layer": [number, number, *[pointer] * 4, number],
+        "gate": [number, number, *[pointer] * 4, whole, number],
     }
     for name, types in arguments.items():
         function = getattr(found, f"expertmesh_{name}")

@@ -6,7 +6,7 @@
 template <class Fn>
 static void each_row(int64_t rows, int64_t numbers, int threads, Pool& pool, const Fn& fn) {
   constexpr int64_t kTask = 64 << 10;  // numbers; less is not worth a wake-up
-  const int64_t step = std::min(rows, kTask / std::max<int64_t>(numbers, 1) + 1);
+  const int64_t step = kTask / std::max<int64_t>(numbers, 1) + 1;
   pool.run((rows + step - 1) / step, threads, [&](int64_t task) {
     for (int64_t r = task * step; r < std::min((task + 1) * step, rows); ++r) fn(r);
   });

@@ -7,14 +7,6 @@
 
 namespace expertmesh {
 
-// A weight [n, k] that is not one of a matrix per head, and its bias [n] or null.
-struct Product {
-  int64_t kind;
-  Matrix w;
-  const void* bias;
-  int64_t n, k;
-};
-
 // Tables of cos and sin [positions, dim / 2]: fp32 if wide, else of the rows' type.
 struct Rope {
   const void *cos, *sin;

@@ -15,6 +15,7 @@
 #include "attention_layer_call.h"
 #include "attention_tasks.h"
 #include "dispatch.h"
+#include "gate_call.h"
 #include "matrix.h"
 #include "pool.h"
 
@@ -159,6 +160,7 @@ constexpr int TILE_M = 8, TILE_N = 3;
 #include "combine.h"
 #include "elementwise.h"
 #include "attention_layer.h"
+#include "gate.h"
 #undef HAS_BF16_DOT
 }  // namespace avx512_bf16
 #pragma GCC pop_options
@@ -172,6 +174,7 @@ constexpr int TILE_M = 8, TILE_N = 3;
 #include "combine.h"
 #include "elementwise.h"
 #include "attention_layer.h"
+#include "gate.h"
 #undef HAS_AVX512
 }  // namespace avx512
 #pragma GCC pop_options
@@ -186,6 +189,7 @@ constexpr int TILE_M = 2, TILE_N = 3;
 #include "combine.h"
 #include "elementwise.h"
 #include "attention_layer.h"
+#include "gate.h"
 #undef HAS_AVX2
 }  // namespace avx2
 #pragma GCC pop_options
@@ -198,6 +202,7 @@ constexpr int TILE_M = 2, TILE_N = 3;
 #include "combine.h"
 #include "elementwise.h"
 #include "attention_layer.h"
+#include "gate.h"
 }  // namespace portable
 
 struct Kernels {
@@ -210,6 +215,7 @@ struct Kernels {
   void (*combine[2])(const Combine&, const void* const*, const float*, Pool&);
   void (*grouped_layer[2])(const GroupedLayer&, const AttentionStep&, const void*, const void*, int, Pool&);
   void (*latent_layer[2])(const LatentLayer&, const AttentionStep&, const void*, const void*, int, Pool&);
+  void (*gate[2])(const Gate&, const void*, int64_t, int64_t*, void*, int, Pool&);
 };
 
 #define KERNELS(isa)                                                    \
@@ -222,6 +228,7 @@ struct Kernels {
         {isa::combine<float>, isa::combine<uint16_t>},                  \
         {isa::grouped_layer<float>, isa::grouped_layer<uint16_t>},      \
         {isa::latent_layer<float>, isa::latent_layer<uint16_t>},        \
+        {isa::gate<float>, isa::gate<uint16_t>},                        \
   }
 
 static std::vector<Kernels> supported() {
@@ -352,6 +359,13 @@ int64_t expertmesh_latent_layer(int isa, int type, const void* layer, const void
   const auto& rows = *static_cast<const AttentionStep*>(step);
   if (const int64_t outside = row_outside(call.common, rows); outside >= 0) return outside + 1;
   return guarded([&] { return all()[isa].latent_layer[type](call, rows, a, b, threads, pool()), 0; });
+}
+
+// x [rows, d]; experts and weights [rows, top_k], best first; see gate_call.h. bf16 logits only for bf16 rows.
+int64_t expertmesh_gate(int isa, int type, const void* gate, const void* x, int64_t* experts, void* weights, int64_t rows,
+                        int threads) {
+  const auto& call = *static_cast<const Gate*>(gate);
+  return guarded([&] { return all()[isa].gate[type](call, x, rows, experts, weights, threads, pool()), 0; });
 }
 
 // Splits the pairs at slots [count], ascending, among the shards owner [count], less than 0 for nobody. chosen [T * k]:

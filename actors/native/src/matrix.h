@@ -11,4 +11,12 @@ struct Matrix {
   int64_t group, scale_kind;
 };
 
+// A weight [n, k] that is not one of a matrix per head, and its bias [n] or null.
+struct Product {
+  int64_t kind;
+  Matrix w;
+  const void* bias;
+  int64_t n, k;
+};
+
 }  // namespace expertmesh
