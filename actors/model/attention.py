@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 
 from actors.native import products
+from actors.native.attention_layer import Common, NativeLayer, Product
 
 from .batch import DecodeGroup, PagedRows, Segment, StepBatch
 from .block_attention import Sight, first_seen
 from .indexer import IndexQueries
 from .kv_cache import KVCache
+from .linear import Matrix
+from .norm import LayerNorms
 from .reader import TensorReader
 from .rope import RopeTable
 from .spec import AttnSpec, MoEDecoderSpec
@@ -65,8 +69,9 @@ class PagedAttention(ABC):
     longest_paged: ClassVar[int | None] = None
     """Rows of a segment above which, in the plain mode, the block form is faster than the paged one; None: never."""
 
-    def __init__(self, attn: AttnSpec, value_dim: int, row_block: int) -> None:
+    def __init__(self, attn: AttnSpec, value_dim: int, rope: RopeTable, row_block: int) -> None:
         self._attn = attn
+        self._rope = rope
         self._value_dim = value_dim
         self._row_block = row_block
 
@@ -82,13 +87,36 @@ class PagedAttention(ABC):
         cache.write(layer, batch.slots, *planes)
         return self._output(layer, self._attend(layer, queries, batch, cache).flatten(1))
 
+    def native_layers(self, norms: Sequence[LayerNorms], eps: float, cache: KVCache) -> list[NativeLayer] | None:
+        """Every layer with its ``norms`` and its part of ``cache`` as one call of the kernels; they must outlive it.
+
+        None where these do not take the model: elsewhere than on the CPU, with an indexer, in other dtypes than fp32
+        and bf16, with matrices that they do not multiply.
+        """
+        each = list(enumerate(norms))
+        if not all(self._taken(layer, own, cache) for layer, own in each):
+            return None
+        return [self._native_layer(layer, self._common(layer, own, eps, cache), cache) for layer, own in each]
+
+    def _taken(self, layer: int, norms: LayerNorms, cache: KVCache) -> bool:
+        matrices, plain = self._parts(layer)
+        planes, like = cache.planes(layer), norms.input
+        if not products.usable(like, *[matrix for matrix, _ in matrices], *planes, *norms, *plain):
+            return False
+        return len(planes) == len(ATTENDED) and all(products.adds(bias, like, matrix) for matrix, bias in matrices)
+
+    def _common(self, layer: int, norms: LayerNorms, eps: float, cache: KVCache) -> Common:
+        (out, bias), slots = self._parts(layer)[0][-1], cache.n_blocks * cache.block_size
+        numbers = norms.input.shape[0], self._attn.heads, slots, self._window(layer) or 0, eps, self._attn.scale
+        return Common(*[norm.data_ptr() for norm in norms], Product.of(out, bias), self._rope.place, *numbers)
+
     def _attend(self, layer: int, queries: Queries, batch: StepBatch, cache: KVCache) -> Tensor:
         """The heads [T, H, dv] of all rows."""
         rows, plain, done = queries.query.shape[0], self.form == "auto" and not self._row_block, 0
         heads = queries.query.new_empty(rows, self._attn.heads, self._value_dim)
         if self._native(queries, cache.planes(layer)):
-            done = self.longest_paged if plain and self.longest_paged is not None else rows
-            paged = batch.paged_rows(cache.block_size, done)
+            done = self._longest(rows)
+            paged = self.paged(batch, cache)
             if paged is not None:
                 heads[paged.rows] = self._attend_paged(layer, queries.query[paged.rows], paged, cache)
         elif plain:
@@ -100,6 +128,15 @@ class PagedAttention(ABC):
             if segment.length > done:
                 attend(layer, queries, segment, cache, heads)
         return heads
+
+    def paged(self, batch: StepBatch, cache: KVCache) -> PagedRows | None:
+        """The rows of ``batch`` that take the paged form where it serves; None if there are none."""
+        if self.form != "auto":
+            return None
+        return batch.paged_rows(cache.block_size, self._longest(batch.token_ids.shape[0]))
+
+    def _longest(self, rows: int) -> int:
+        return rows if self._row_block or self.longest_paged is None else self.longest_paged
 
     def _native(self, queries: Queries, planes: Planes) -> bool:
         """Whether the paged form serves these queries. A model with an indexer never takes it: of a position, one form
@@ -149,6 +186,14 @@ class PagedAttention(ABC):
                 seen = _between(past, first_seen(end - 1, window), end)
             own = queries.query.narrow(0, row, 1).clone()  # a product of one row depends on its alignment (see linear)
             heads[row] = self._attend_rows(layer, own, (seen[0].unsqueeze(0), seen[1].unsqueeze(0)), None)[0]
+
+    @abstractmethod
+    def _parts(self, layer: int) -> tuple[list[tuple[Matrix, Tensor | None]], list[Tensor]]:
+        """The layer's matrices with their biases, the output projection last; and its other weights."""
+
+    @abstractmethod
+    def _native_layer(self, layer: int, common: Common, cache: KVCache) -> NativeLayer:
+        """See :meth:`native_layers`; the kernels take all that it names."""
 
     @abstractmethod
     def _project(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Queries, Planes]:

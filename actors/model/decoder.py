@@ -16,10 +16,11 @@ from .attention import PagedAttention
 from .batch import StepBatch
 from .gqa import GroupedQueryAttention
 from .kv_cache import KVCache
+from .layer_rows import LayerPasses, added
 from .linear import Matrix, linear
 from .mla import LatentAttention
 from .mlp import SwiGLU
-from .norm import rms_norm
+from .norm import LayerNorms, rms_norm
 from .parallel import load_each
 from .pointwise import pointwise
 from .reader import TensorReader
@@ -47,13 +48,12 @@ ATTENTION: Mapping[AttentionKind, type[PagedAttention]] = {"gqa": GroupedQueryAt
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer's norms [D] and the MLP computed here: the dense one, the shared expert, or None.
+    """One layer's norms and the MLP computed here: the dense one, the shared expert, or None.
 
     ``shared_gate`` [1, D]: the logit whose sigmoid multiplies the shared expert's output, or None.
     """
 
-    input_norm: Tensor
-    post_norm: Tensor
+    norms: LayerNorms
     mlp: SwiGLU | None
     shared_gate: Tensor | None
     is_moe: bool
@@ -75,6 +75,7 @@ class AttentionModel:
         self.spec = spec
         self.attention = attention
         self._layers = layers
+        self._layer_passes = LayerPasses(attention, [layer.norms for layer in layers], spec.rms_eps, row_block)
         self._embed = embed
         self._final_norm = final_norm
         self._lm_head = lm_head
@@ -149,20 +150,17 @@ class AttentionModel:
 
     def _pass(self, batch: StepBatch, cache: KVCache, moe: MoE, micro_batch: int) -> Generator[Tensor]:
         """The residual rows [T, D] of one batch: at each MoE layer, when its experts are asked, and behind the last."""
-        x = self._embed[batch.token_ids]
+        rows = self._layer_passes.rows(self._embed[batch.token_ids], batch, cache)
+        more: list[Tensor] = []  # what is to be added to the rows
         for index, layer in enumerate(self._layers):
-            normed = rms_norm(x, layer.input_norm, self.spec.rms_eps)
-            x = x + self.attention.forward(index, normed, batch, cache)
-            normed = rms_norm(x, layer.post_norm, self.spec.rms_eps)
+            normed = rows.attend(index, more)
             handle = moe.start(index, normed, micro_batch) if layer.is_moe else None
             local = self._local(layer, normed)
+            more = [] if local is None else [local]
             if layer.is_moe:
-                yield x
-                routed = moe.finish(handle)
-                local = routed if local is None else routed + local
-            assert local is not None  # a dense layer has its MLP
-            x = x + local
-        yield x
+                yield rows.x
+                more.insert(0, moe.finish(handle))
+        yield added(rows.x, more)
 
     def _local(self, layer: LayerWeights, rows: Tensor) -> Tensor | None:
         """What is computed here of the layer's MLP: all of a dense one, else the shared expert, if there is one."""
@@ -186,8 +184,10 @@ def _load_layer(spec: MoEDecoderSpec, read: TensorReader, layer: int) -> LayerWe
     inter = spec.moe.shared_inter if is_moe else spec.dense_inter
     names = spec.names.shared(layer) if is_moe else spec.names.mlp(layer)
     return LayerWeights(
-        input_norm=read(spec.names.layer(layer, "input_layernorm.weight"), (spec.d_model,)),
-        post_norm=read(spec.names.layer(layer, "post_attention_layernorm.weight"), (spec.d_model,)),
+        norms=LayerNorms(
+            read(spec.names.layer(layer, "input_layernorm.weight"), (spec.d_model,)),
+            read(spec.names.layer(layer, "post_attention_layernorm.weight"), (spec.d_model,)),
+        ),
         mlp=SwiGLU.load(read, names, spec.d_model, inter) if inter else None,
         shared_gate=read(spec.names.shared_gate(layer), (1, spec.d_model)) if gated else None,
         is_moe=is_moe,

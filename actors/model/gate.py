@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actors.native import products
+from actors.native.gate import GateFields, choose
 from actors.native.library import library
 
-from .linear import linear
+from .linear import linear, native
 from .parallel import load_each
 from .pointwise import pointwise
 from .reader import TensorReader
@@ -27,13 +29,18 @@ class GateWeights:
 
 
 class Gate:
-    """The gates of all MoE layers. Operations, their order and dtypes are those of the family in transformers."""
+    """The gates of all MoE layers. Operations, their order and dtypes are those of the family in transformers.
+
+    The kernels do them in one call where scores are fp32: they add in an order of their own, take the first of equals,
+    and always choose the best first.
+    """
 
     def __init__(self, spec: MoESpec, layers: Mapping[int, GateWeights], row_block: int = 0) -> None:
         self._top_k = spec.top_k
         self._spec = spec.gate
         self._layers = layers
         self._row_block = row_block
+        self._native: dict[tuple[int, torch.dtype], GateFields] = {}
 
     @classmethod
     def load(
@@ -70,6 +77,9 @@ class Gate:
         above all numbers) and NaN weights, so that its result is NaN and no other row's is.
         """
         spec, gate = self._spec, self._layers[layer]
+        if self._kernels_take(gate, x):
+            weights_dtype = _dtype(spec.weights, x.dtype)
+            return choose(self._fields(layer, weights_dtype), x, weights_dtype)
         scores = self._scores(gate, x)
         choice = mask_groups(scores if gate.bias is None else scores + gate.bias, spec)
         weights, experts = torch.topk(choice, self._top_k, dim=-1, sorted=spec.ranked)
@@ -78,6 +88,20 @@ class Gate:
         if spec.normalise:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + spec.epsilon)
         return experts, (weights * spec.scale).to(_dtype(spec.weights, x.dtype))
+
+    def _kernels_take(self, gate: GateWeights, x: Tensor) -> bool:
+        if _dtype(self._spec.scores, x.dtype) != torch.float32 or not products.usable(x):
+            return False
+        same = gate.bias is None or gate.bias.dtype == gate.weight.dtype
+        return same and native(x.shape[0], self._row_block, gate.weight, gate.weight)
+
+    def _fields(self, layer: int, weights: torch.dtype) -> GateFields:
+        if (layer, weights) not in self._native:
+            spec, gate = self._spec, self._layers[layer]
+            rule = self._top_k, spec.n_group, spec.topk_group, spec.scoring == "softmax", spec.group_rank == "top2_sum"
+            numbers = spec.normalise, spec.masked, spec.epsilon, spec.scale
+            self._native[layer, weights] = GateFields.of(gate.weight, gate.bias, weights, *rule, *numbers)
+        return self._native[layer, weights]
 
     def _scores(self, gate: GateWeights, x: Tensor) -> Tensor:
         """[T, E], between 0 and 1."""

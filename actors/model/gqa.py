@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from actors.native.attention import attention
+from actors.native.attention_layer import Common, GroupedLayer, NativeLayer, Product, address
 
 from .attention import PagedAttention, Planes, Queries, softmax_scores
 from .batch import PagedRows
@@ -41,16 +43,30 @@ class GroupedQueryAttention(PagedAttention):
     """The cache keeps rotated k and v, each [G, d] a token."""
 
     def __init__(self, spec: MoEDecoderSpec, layers: list[GqaWeights], rope: RopeTable, row_block: int = 0) -> None:
-        super().__init__(spec.attn, spec.attn.head_dim, row_block)
+        super().__init__(spec.attn, spec.attn.head_dim, rope, row_block)
         self._eps = spec.rms_eps
         self._layers = layers
-        self._rope = rope
 
     @classmethod
     def load(cls, spec: MoEDecoderSpec, read: TensorReader, rope: RopeTable, row_block: int = 0) -> Self:
         """Read the attention weights of all layers. Raises CheckpointError."""
         layers = load_each(lambda layer: _load_layer(spec, read, layer), range(spec.n_layers))
         return cls(spec, layers, rope, row_block)
+
+    def _parts(self, layer: int) -> tuple[list[tuple[Matrix, Tensor | None]], list[Tensor]]:
+        weights = self._layers[layer]
+        norms = [norm for norm in (weights.q_norm, weights.k_norm) if norm is not None]
+        return [(weights.qkv, weights.qkv_bias), (weights.out, weights.out_bias)], norms
+
+    def _native_layer(self, layer: int, common: Common, cache: KVCache) -> NativeLayer:
+        weights, attn = self._layers[layer], self._attn
+        norms = weights.q_norm, weights.k_norm
+        runs = [0 if norm is None else norm.shape[0] for norm in norms]
+        planes = [plane.data_ptr() for plane in cache.planes(layer)]
+        clip = math.inf if attn.clip is None else attn.clip
+        qkv = Product.of(weights.qkv, weights.qkv_bias)
+        names = *map(address, norms), *runs, *planes, attn.kv_heads, attn.head_dim, clip
+        return NativeLayer("grouped_layer", GroupedLayer(common, qkv, *names))
 
     def _project(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Queries, Planes]:
         weights, attn = self._layers[layer], self._attn

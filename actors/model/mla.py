@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.native.attention import attention, head_products
+from actors.native.attention_layer import Common, LatentLayer, NativeLayer, Product, address
 
 from .attention import PagedAttention, Planes, Queries, softmax_scores
 from .batch import PagedRows
@@ -69,15 +70,33 @@ class LatentAttention(PagedAttention):
     longest_paged = MAX_ABSORBED
 
     def __init__(self, spec: MoEDecoderSpec, layers: list[MlaWeights], rope: RopeTable, row_block: int = 0) -> None:
-        super().__init__(spec.attn, spec.attn.v_dim, row_block)
+        super().__init__(spec.attn, spec.attn.v_dim, rope, row_block)
         self._layers = layers
-        self._rope = rope
 
     @classmethod
     def load(cls, spec: MoEDecoderSpec, read: TensorReader, rope: RopeTable, row_block: int = 0) -> Self:
         """Read the attention weights of all layers. Raises CheckpointError."""
         layers = load_each(lambda layer: _load_layer(spec, read, layer, rope, row_block), range(spec.n_layers))
         return cls(spec, layers, rope, row_block)
+
+    def _parts(self, layer: int) -> tuple[list[tuple[Matrix, Tensor | None]], list[Tensor]]:
+        weights = self._layers[layer]
+        matrices: list[tuple[Matrix, Tensor | None]] = [(weights.down, weights.down_bias)]
+        if weights.q_up is not None:
+            matrices.append((weights.q_up, None))
+        plain = [weights.latent_norm, weights.key_up, weights.value_up]
+        if weights.q_norm is not None:
+            plain.append(weights.q_norm)
+        return [*matrices, (weights.out, weights.out_bias)], plain
+
+    def _native_layer(self, layer: int, common: Common, cache: KVCache) -> NativeLayer:
+        weights, attn = self._layers[layer], self._attn
+        q_up = Product() if weights.q_up is None else Product.of(weights.q_up, None)
+        plain = weights.q_norm, weights.latent_norm, weights.key_up, weights.value_up
+        dims = attn.kv_lora_rank, attn.qk_nope_dim, attn.v_dim
+        where = [address(part) for part in (*plain, *cache.planes(layer))]
+        down = Product.of(weights.down, weights.down_bias)
+        return NativeLayer("latent_layer", LatentLayer(common, down, q_up, *where, *dims, LATENT_EPS))
 
     def _project(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Queries, Planes]:
         weights, attn = self._layers[layer], self._attn

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class LayerNorms(NamedTuple):
+    """The weights [D] of a layer's norms before attention and before the MLP."""
+
+    input: Tensor
+    post: Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from actors.native.attention_layer import Rope
+
 from .spec import RopeSpec
 from .yarn import magnitude
 
@@ -45,6 +47,13 @@ class RopeTable:
             self._cos[start : start + PIECE], self._sin[start : start + PIECE] = cos, sin
         self._rotate = rotate_interleaved if spec.interleaved else rotate_half
         self._dim = spec.dim
+
+    @property
+    def place(self) -> Rope:
+        """The table as the kernels are told of it; valid as long as this lives."""
+        interleaved = self._rotate is rotate_interleaved
+        tables = self._cos.data_ptr(), self._sin.data_ptr()
+        return Rope(*tables, self._cos.shape[0], self._dim, self._wide, interleaved)
 
     def apply(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate the first ``dim`` elements of every head. x: [T, H, d], positions: int64 [T]; returns [T, H,

@@ -39,6 +39,9 @@ class Library:
         self.head_products = functions.expertmesh_head_products
         self.combine = functions.expertmesh_combine
         self.split = functions.expertmesh_split
+        self.grouped_layer = functions.expertmesh_grouped_layer
+        self.latent_layer = functions.expertmesh_latent_layer
+        self.gate = functions.expertmesh_gate
 
 
 def instruction_sets(functions: ctypes.CDLL) -> list[str]:
@@ -85,6 +88,9 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         "head_products": [number, number, *[pointer] * 3, *[whole] * 8, number],
         "combine": [*[number] * 4, *[pointer] * 5, *[whole] * 4, number],
         "split": [*[pointer] * 3, whole, whole, pointer],
+        "grouped_layer": [number, number, *[pointer] * 4, number],
+        "latent_layer": [number, number, *[pointer] * 4, number],
+        "gate": [number, number, *[pointer] * 4, whole, number],
     }
     for name, types in arguments.items():
         function = getattr(found, f"expertmesh_{name}")

@@ -9,6 +9,7 @@ too (``row_group``), integers are multiplied: :mod:`actors.model.quant.int8_prod
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -114,7 +115,11 @@ def experts(x: Tensor, pair_row: Tensor, pair_expert: Tensor, places: ExpertPlac
 
 def swiglu(x: Tensor, places: ExpertPlaces) -> Tensor:
     """What :func:`experts` gives for every row of x [R, D] at expert 0; returns [R, D]."""
-    rows = x.shape[0]
-    out = experts(x, torch.arange(rows), torch.zeros(rows, dtype=torch.int64), places)
+    out = experts(x, *_all_at_expert_0(x.shape[0]), places)
     assert isinstance(out, Tensor)
     return out
+
+
+@lru_cache(64)
+def _all_at_expert_0(rows: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(rows), torch.zeros(rows, dtype=torch.int64)

@@ -12,8 +12,11 @@
 #include <immintrin.h>
 #endif
 
+#include "attention_layer_call.h"
 #include "attention_tasks.h"
 #include "dispatch.h"
+#include "gate_call.h"
+#include "matrix.h"
 #include "pool.h"
 
 namespace expertmesh {
@@ -50,14 +53,6 @@ static inline int64_t stride(int64_t k) { return rounded_up(k, 64) + 32; }
 // Of a weight. Dense: of the rows' own type; W8A8, W4A8: int8 and int4 for rows that become int8 as they come.
 enum Kind { DENSE, INT8, INT4, W8A8, W4A8 };
 enum ScaleKind { FP32, BF16, FP16 };
-
-// A weight [N, K]; see actors/native/matrix.py.
-struct Matrix {
-  const void *data, *scale, *zero;
-  int64_t group, scale_kind;
-  int64_t row_group = 0;  // columns of a row that share a scale where rows become int8: a multiple of group, or all
-  int64_t in_lanes = 0;   // not row by row, see lanes.h
-};
 
 struct Linear {
   int kind;
@@ -132,7 +127,7 @@ static int64_t weights_in_cache(int64_t row_bytes) {
 constexpr int64_t MOST_KEPT = 2 << 20;  // bytes: what a step of decoding needs; with more a call takes milliseconds
 
 // Memory of this thread, undefined at first. A little of it stays for the next call with the same use.
-enum Use { ROWS, HIDDEN, GATES, SCALES, NUMBERS };
+enum Use { ROWS, HIDDEN, GATES, SCALES, NUMBERS, LAYER };
 template <class T, Use use = ROWS>
 class Scratch {
  public:
@@ -171,6 +166,9 @@ constexpr int TILE_M = 8, TILE_N = 3;
 #include "layers.h"
 #include "attention.h"
 #include "combine.h"
+#include "elementwise.h"
+#include "attention_layer.h"
+#include "gate.h"
 #undef HAS_BF16_DOT
 #undef HAS_VNNI
 }  // namespace avx512_bf16
@@ -186,6 +184,9 @@ constexpr int TILE_M = 8, TILE_N = 3;
 #include "layers.h"
 #include "attention.h"
 #include "combine.h"
+#include "elementwise.h"
+#include "attention_layer.h"
+#include "gate.h"
 #undef HAS_AVX512
 }  // namespace avx512
 #pragma GCC pop_options
@@ -201,6 +202,9 @@ constexpr int TILE_M = 2, TILE_N = 3;
 #include "layers.h"
 #include "attention.h"
 #include "combine.h"
+#include "elementwise.h"
+#include "attention_layer.h"
+#include "gate.h"
 #undef HAS_AVX2
 #undef HAS_FMA
 }  // namespace avx2
@@ -215,6 +219,9 @@ constexpr int TILE_M = 2, TILE_N = 3;
 #include "layers.h"
 #include "attention.h"
 #include "combine.h"
+#include "elementwise.h"
+#include "attention_layer.h"
+#include "gate.h"
 }  // namespace portable
 
 struct Kernels {
@@ -225,6 +232,9 @@ struct Kernels {
   void (*attention[2])(const Attention&, Pool&);
   void (*head_products[2])(const HeadProducts&, Pool&);
   void (*combine[2])(const Combine&, const void* const*, const float*, Pool&);
+  void (*grouped_layer[2])(const GroupedLayer&, const AttentionStep&, const void*, const void*, int, Pool&);
+  void (*latent_layer[2])(const LatentLayer&, const AttentionStep&, const void*, const void*, int, Pool&);
+  void (*gate[2])(const Gate&, const void*, int64_t, int64_t*, void*, int, Pool&);
 };
 
 #define KERNELS(isa)                                                    \
@@ -235,6 +245,9 @@ struct Kernels {
         {isa::attention<float>, isa::attention<uint16_t>},              \
         {isa::head_products<float>, isa::head_products<uint16_t>},      \
         {isa::combine<float>, isa::combine<uint16_t>},                  \
+        {isa::grouped_layer<float>, isa::grouped_layer<uint16_t>},      \
+        {isa::latent_layer<float>, isa::latent_layer<uint16_t>},        \
+        {isa::gate<float>, isa::gate<uint16_t>},                        \
   }
 
 static std::vector<Kernels> supported() {
@@ -347,6 +360,32 @@ int64_t expertmesh_combine(int isa, int kind, int weight_kind, int out_kind, con
                                           : from_bf16(static_cast<const uint16_t*>(weight)[i]);
     return all()[isa].combine[kind](call, at.get(), widened.get(), pool()), 0;
   });
+}
+
+// A decoder layer's attention: step.x grows by a and b [rows, d], b or both null, then by what the layer's attention makes
+// of it, and is left normed for the MLP in step.normed; see attention_layer_call.h. Returns, before anything is changed,
+// 1 + the row whose position or slot does not exist, else 0.
+int64_t expertmesh_grouped_layer(int isa, int type, const void* layer, const void* step, const void* a, const void* b,
+                                 int threads) {
+  const auto& call = *static_cast<const GroupedLayer*>(layer);
+  const auto& rows = *static_cast<const AttentionStep*>(step);
+  if (const int64_t outside = row_outside(call.common, rows); outside >= 0) return outside + 1;
+  return guarded([&] { return all()[isa].grouped_layer[type](call, rows, a, b, threads, pool()), 0; });
+}
+
+int64_t expertmesh_latent_layer(int isa, int type, const void* layer, const void* step, const void* a, const void* b,
+                                int threads) {
+  const auto& call = *static_cast<const LatentLayer*>(layer);
+  const auto& rows = *static_cast<const AttentionStep*>(step);
+  if (const int64_t outside = row_outside(call.common, rows); outside >= 0) return outside + 1;
+  return guarded([&] { return all()[isa].latent_layer[type](call, rows, a, b, threads, pool()), 0; });
+}
+
+// x [rows, d]; experts and weights [rows, top_k], best first; see gate_call.h. bf16 logits only for bf16 rows.
+int64_t expertmesh_gate(int isa, int type, const void* gate, const void* x, int64_t* experts, void* weights, int64_t rows,
+                        int threads) {
+  const auto& call = *static_cast<const Gate*>(gate);
+  return guarded([&] { return all()[isa].gate[type](call, x, rows, experts, weights, threads, pool()), 0; });
 }
 
 // Splits the pairs at slots [count], ascending, among the shards owner [count], less than 0 for nobody. chosen [T * k]:
