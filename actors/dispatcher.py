@@ -21,39 +21,39 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.batch_spans import DispatchSpan
-from actors.dispatch import ShardRows, split_rows
-from actors.frames import Kind, array_bytes, expect_parts
+from actors.dispatch import NOBODY, ShardRows, dispatch_rows, split_rows
+from actors.frames import Kind, expect_parts
 from actors.messages import (
     BatchTimes,
     encode_times,
     failure_text,
     rows_part,
     seconds_from,
-    tensor_bytes,
     tensor_from,
     tensor_part,
 )
-from actors.model.combine import combine_rows, place_rows
-from actors.routes import NOBODY, ExpertRoutes
-from actors.scratch import ScratchPool
+from actors.model.combine import Piece, combine_pieces
+from actors.routes import ExpertRoutes
 from actors.span_log import SpanLog
-from actors.transport.base import Buffer, Frame, FrameTag, PeerGone, ProtocolError, Wire, WireTimeout
+from actors.transport.base import Buffer, Frame, FrameTag, Part, PeerGone, ProtocolError, Wire, WireTimeout
+from actors.transport.blocks import Block
 
 log = logging.getLogger(__name__)
 
 Drop = Callable[[Wire, PeerGone], None]
 
+_NO_SLOTS = np.empty(0, np.int64)
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, slots=True)
 class DispatchHandle:
     """A batch whose rows are out at the expert shards. Made by ``dispatch``; only ``combine`` takes it.
 
-    ``rows`` [T, D] and ``chosen`` int64[T, K] are kept to send them again; ``weight`` float32 [T, K]; ``out``
-    [T * K, D] is filled as results come. ``owed``: by attempt, the shard's name and what it still has to answer.
-    ``stranded`` int64[S]: slots that nobody can compute before the next map. ``refused``: shards that answered with
-    an error. ``last``: slots and results of the shard that answered last, which are still in its frame.
-    ``experts_s``: the longest that a shard computed so far. ``span`` if the batch is traced. ``began_ns``: see
-    ``SpanLog.begin``.
+    ``rows`` [T, D] and ``chosen`` int64[T, K] are there to send them again; ``weight`` float32 [T, K]. ``owed``: by
+    attempt, the shard's name and what it still has to answer; ``came``: what has been answered. Rows and answers lie
+    in the frames that they came in; ``kept``: lets go of those. ``stranded`` int64[S]: slots that nobody can compute
+    before the next map. ``refused``: shards that answered with an error. ``experts_s``: the longest that a shard
+    computed so far. ``span`` if the batch is traced. ``began_ns``: see ``SpanLog.begin``.
     """
 
     number: int
@@ -62,21 +62,21 @@ class DispatchHandle:
     rows: Tensor
     chosen: NDArray[np.int64]
     weight: Tensor
-    out: Tensor
     began: float
     deadline: float
+    kept: list[Callable[[], None]]
     span: DispatchSpan | None = None
+    came: list[Piece] = field(default_factory=list)
     owed: dict[int, tuple[str, ShardRows]] = field(default_factory=dict)
-    stranded: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    stranded: NDArray[np.int64] = field(default_factory=lambda: _NO_SLOTS)
     refused: dict[str, str] = field(default_factory=dict)
-    last: tuple[NDArray[np.int64], Tensor] | None = None
     attempts: int = 0
     experts_s: float = 0.0
     began_ns: int = 0
 
     @property
     def complete(self) -> bool:
-        """Every result is in ``out`` or ``last``."""
+        """Every result has come."""
         return not self.owed and not self.stranded.size
 
 
@@ -130,7 +130,8 @@ class Dispatcher:
         self._mid_step: dict[Wire, float] = {}  # sources inside a step, and until when to believe it
         self._void: dict[Wire, int] = {}  # the latest step of a source that has failed
         self._number = 0
-        self._scratch = ScratchPool(dtype, device)
+        self._row_bytes = d_model * dtype.itemsize
+        self._combined = Block(0)
         self._spans = spans or SpanLog()
 
     def may_switch(self, now: float) -> bool:
@@ -159,7 +160,8 @@ class Dispatcher:
         """Send each row of ``rows`` [T, D] once to each shard that computes any of its experts ``chosen`` int64
         [T, K]; ``source`` gets the rows combined with ``weight`` float32 [T, K] when all have answered, or a FAILED.
 
-        ``span`` ends with the batch. A batch of a step that has failed already is ignored: it was on its way.
+        ``rows`` may lie in the frame that ``source`` received last, which is kept. ``span`` ends with the batch. A
+        batch of a step that has failed already is ignored: it was on its way.
         """
         if self._void.get(source) == tag.step:
             if span is not None:
@@ -171,31 +173,33 @@ class Dispatcher:
         if tag.layer == self._last_layer and tag.micro_batch == 0:
             del self._mid_step[source]  # with the answers to what is in flight the step is over
         self._number += 1
-        kept = self._scratch.take(*rows.shape)
-        kept.copy_(rows)  # the frame's memory is good only until the source's next frame
         handle = DispatchHandle(
             self._number,
             source,
             tag,
-            kept,
+            rows,
             chosen.cpu().numpy(),
             weight,
-            self._scratch.take(chosen.numel(), self._d_model),
             now,
             now + self._timeout_s,
+            [source.keep()],
             span,
             began_ns=began_ns,
         )
         self._pending[handle.number] = handle
-        self._count(tag.layer, handle.chosen)
-        self._send(handle, np.arange(handle.chosen.size))
+        self._send_all(handle)
         self._finish_if_complete(handle)  # at once, if there are no rows
 
-    def combine(self, handle: DispatchHandle) -> Tensor:
-        """Weighted sum [T, D] of the results, in the order of k; every shard must have answered."""
+    def combine(self, handle: DispatchHandle) -> memoryview:
+        """Weighted sum [T, D] of the results, in the order of k, as bytes that are good until the next call. Every
+        shard must have answered."""
         assert handle.complete, "a shard still owes its results"
-        out = handle.out.view(*handle.chosen.shape, self._d_model)
-        return combine_rows(out, handle.weight, self._dtype, *(handle.last or ()))
+        size = len(handle.chosen) * self._row_bytes
+        if self._combined.size < size:
+            self._combined = Block(size)
+        combined = self._combined.view[:size]
+        combine_pieces(handle.came, self._dtype, handle.weight, combined)
+        return combined
 
     def on_results(self, wire: Wire, frame: Frame) -> None:
         """A shard has answered. Raises ProtocolError for what it was not asked for."""
@@ -210,15 +214,13 @@ class Dispatcher:
             self._refused(handle, shard, failure_text(frame), share.pair_slot)
             return
         part, seconds = expect_parts(frame, 2)
-        results = tensor_from(part, self._dtype, self._d_model, self._device)
-        if results.shape[0] != share.pair_slot.size:
-            raise ProtocolError(f"expert shard {shard} sent {results.shape[0]} rows, owed are {share.pair_slot.size}")
+        count = share.pair_slot.size
+        if len(part) != count * self._row_bytes:
+            raise ProtocolError(f"expert shard {shard} sent {len(part)} bytes, owed are {count} x {self._row_bytes}")
         handle.experts_s = max(handle.experts_s, seconds_from(seconds))
         del handle.owed[frame.tag.attempt]
-        if handle.complete:
-            handle.last = share.pair_slot, results
-        else:
-            place_rows(handle.out, share.pair_slot, results)
+        handle.came.append(Piece(share.pair_slot, self._placed(part)))
+        handle.kept.append(wire.keep())
         self._finish_if_complete(handle)
 
     def fail(self, source: Wire, tag: FrameTag, reason: str) -> None:
@@ -273,16 +275,36 @@ class Dispatcher:
 
     # -- parts of the above ---------------------------------------------------------------------------------------
 
+    def _send_all(self, handle: DispatchHandle) -> None:
+        """Send all pairs of a new batch, and count them."""
+        routes, layer = self.routes, handle.tag.layer
+        assert routes is not None
+        load = self.expert_rows.get(layer)
+        if load is None:
+            load = self.expert_rows[layer] = np.zeros(routes.map.n_experts, np.int64)
+        owners = routes.owners(layer)
+        shares = dispatch_rows(handle.chosen, owners, handle.number, load)
+        if sum([share.pair_slot.size for share in shares]) < handle.chosen.size:
+            self._strand(handle, np.flatnonzero(owners.of(handle.chosen.reshape(-1), handle.number) == NOBODY))
+        self._send_shares(handle, shares)
+
     def _send(self, handle: DispatchHandle, slots: NDArray[np.int64]) -> None:
-        """Send the pairs at ``slots``. A shard that turns out to be dead is lost, and its share sent elsewhere."""
+        """Send the pairs at ``slots``, as others were sent before."""
+        assert self.routes is not None
+        owners = self.routes.owners(handle.tag.layer, handle.refused)
+        owner = owners.of(handle.chosen.reshape(-1)[slots], handle.number)
+        if (owner == NOBODY).any():
+            self._strand(handle, slots[owner == NOBODY])
+        self._send_shares(handle, split_rows(handle.chosen, slots, owner))
+
+    def _strand(self, handle: DispatchHandle, slots: NDArray[np.int64]) -> None:
+        handle.stranded = np.sort(np.concatenate([handle.stranded, slots]))
+        log.warning("%s: %d pairs wait for a shard that holds their experts", self.name, handle.stranded.size)
+
+    def _send_shares(self, handle: DispatchHandle, shares: Sequence[ShardRows]) -> None:
+        """A shard that turns out to be dead is lost, and its share sent elsewhere."""
         routes = self.routes
         assert routes is not None
-        experts = handle.chosen.reshape(-1)[slots]
-        owner = routes.owners(handle.tag.layer, experts, handle.number, handle.refused)
-        shares = split_rows(handle.chosen, slots, owner)
-        if sum([share.pair_slot.size for share in shares]) < slots.size:
-            handle.stranded = np.sort(np.concatenate([handle.stranded, slots[owner == NOBODY]]))
-            log.warning("%s: %d pairs wait for a shard that holds their experts", self.name, handle.stranded.size)
         with routes.batch():
             for share in shares:
                 self._send_share(handle, routes, share)
@@ -294,13 +316,12 @@ class Dispatcher:
         tag = FrameTag(routes.epoch, handle.number, handle.tag.micro_batch, handle.tag.layer, handle.attempts)
         whole = share.rows.size == handle.rows.shape[0]
         picked = tensor_part(handle.rows, wire) if whole else rows_part(handle.rows, share.rows, wire)
-        parts = [picked, array_bytes(share.pair_row), array_bytes(share.pair_expert)]
+        parts = [picked, share.pair_row.data, share.pair_expert.data]
         if handle.span is not None:
             handle.span.asked(name)
             parts += handle.span.parts
         try:
-            answer_bytes = share.pair_slot.size * self._d_model * self._dtype.itemsize
-            wire.ask(Kind.DISPATCH, tag, parts, answer_bytes, handle.deadline)
+            wire.ask(Kind.DISPATCH, tag, parts, share.pair_slot.size * self._row_bytes, handle.deadline)
         except (PeerGone, WireTimeout) as error:
             self._drop(wire, PeerGone(str(error)))
             self.lose_shard(name)  # again: this share may have been added after its loss was reported
@@ -311,7 +332,7 @@ class Dispatcher:
     def _resend(self, handle: DispatchHandle, attempts: list[int]) -> None:
         """Send again what these attempts owe, and what was stranded."""
         slots = [handle.owed.pop(attempt)[1].pair_slot for attempt in attempts]
-        again, handle.stranded = np.sort(np.concatenate([*slots, handle.stranded])), np.empty(0, np.int64)
+        again, handle.stranded = np.sort(np.concatenate([*slots, handle.stranded])), _NO_SLOTS
         if again.size:
             self._send_again(handle, again)
 
@@ -320,7 +341,7 @@ class Dispatcher:
         handle.refused[shard] = reason
         assert self.routes is not None
         experts = handle.chosen.reshape(-1)[slots]
-        if (self.routes.owners(handle.tag.layer, experts, 0, handle.refused) == NOBODY).any():
+        if (self.routes.owners(handle.tag.layer, handle.refused).of(experts, 0) == NOBODY).any():
             self._give_up(handle, reason)
             return
         self._send_again(handle, slots)
@@ -337,7 +358,7 @@ class Dispatcher:
         gathered, gathered_ns = time.monotonic(), self._spans.begin()
         if handle.began_ns:
             self._note_experts(handle)
-        combined = tensor_bytes(self.combine(handle))
+        combined = self.combine(handle)
         over = time.monotonic()
         self.longest_wait_s = max(self.longest_wait_s, gathered - handle.began)
         done = self.completed
@@ -374,8 +395,8 @@ class Dispatcher:
         del self._pending[handle.number]
         if handle.span is not None:
             handle.span.over(self.routes.epoch if self.routes else 0, error)
-        self._scratch.give(handle.out)
-        self._scratch.give(handle.rows)
+        for let_go in handle.kept:
+            let_go()
 
     def _forget_before(self, source: Wire, step: int) -> None:
         """A source that is in a new step has given up what it asked for in earlier ones."""
@@ -388,7 +409,8 @@ class Dispatcher:
         except (PeerGone, WireTimeout) as error:
             self._drop(source, PeerGone(str(error)))
 
-    def _count(self, layer: int, chosen: NDArray[np.int64]) -> None:
-        assert self.routes is not None
-        counts = self.expert_rows.setdefault(layer, np.zeros(self.routes.map.n_experts, np.int64))
-        counts += np.bincount(chosen.reshape(-1), minlength=counts.size)
+    def _placed(self, part: Part) -> Tensor | memoryview:
+        """Results where they are combined."""
+        if self._device.type == "cpu":
+            return part
+        return tensor_from(part, self._dtype, self._d_model, self._device)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from actors.frames import Kind, expect_parts
 from actors.messages import failure_text, tensor_bytes, tensor_from, times_from
-from actors.scratch import ScratchPool
 from actors.span_log import ROWS_OUT, WAIT, SpanLog
 from actors.transport.base import Buffer, Frame, FrameTag, ProtocolError, TransportError, Wire
 
@@ -38,6 +38,13 @@ class RowsSent:
     tag: FrameTag
     count: int
     began: float
+
+
+class _Early(NamedTuple):
+    """An answer that came while another was waited for: rows [T, D] in its frame, which is kept until ``let_go``."""
+
+    rows: Tensor
+    let_go: Callable[[], None]
 
 
 class MoEClient:
@@ -81,9 +88,8 @@ class MoEClient:
         self._traced_layers = traced_layers(moe_layers)
         self._trace: list[Buffer] = []
         self._sent: dict[FrameTag, RowsSent] = {}
-        self._early: dict[FrameTag, Tensor] = {}  # answers that came while another was waited for
-        self._lent: Tensor | None = None  # of these, the one that was handed out last
-        self._scratch = ScratchPool(dtype, device)
+        self._early: dict[FrameTag, _Early] = {}
+        self._let_go: Callable[[], None] | None = None  # of the one of these that was handed out last
         self._spans = spans or SpanLog()
 
     def begin_step(self, traceparent: str = "") -> None:
@@ -130,10 +136,9 @@ class MoEClient:
                 raise self._unavailable(error) from error
             if came is sent:
                 return rows
-            kept = self._early[came.tag] = self._scratch.take(*rows.shape)
-            kept.copy_(rows)  # the frame's memory is good only until the next one
-        self._lent = self._early.pop(sent.tag)
-        return self._lent
+            self._early[came.tag] = _Early(rows, self.wire.keep())
+        rows, self._let_go = self._early.pop(sent.tag)
+        return rows
 
     def _receive(self, wanted: FrameTag) -> tuple[RowsSent, Tensor]:
         """The next answer, to whatever was sent, while ``wanted`` is waited for. Raises MoEUnavailable for a failure
@@ -174,16 +179,16 @@ class MoEClient:
             self.waited_s += time.perf_counter() - began
 
     def _take_back(self) -> None:
-        if self._lent is not None:
-            self._scratch.give(self._lent)
-            self._lent = None
+        if self._let_go is not None:
+            self._let_go()
+            self._let_go = None
 
     def _forget(self) -> None:
         """Nothing is under way any more."""
         self._sent.clear()
         self._take_back()
-        for rows in self._early.values():
-            self._scratch.give(rows)
+        for early in self._early.values():
+            early.let_go()
         self._early.clear()
 
     def _unavailable(self, error: TransportError) -> MoEUnavailable:

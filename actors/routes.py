@@ -6,14 +6,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
-from numpy.typing import NDArray
 
+from actors.dispatch import NOBODY, Owners
 from actors.transport.base import Wire
 from actors.transport.nccl_group import NcclGroup
 from placement.expert_map import ExpertMap
-
-NOBODY = -1
-"""Owner of a pair whose expert no live shard holds."""
 
 
 class ExpertRoutes:
@@ -62,24 +59,14 @@ class ExpertRoutes:
         """
         return self.group is None or bool(self.lost) or self.asked == self.answered
 
-    def owners(
-        self, layer: int, experts: NDArray[np.int64], turn: int, without: Iterable[str] = ()
-    ) -> NDArray[np.int64]:
-        """int64[S]: number of the shard that computes each of ``experts`` int64[S], NOBODY where there is none.
+    def owners(self, layer: int, without: Iterable[str] = ()) -> Owners:
+        """Who computes the experts of ``layer``; ``without`` shards that are not to be asked, beside those lost."""
+        return self._table(layer, self.lost.union(without)) if without else self._tables[layer]
 
-        All pairs of a batch with the same expert go to one shard, so that its weights are read once; from one
-        ``turn`` to the next an expert's replicas take turns, which spreads its load evenly over them.
-        """
-        shards, count = self._table(layer, self.lost.union(without)) if without else self._tables[layer]
-        if shards.shape[1] == 1:
-            return shards[experts, 0]
-        return shards[experts, (turn + experts) % np.maximum(count[experts], 1)]
-
-    def _table(self, layer: int, lost: Iterable[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """int64[E, R]: numbers of each expert's live shards, the rest NOBODY; int64[E]: how many there are."""
+    def _table(self, layer: int, lost: Iterable[str]) -> Owners:
         gone = set(lost)
         alive = [[self._number[s] for s in shards if s not in gone] for shards in self.map.replicas[layer]]
         table = np.full((len(alive), max(1, *map(len, alive))), NOBODY, np.int64)
         for expert, numbers in enumerate(alive):
             table[expert, : len(numbers)] = numbers
-        return table, np.array([len(numbers) for numbers in alive], np.int64)
+        return Owners(table, np.array([len(numbers) for numbers in alive], np.int64))

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.dispatch import split_rows
+from actors.dispatch import Owners, dispatch_rows, split_rows
 from actors.messages import tensor_bytes
-from actors.model.combine import combine_rows, place_rows
+from actors.model.combine import Piece, combine_pieces
 from benchmarks.transport_figures import LayerBytes
 from benchmarks.transport_lanes import timed
 from benchmarks.transport_layer import DTYPE, Shape
@@ -148,12 +148,14 @@ class Work:
     def __init__(self, shape: Shape, attention: Link, shards: list[Link]) -> None:
         self._shape, self._attention, self._shards = shape, attention, shards
         self._chosen, self._weight = shape.chosen(), shape.weight()
-        self._out = torch.empty(self._chosen.size, shape.width, dtype=DTYPE)
+        home = np.arange(shape.experts) % len(shards)
+        self._owners = Owners(home[:, None], np.ones_like(home))
+        self._load = np.zeros_like(home)
 
     def split(self) -> None:
         """Which rows go to which shard."""
-        slots, owner = np.arange(self._chosen.size), self._chosen.reshape(-1) % len(self._shards)
-        self._shares = split_rows(self._chosen, slots, owner)
+        self._shares = dispatch_rows(self._chosen, self._owners, 0, self._load)
+        self._came: list[Piece] = []
 
     def fill(self, number: int) -> None:
         """The frame to a shard: its rows; the pairs behind them are not looked at."""
@@ -164,13 +166,13 @@ class Work:
 
     def place(self, number: int) -> None:
         """A shard's results."""
-        slot = self._shares[number].pair_slot
-        place_rows(self._out, slot, _rows(self._shards[number].own_in, slot.size, self._shape.width))
+        slots = self._shares[number].pair_slot
+        rows = memoryview(self._shards[number].own_in)[: slots.size * self._shape.width * DTYPE.itemsize]
+        self._came.append(Piece(slots, rows))
 
     def combine(self) -> None:
         """The frame back."""
-        out = self._out.view(*self._chosen.shape, self._shape.width)
-        self._attention.own_out[:] = tensor_bytes(combine_rows(out, self._weight, DTYPE))
+        combine_pieces(self._came, DTYPE, self._weight, self._attention.own_out)
 
 
 def _rows(buffer: bytearray, count: int, width: int) -> Tensor:

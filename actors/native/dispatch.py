@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,59 +18,65 @@ from .matrix import KINDS
 Share = tuple[int, NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]
 """The fields of :class:`actors.dispatch.ShardRows`, in order."""
 
+Placed = tuple[int, int, int]
+"""Rows that lie together: the address of their slots, int64 [P], or 0 for 0, 1, ...; that of the rows [P, D]; P."""
 
-def split(chosen: NDArray[np.int64], slots: NDArray[np.int64], owner: NDArray[np.int64]) -> list[Share]:
-    """See :func:`actors.dispatch.split_rows`. All three are writable, and every slot is one of ``chosen``."""
-    kernels = library()
+
+def dispatch(
+    chosen: NDArray[np.int64], shards: int, live: int, width: int, load: NDArray[np.int64], turn: int
+) -> list[Share]:
+    """See :func:`actors.dispatch.dispatch_rows`. ``chosen`` is contiguous and writable; ``shards`` and ``live``: the
+    addresses of a table's, with ``width`` columns. Raises ValueError for an expert that ``load`` has no place for."""
+    kernels, count = library(), chosen.size
     assert kernels is not None
-    chosen, slots, owner = (np.ascontiguousarray(array, np.int64) for array in (chosen, slots, owner))
-    count = slots.size
+    if not count:
+        return []
     out = np.empty(6 * count, np.int64)  # rows, slots, three columns of a table; pair_row and pair_expert in one
-    shares = kernels.split(_at(chosen), _at(slots), _at(owner), count, chosen.shape[1], _at(out))
-    small = out[5 * count :].view(np.int32)
+    shares = kernels.dispatch(
+        address(chosen), shards, live, address(load), address(out), count, chosen.shape[1], width, load.size, turn
+    )
+    if shares < 0:
+        raise ValueError(f"experts from {chosen.min()} to {chosen.max()} were chosen; there are 0 to {load.size - 1}")
+    slots, small = out[count : 2 * count], out[5 * count :].view(np.int32)
     table = out[2 * count : 2 * count + 3 * shares].tolist()
     result: list[Share] = []
     row = pair = 0
     for shard, rows, pairs in zip(table[::3], table[1::3], table[2::3], strict=True):
-        of_pairs, of_experts = slice(pair, pair + pairs), slice(count + pair, count + pair + pairs)
-        result.append((shard, out[row : row + rows], small[of_pairs], small[of_experts], out[of_experts]))
+        mine, experts = slice(pair, pair + pairs), slice(count + pair, count + pair + pairs)
+        result.append((shard, out[row : row + rows], small[mine], small[experts], slots[mine]))
         row, pair = row + rows, pair + pairs
     return result
 
 
-def combines(out: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether :func:`combine` takes these: on the CPU, contiguous, not empty, each fp32 or bf16."""
-    here = all(tensor.is_cpu and tensor.is_contiguous() for tensor in (out, weight))
-    if not (here and out.numel()) or library() is None:
+def combines(rows: torch.dtype, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether :func:`combine` takes these: weights on the CPU, contiguous, not empty, each fp32 or bf16."""
+    if not (weight.is_cpu and weight.is_contiguous() and weight.numel()) or library() is None:
         return False
-    return out.dtype in KINDS and weight.dtype in KINDS and dtype in KINDS
+    return rows in KINDS and weight.dtype in KINDS and dtype in KINDS
 
 
-def combine(out: Tensor, weight: Tensor, dtype: torch.dtype, at: NDArray[np.int64], rows: Tensor) -> Tensor:
-    """See :func:`actors.model.combine.combine_rows`; what :func:`combines` took. ``rows`` [P, D] contiguous, of the
-    dtype of ``out``. ``at`` int64[P]: writable, every slot is one of ``out``."""
+def combine(
+    pieces: Sequence[Placed], rows: torch.dtype, columns: int, weight: Tensor, dtype: torch.dtype, into: int
+) -> None:
+    """See :func:`actors.model.combine.combine_rows`; what :func:`combines` took. The ``pieces`` hold every slot once,
+    in ``columns`` numbers of dtype ``rows``; ``into``: the address of [T, D] of ``dtype``."""
     kernels = library()
     assert kernels is not None
-    tokens, k, d = out.shape
-    into = torch.empty(tokens, d, dtype=dtype)
     kernels.combine(
         kernels.number,
-        KINDS[out.dtype],
+        KINDS[rows],
         KINDS[weight.dtype],
         KINDS[dtype],
-        out.data_ptr(),
-        rows.data_ptr(),
-        _at(at),
+        struct.pack(f"{3 * len(pieces)}q", *(number for piece in pieces for number in piece)),
         weight.data_ptr(),
-        into.data_ptr(),
-        tokens,
-        k,
-        d,
-        at.size,
+        into,
+        len(pieces),
+        *weight.shape,
+        columns,
         torch.get_num_threads(),
     )
-    return into
 
 
-def _at(array: NDArray[Any]) -> int:
-    return torch.from_numpy(array).data_ptr()  # half the time of array.ctypes.data
+def address(memory: Any) -> int:
+    """Where a contiguous writable array or view that is not empty lies; half the time of ``array.ctypes.data``."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

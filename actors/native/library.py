@@ -38,7 +38,7 @@ class Library:
         self.attention = functions.expertmesh_attention
         self.head_products = functions.expertmesh_head_products
         self.combine = functions.expertmesh_combine
-        self.split = functions.expertmesh_split
+        self.dispatch = functions.expertmesh_dispatch
         self.grouped_layer = functions.expertmesh_grouped_layer
         self.latent_layer = functions.expertmesh_latent_layer
         self.gate = functions.expertmesh_gate
@@ -86,8 +86,8 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         "experts": [*[number] * 4, *[pointer] * 5, *[whole] * 5, number],
         "attention": [number, number, *[pointer] * 7, *[whole] * 8, ctypes.c_float, number],
         "head_products": [number, number, *[pointer] * 3, *[whole] * 8, number],
-        "combine": [*[number] * 4, *[pointer] * 5, *[whole] * 4, number],
-        "split": [*[pointer] * 3, whole, whole, pointer],
+        "combine": [*[number] * 4, *[pointer] * 3, *[whole] * 4, number],
+        "dispatch": [*[pointer] * 5, *[whole] * 5],
         "grouped_layer": [number, number, *[pointer] * 4, number],
         "latent_layer": [number, number, *[pointer] * 4, number],
         "gate": [number, number, *[pointer] * 4, whole, number],

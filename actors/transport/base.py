@@ -26,8 +26,9 @@ A *wire* joins two processes (or two threads, for ``local``) and carries *frames
 * **Buffers.** ``send`` has copied or written the parts when it returns: they are the caller's again. The
   parts of a received :class:`Frame` are views of memory owned by the wire, start at multiples of 64 bytes,
   and are valid until the next ``recv`` on that wire (no other call touches them, so they may be sent on, over
-  the same wire too). In the steady state (frames no larger than those before) neither direction allocates
-  payload memory.
+  the same wire too), or until the caller lets go of a frame that it has asked to ``keep``; the wire may be closed
+  by then. In the steady state (frames no larger than those before, and no more of them kept at a time) neither
+  direction allocates payload memory.
 * **Epochs and attempts.** Each frame carries (epoch, step, micro-batch, layer, attempt), which the wire does not
   interpret but for the fence: ``fence(tag)`` makes it drop, and count in ``stats.dropped``, received frames whose
   (epoch, step, attempt) is below that of ``tag``, whether they are here already or come later. Layers and micro-batches
@@ -117,7 +118,7 @@ class FrameTag(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """One received message. ``parts`` are views valid until the next ``recv`` on the same wire."""
+    """One received message. ``parts`` are views valid until the next ``recv`` on the same wire; see ``Wire.keep``."""
 
     kind: int
     tag: FrameTag
@@ -180,6 +181,12 @@ class Wire(ABC):
         """Next frame that is not stale.
 
         Errors: WireTimeout, PeerGone, ProtocolError (the wire is closed then).
+        """
+
+    @abstractmethod
+    def keep(self) -> Callable[[], None]:
+        """The parts of the frame that ``recv`` returned last stay valid until the result is called: once, by the
+        thread that uses the wire. What has been kept already, or was never received, is none of this call's.
         """
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from bisect import insort
+from bisect import insort_left
 from collections.abc import Sequence
 
 ALIGNMENT = 64
@@ -65,7 +65,7 @@ class BlockPool:
 
     def give(self, block: Block) -> None:
         """Hand a block back; its views may be overwritten from now on."""
-        insort(self._free, block, key=_size)
+        insort_left(self._free, block, key=_size)  # before its equals: what was used last is still in the cache
         self._free_bytes += block.size
         while len(self._free) > 2 and (self._free_bytes > _KEEP_BYTES or len(self._free) > _KEEP_BLOCKS):
             self._free_bytes -= self._free.pop(0).size

@@ -7,6 +7,8 @@ from __future__ import annotations
 import threading
 from abc import abstractmethod
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from actors.transport.base import (
@@ -68,6 +70,11 @@ class InboxWire(Wire):
             raise error
         self.close()
         raise error
+
+    def keep(self) -> Callable[[], None]:
+        """See :meth:`Wire.keep`."""
+        block, self._current = self._current, None
+        return _nothing if block is None else partial(self._give_back, block)
 
     def ready(self) -> bool:
         """See :meth:`Wire.ready`."""
@@ -164,3 +171,7 @@ class InboxWire(Wire):
     def _require_open(self) -> None:
         if self._end is not None:
             raise PeerGone(self._end[1])
+
+
+def _nothing() -> None:
+    """There was no frame to keep."""

@@ -345,12 +345,10 @@ int64_t expertmesh_head_products(int isa, int kind, const void* x, const void* w
 }
 
 // Weighted sums of unweighted rows, see actors/model/combine.py. kind: of the rows; weight_kind, out_kind: 0 fp32, 1 bf16.
-// rows [tokens * k, d], but those at last_slots [last_count], which are in last [last_count, d]; weight [tokens, k];
-// out [tokens, d].
-int64_t expertmesh_combine(int isa, int kind, int weight_kind, int out_kind, const void* rows, const void* last,
-                           const int64_t* last_slots, const void* weight, void* out, int64_t tokens, int64_t k,
-                           int64_t d, int64_t last_count, int threads) {
-  const Combine call{weight, rows, last, last_slots, out, tokens, k, d, last_count, weight_kind, out_kind, threads};
+// pieces [n_pieces] (see Piece) hold each of the tokens * k rows of d once; weight [tokens, k]; out [tokens, d].
+int64_t expertmesh_combine(int isa, int kind, int weight_kind, int out_kind, const void* pieces, const void* weight,
+                           void* out, int64_t n_pieces, int64_t tokens, int64_t k, int64_t d, int threads) {
+  const Combine call{weight, static_cast<const Piece*>(pieces), out, n_pieces, tokens, k, d, weight_kind, out_kind, threads};
   return guarded([&] {
     const Scratch<const void*> at(tokens * k);
     addresses(call, d * (kind == 0 ? 4 : 2), at.get());
@@ -388,12 +386,14 @@ int64_t expertmesh_gate(int isa, int type, const void* gate, const void* x, int6
   return guarded([&] { return all()[isa].gate[type](call, x, rows, experts, weights, threads, pool()), 0; });
 }
 
-// Splits the pairs at slots [count], ascending, among the shards owner [count], less than 0 for nobody. chosen [T * k]:
-// the expert of each slot. out [6 count] has, count numbers each but for the table's 3 count, and shard by shard: the rows,
-// the slots, the table (shard, its rows, its pairs) whose length is returned, and two of int32: pair_row and pair_expert.
-int64_t expertmesh_split(const int64_t* chosen, const int64_t* slots, const int64_t* owner, int64_t count, int64_t k,
-                         int64_t* out) {
-  return guarded([&] { return split(chosen, slots, owner, count, k, out); });
+// Splits all pairs of a batch among the shards that compute them (see Owners), and counts them in load [n_experts]. chosen
+// [T, k]: the expert of each slot, count of them. out [6 count] has, count numbers each but for the table's 3 count, and
+// shard by shard: the rows, the slots, the table (shard, its rows, its pairs) whose length is returned, and two of int32:
+// pair_row and pair_expert. Slots of nobody are in none. Returns -1, and nothing was done, for an expert that is none.
+int64_t expertmesh_dispatch(const int64_t* chosen, const int64_t* shards, const int64_t* live, int64_t* load, int64_t* out,
+                            int64_t count, int64_t k, int64_t width, int64_t n_experts, int64_t turn) {
+  const Owners owners{shards, live, width, n_experts, turn};
+  return guarded([&] { return dispatch(chosen, count, k, owners, load, out); });
 }
 
 }  // extern "C"

@@ -293,6 +293,26 @@ class TestBuffers:
         received = recv_digest(wire)
         assert remote.hear() == (received, sent)
 
+    def test_a_frame_that_is_kept_stays_until_it_is_let_go(self, bench: Bench, medium: Medium) -> None:
+        """Through later frames; its memory is used again then, and may be let go after the wire has ended."""
+        wire, remote = bench.link(medium)
+        remote.call("send", (1, TAG, (300_000,), 5))
+        kept = wire.recv(soon()).parts[0]
+        let_go = wire.keep()
+        wire.keep()()  # it is kept already: nothing is left to let go of
+        place = address_of(kept)
+        for seed in (6, 7):
+            remote.call("send", (2, TAG, (300_000,), seed))
+            assert data_of(wire.recv(soon()).parts[0]) == payload(300_000, seed)
+            assert data_of(kept) == payload(300_000, 5)
+        last = wire.keep()
+        let_go()
+        remote.call("send", (3, TAG, (300_000,), 8))
+        frame = wire.recv(soon())
+        assert address_of(frame.parts[0]) == place
+        wire.close()
+        last()
+
     def test_what_was_sent_is_the_callers_again(self, bench: Bench, medium: Medium) -> None:
         wire, remote = bench.link(medium)
         remote.tell("recv")

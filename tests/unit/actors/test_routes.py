@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from actors.routes import NOBODY, ExpertRoutes
+from actors.dispatch import NOBODY
+from actors.routes import ExpertRoutes
 from actors.transport.local import local_pair
 from placement.expert_map import ExpertMap
 
@@ -21,7 +22,7 @@ def routes() -> ExpertRoutes:
 
 
 def owners(routes: ExpertRoutes, turn: int, without: tuple[str, ...] = ()) -> list[str]:
-    numbers = routes.owners(LAYER, np.arange(4), turn, without)
+    numbers = routes.owners(LAYER, without).of(np.arange(4), turn)
     return ["" if number == NOBODY else routes.names[number] for number in numbers]
 
 
@@ -41,7 +42,7 @@ def test_an_owner_always_holds_the_expert_and_replicas_take_turns(routes: Expert
 
 def test_all_pairs_of_an_expert_in_a_batch_go_to_one_shard(routes: ExpertRoutes) -> None:
     for turn in range(6):
-        assert len(set(routes.owners(LAYER, np.full(9, 3), turn).tolist())) == 1
+        assert len(set(routes.owners(LAYER).of(np.full(9, 3), turn).tolist())) == 1
 
 
 def test_a_lost_shard_is_passed_over_from_then_on(routes: ExpertRoutes) -> None:

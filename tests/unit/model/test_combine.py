@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.model.combine import combine_rows, place_rows
+from actors.messages import tensor_bytes
+from actors.model.combine import Piece, combine_rows, gathered
 from actors.model.local_moe import LocalMoE
 from tests.checkpoints import WRITERS
 from tests.paged_runner import PagedRunner
@@ -85,18 +86,17 @@ def test_handle_of_someone_else_is_refused(glm: tuple[Path, Any]) -> None:
         PagedRunner(glm[0]).moe.finish("no handle")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count", [0, 3])
-def test_rows_are_placed_where_they_belong(dtype: torch.dtype, count: int) -> None:
-    into = torch.zeros(5, 3, dtype=dtype)
-    at, rows = np.array([4, 0, 2], np.int64)[:count], torch.randn(3, 3).to(dtype)[:count]
-    place_rows(into, at, rows)
-    expected = torch.zeros(5, 3, dtype=dtype)
-    expected[torch.from_numpy(at)] = rows
-    assert torch.equal(into, expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("of_bytes", [True, False])
+def test_pieces_are_gathered_where_they_belong(dtype: torch.dtype, of_bytes: bool) -> None:
+    rows = torch.randn(5, 3).to(dtype)
+    slots = np.array([4, 0, 2]), np.array([1, 3])
+    lie = [rows[:3], rows[3:]]
+    pieces = [Piece(at, tensor_bytes(one) if of_bytes else one) for at, one in zip(slots, lie, strict=True)]
+    out = gathered(pieces, 5, 3, dtype, torch.device("cpu"))
+    assert torch.equal(out, rows[[1, 3, 2, 4, 0]])
 
 
-def test_rows_are_placed_on_a_device_too() -> None:
-    into = torch.zeros(5, 3, device="meta")
-    place_rows(into, np.array([1]), torch.ones(1, 3, device="meta"))
-    assert into.device.type == "meta"
+def test_pieces_are_gathered_on_a_device_too() -> None:
+    pieces = [Piece(np.array([slot]), torch.ones(1, 3, device="meta")) for slot in (1, 0)]
+    assert gathered(pieces, 2, 3, torch.float32, torch.device("meta")).shape == (2, 3)

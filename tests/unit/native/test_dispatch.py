@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.dispatch import split_rows_by_numpy
-from actors.model.combine import combine_rows
+from actors.dispatch import NOBODY, Owners, dispatch_rows_by_numpy
+from actors.messages import tensor_bytes
+from actors.model.combine import Piece, combine_pieces, combine_rows
 from actors.native import dispatch
 from actors.native.library import Library, functions, instruction_sets
 
@@ -36,11 +37,11 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def by_torch(*args: Any) -> Tensor:
-    """``combine_rows`` where the kernels are not built."""
+def by_torch(*args: Any, call: Callable[..., Any] = combine_rows) -> Any:
+    """What ``call`` does where the kernels are not built."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("actors.native.dispatch.library", lambda: None)
-        return combine_rows(*args)
+        return call(*args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,22 +52,30 @@ def test_sums_have_the_bits_of_torch(
     of_rows: torch.dtype, of_weight: torch.dtype, dtype: torch.dtype, t: int, k: int, d: int
 ) -> None:
     out, weight = random(t, k, d, dtype=of_rows), random(t, k, dtype=of_weight, seed=1)
-    assert dispatch.combines(out, weight, dtype)
+    assert dispatch.combines(out.dtype, weight, dtype)
     got = combine_rows(out, weight, dtype)
     want = by_torch(out, weight, dtype)
     assert got.dtype == dtype
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("of_weight", DTYPES)
 @pytest.mark.parametrize("of_rows", DTYPES)
-def test_rows_of_the_last_shard_are_taken_from_its_frame(of_rows: torch.dtype) -> None:
-    out, weight = random(7, 5, 90, dtype=of_rows), random(7, 5, dtype=torch.float32, seed=1)
-    slots = np.array([0, 3, 4, 17, 34], np.int64)
-    want = combine_rows(out, weight, of_rows)
-    rows = out.view(-1, 90)[torch.from_numpy(slots)]
-    out.view(-1, 90)[torch.from_numpy(slots)] = torch.nan
-    assert torch.equal(combine_rows(out, weight, of_rows, slots, rows), want)
-    assert torch.equal(by_torch(out, weight, of_rows, slots, rows), want)
+@pytest.mark.parametrize("sizes", [(35,), (5, 30), (1, 20, 14)])
+def test_pieces_are_combined_from_where_they_lie(
+    of_rows: torch.dtype, of_weight: torch.dtype, sizes: tuple[int, ...]
+) -> None:
+    """As bytes, as what came in frames is, or as tensors; in any order of the slots."""
+    out, weight = random(7, 5, 90, dtype=of_rows), random(7, 5, dtype=of_weight, seed=1)
+    slots = np.split(np.random.default_rng(3).permutation(35), np.cumsum(sizes)[:-1])
+    rows = [out.view(-1, 90)[torch.from_numpy(at)].contiguous() for at in slots]
+    for given in (rows, [tensor_bytes(piece) for piece in rows]):
+        pieces = [Piece(at, lie) for at, lie in zip(slots, given, strict=True)]
+        got, want = torch.empty(7, 90, dtype=of_rows), torch.empty(7, 90, dtype=of_rows)
+        combine_pieces(pieces, of_rows, weight, tensor_bytes(got))
+        by_torch(pieces, of_rows, weight, tensor_bytes(want), call=combine_pieces)
+        assert torch.equal(want, by_torch(out, weight, of_rows))
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,27 +102,35 @@ def test_halves_to_the_nearest_even() -> None:
 def test_what_the_kernels_do_not_take_is_left_to_torch() -> None:
     out, weight = random(3, 2, 8, dtype=torch.float32), random(3, 2, dtype=torch.float32)
     half = torch.float16
-    assert dispatch.combines(out, weight, torch.float32)
-    assert not dispatch.combines(out.to(half), weight, torch.float32)
-    assert not dispatch.combines(out, weight.to(half), torch.float32)
-    assert not dispatch.combines(out, weight, half)
-    assert not dispatch.combines(out[..., ::2], weight, torch.float32)
-    assert not dispatch.combines(out[:0], weight[:0], torch.float32)
-    assert not dispatch.combines(out.to("meta"), weight, torch.float32)
-    assert not dispatch.combines(out, weight.to("meta"), torch.float32)
+    assert dispatch.combines(out.dtype, weight, torch.float32)
+    assert not dispatch.combines(half, weight, torch.float32)
+    assert not dispatch.combines(out.dtype, weight.to(half), torch.float32)
+    assert not dispatch.combines(out.dtype, weight, half)
+    assert not dispatch.combines(out.dtype, weight.t(), torch.float32)
+    assert not dispatch.combines(out.dtype, weight[:0], torch.float32)
+    assert not dispatch.combines(out.dtype, weight.to("meta"), torch.float32)
+    for odd in (out[..., ::2], out[:0], out[..., :0], out.to(half)):
+        assert torch.equal(combine_rows(odd, weight[: len(odd)], torch.float32), summed(odd, weight))
+
+
+def summed(out: Tensor, weight: Tensor) -> Tensor:
+    return out[:, 0].float() * weight[: len(out), :1] + out[:, 1].float() * weight[: len(out), 1:]
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_shares_are_those_of_numpy(seed: int) -> None:
-    """Some slots, of rows that some shards get nothing of; some pairs are nobody's."""
+    """Experts have up to three live shards, or none; some shards get nothing."""
     draw = np.random.default_rng(seed)
-    t, k, shards = (int(draw.integers(0, 30)), int(draw.integers(1, 9)), int(draw.integers(1, 6)))
+    t, k, shards, width = (int(draw.integers(0, 30)), *map(int, draw.integers(1, [9, 6, 4])))
     chosen = draw.integers(0, 64, (t, k))
-    slots = np.flatnonzero(draw.random(t * k) < draw.choice([0.2, 0.8, 1.0]))
-    owner = draw.integers(-1, shards, slots.size) * int(draw.integers(1, 3))
-    got = dispatch.split(chosen, slots, owner)
-    want = split_rows_by_numpy(chosen, slots, owner)
+    live = draw.integers(0 if seed % 2 else 1, width + 1, 64)
+    table = np.where(np.arange(width) < live[:, None], draw.integers(0, shards, (64, width)) * (1 + seed % 3), NOBODY)
+    owners, turn = Owners(table, live), int(draw.integers(0, 5))
+    loads = np.zeros((2, 64), np.int64)
+    got = dispatch.dispatch(chosen, *owners.places, loads[0], turn)
+    want = dispatch_rows_by_numpy(chosen, owners, turn, loads[1])
     assert [share[0] for share in got] == [share.shard for share in want]
+    assert np.array_equal(*loads)
     for ours, theirs in zip(got, want, strict=True):
         for mine, other in zip(ours[1:], theirs[1:], strict=True):
             assert isinstance(mine, np.ndarray)

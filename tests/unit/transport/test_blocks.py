@@ -19,6 +19,15 @@ def test_parts_are_aligned_and_apart() -> None:
     assert all(bytes(part) == bytes([index]) * len(part) for index, part in enumerate(parts))
 
 
+def test_of_equal_blocks_the_one_used_last_is_the_next() -> None:
+    """It is still in the cache."""
+    pool = BlockPool()
+    blocks = [pool.take(100) for _ in range(3)]
+    for block in blocks:
+        pool.give(block)
+    assert [pool.take(100) for _ in range(3)] == blocks[::-1]
+
+
 def test_sizes_seen_before_allocate_nothing() -> None:
     pool, rng = BlockPool(), random.Random(3)
     for _ in range(3):
