@@ -29,13 +29,14 @@ from actors.messages import (
     failure_text,
     rows_part,
     seconds_from,
+    tensor_bytes,
     tensor_from,
     tensor_part,
 )
 from actors.model.combine import Piece, combine_pieces
 from actors.routes import ExpertRoutes
 from actors.span_log import SpanLog
-from actors.transport.base import Buffer, Frame, FrameTag, Part, PeerGone, ProtocolError, Wire, WireTimeout
+from actors.transport.base import Buffer, Frame, FrameTag, Medium, Part, PeerGone, ProtocolError, Wire, WireTimeout
 from actors.transport.blocks import Block
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ _NO_SLOTS = np.empty(0, np.int64)
 class DispatchHandle:
     """A batch whose rows are out at the expert shards. Made by ``dispatch``; only ``combine`` takes it.
 
-    ``rows`` [T, D] and ``chosen`` int64[T, K] are there to send them again; ``weight`` float32 [T, K]. ``owed``: by
+    ``rows`` [T, D], in host memory also as ``bytes``, and ``chosen`` int64[T, K] are there to send them again;
+    ``weight`` float32 [T, K]. ``owed``: by
     attempt, the shard's name and what it still has to answer; ``came``: what has been answered. Rows and answers lie
     in the frames that they came in; ``kept``: lets go of those. ``stranded`` int64[S]: slots that nobody can compute
     before the next map. ``refused``: shards that answered with an error. ``experts_s``: the longest that a shard
@@ -60,6 +62,7 @@ class DispatchHandle:
     source: Wire
     tag: FrameTag
     rows: Tensor
+    bytes: memoryview | None
     chosen: NDArray[np.int64]
     weight: Tensor
     began: float
@@ -178,6 +181,7 @@ class Dispatcher:
             source,
             tag,
             rows,
+            tensor_bytes(rows) if rows.is_cpu else None,
             chosen.cpu().numpy(),
             weight,
             now,
@@ -314,9 +318,7 @@ class Dispatcher:
         handle.attempts += 1
         handle.owed[handle.attempts] = (name, share)
         tag = FrameTag(routes.epoch, handle.number, handle.tag.micro_batch, handle.tag.layer, handle.attempts)
-        whole = share.rows.size == handle.rows.shape[0]
-        picked = tensor_part(handle.rows, wire) if whole else rows_part(handle.rows, share.rows, wire)
-        parts = [picked, share.pair_row.data, share.pair_expert.data]
+        parts = [_picked(handle, share, wire), share.pair_row.data, share.pair_expert.data]
         if handle.span is not None:
             handle.span.asked(name)
             parts += handle.span.parts
@@ -414,3 +416,12 @@ class Dispatcher:
         if self._device.type == "cpu":
             return part
         return tensor_from(part, self._dtype, self._d_model, self._device)
+
+
+def _picked(handle: DispatchHandle, share: ShardRows, wire: Wire) -> Buffer | Tensor:
+    """The rows of a share as a part of a frame for ``wire``."""
+    if share.rows.size < handle.rows.shape[0]:
+        return rows_part(handle.rows, share.rows, wire)
+    if handle.bytes is None or wire.medium is Medium.NCCL:
+        return tensor_part(handle.rows, wire)
+    return handle.bytes

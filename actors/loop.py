@@ -15,6 +15,8 @@ from actors.transport.poller import Poller
 log = logging.getLogger(__name__)
 
 _IDLE_S = 60.0
+_PAST = 0.0
+"""A deadline: take what is here, and do not wait."""
 
 
 class LoopThread:
@@ -133,20 +135,24 @@ class LoopThread:
         return torch.inference_mode()
 
     def _turn(self) -> None:
-        with self._lock:
-            joining, self._joining = self._joining, []
-            self._wires.update(joining)
-        for wire in joining:
-            self._poller.add(wire)
+        if self._joining:
+            self._join()
         for wire in self._poller.wait(self._next_deadline()):
             if wire in self._wires:
                 self._serve(wire)
         if self._on_tick is not None:
             self._on_tick()
 
+    def _join(self) -> None:
+        with self._lock:
+            joining, self._joining = self._joining, []
+            self._wires.update(joining)
+        for wire in joining:
+            self._poller.add(wire)
+
     def _serve(self, wire: Wire) -> None:
         try:
-            frame = wire.recv(time.monotonic())
+            frame = wire.recv(_PAST)
         except WireTimeout:
             return  # what had arrived was stale
         except TransportError as error:

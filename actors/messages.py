@@ -67,7 +67,10 @@ def tensor_from(part: Part, dtype: torch.dtype, columns: int, device: torch.devi
     if len(part) == 0:
         return torch.empty((0, columns), dtype=dtype, device=device)
     flat = part.view(dtype) if isinstance(part, Tensor) else torch.frombuffer(part, dtype=dtype)
-    return flat.view(-1, columns).to(device)
+    rows = flat.view(-1, columns)
+    return (
+        rows if rows.device == device else rows.to(device)
+    )  # a .to that does nothing takes time too
 
 
 def indices_from(part: Part, device: torch.device = CPU) -> Tensor:

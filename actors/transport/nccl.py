@@ -15,8 +15,8 @@ and all rooms of a batch are handed out when the last of them is filled.
 The contract of :mod:`.base` holds, with these additions:
 
 * Received tensors are uint8 [bytes] on the group's device; work that the receiving thread enqueues before its next
-  ``recv`` may use them. Tensors to send may be any contiguous ones; they are copied when ``send`` returns, in the order
-  of the thread's current stream.
+  ``recv``, or before it lets go of the frame if it keeps that, may use them. Tensors to send may be any contiguous
+  ones; they are copied when ``send`` returns, in the order of the thread's current stream.
 * ``recv`` hands out a frame once its payload has *arrived*, not merely been posted: what an abort leaves behind is
   never taken for data. Stale frames are dropped after their payload has arrived, or the sender would hang.
 * Frames taken in are posted ahead of ``recv``, up to ``MAX_BACKLOG_BYTES``.

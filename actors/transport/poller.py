@@ -61,11 +61,13 @@ class Poller:
             # Those that have frames in hand do not keep the others from being seen.
             events = self._poll(0.0) if ready else self._waiter.wait(self._poll, deadline)
             woken = False
-            for wire in dict.fromkeys(self._wire_of.get(fd) for fd, _ in events):
-                if wire is None:
-                    os.eventfd_read(self._wake_fd)
+            for fd, _ in events:
+                if fd == self._wake_fd:
+                    os.eventfd_read(fd)
                     woken = True
-                elif wire not in ready and wire.ready():
+                    continue
+                wire = self._wire_of[fd]
+                if wire not in ready and wire.ready():
                     ready.append(wire)
             # A doorbell may have brought part of a frame only: then there is nothing to tell yet.
             if ready or woken or not events:

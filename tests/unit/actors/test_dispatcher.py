@@ -428,6 +428,64 @@ def test_whatever_happens_each_batch_is_answered_once_and_right(events: list[tup
     assert not bench.attention.ready()
 
 
+def test_results_stay_until_their_batch_is_complete_however_many_come_meanwhile() -> None:
+    """One shard answers three micro-batches before any other answers one."""
+    bench = Bench(MAP)
+    wanted = {n: bench.ask(micro_batch=n, seed=n) for n in (2, 1, 0)}
+    for name in bench.shards:
+        for _ in range(3):
+            frame = bench.frame(name)
+            assert frame is not None
+            bench.answer(name, frame)
+    for n in (2, 1, 0):
+        got = bench.result()
+        assert isinstance(got, torch.Tensor)
+        torch.testing.assert_close(got, wanted[n])
+
+
+def send_rows(bench: Bench, given: torch.Tensor, step: int, micro_batch: int) -> torch.Tensor:
+    """As ``ask``, but the rows come in a frame, where they are left. All go to the experts 0 to K - 1."""
+    bench.attention.send(Kind.ROWS, FrameTag(0, step, micro_batch, 1), [tensor_bytes(given)], soon())
+    frame = bench.source.recv(soon())
+    chosen, weight = torch.arange(K).expand(len(given), K).contiguous(), torch.ones(len(given), K)
+    bench.data.dispatch(bench.source, frame.tag, tensor_from(frame.parts[0], torch.float32, D), chosen, weight)
+    return (given[:, None] * (chosen + 1)[..., None]).sum(1)
+
+
+def test_rows_are_sent_again_from_the_frame_that_they_came_in() -> None:
+    """Later frames of the same wire leave it alone."""
+    bench = Bench(TWICE)
+    wanted = {n: send_rows(bench, torch.full((2, D), n + 1.0), 1, n) for n in (2, 1, 0)}
+    bench.kill("b")
+    bench.answer_all()
+    for _ in range(3):
+        frame = bench.attention.recv(soon())
+        torch.testing.assert_close(tensor_from(frame.parts[0], torch.float32, D), wanted.pop(frame.tag.micro_batch))
+    assert bench.data.reroutes >= 1
+
+
+def test_batches_let_go_of_their_frames() -> None:
+    """Completed, given up, failed, or forgotten."""
+    bench, allocations = Bench(MAP), []
+    for step in range(1, 25):
+        send_rows(bench, torch.ones(2, D), step, 0)
+        frame = bench.frame("a")
+        assert frame is not None
+        bench.answer("a", frame, Kind.FAILED if step % 4 == 1 else Kind.RESULTS)
+        if step % 4 == 2:
+            bench.data.end_late(time.monotonic() + 11)
+        elif step % 4 == 3:
+            bench.answer_all()
+        while bench.attention.ready():
+            bench.attention.recv(soon())
+        for name in ("b", "c"):
+            while bench.frame(name):
+                pass
+        pools = [wire._pool for wire in (bench.source, *bench.wires.values())]  # type: ignore[attr-defined]
+        allocations.append(sum(pool.allocations for pool in pools))
+    assert allocations[-1] == allocations[7]
+
+
 class Group:
     """As much of a group as is looked at: it counts its batches."""
 

@@ -118,6 +118,18 @@ def test_each_micro_batch_gets_its_own_rows_in_whatever_order_they_come(
         assert client.batches == 3
 
 
+def test_an_answer_that_came_early_stays_until_it_is_asked_for(pair: tuple[MoEClient, Wire]) -> None:
+    client, router = pair
+    client.begin_step()
+    sent, frames = ask(client, router, 3)
+    answer(router, frames[1])
+    answer(router, frames[0])
+    assert torch.equal(client.finish(sent[0]), ROWS)
+    answer(router, frames[2])
+    assert torch.equal(client.finish(sent[2]), ROWS + 2)
+    assert torch.equal(client.finish(sent[1]), ROWS + 1)
+
+
 def test_answers_that_wait_take_no_new_memory(pair: tuple[MoEClient, Wire]) -> None:
     client, router = pair
     allocations = []
