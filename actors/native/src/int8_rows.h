@@ -199,7 +199,7 @@ static void lanes_product(const int8_t* const* x, const Lanes* lanes, const Matr
 constexpr int64_t MOST_BLOCKS = 2, ROWS_OF_TWO = std::min(TILE_M, 6);
 static constexpr int blocks_for(int rows) { return rows <= ROWS_OF_TWO ? MOST_BLOCKS : 1; }
 
-// put(m, n + j, value) for the rows from .. to of x and the count weights of all lanes, which begin with n, in tiles of about
+// put(m, n + j, value) for all rows m of x and the count weights of all lanes, which begin with n, in tiles of about
 // the same size.
 template <class W, class Put>
 static void multiply_blocks(const int8_t* const* x, int64_t rows, const Lanes* lanes, const Matrix& w, int64_t n,
