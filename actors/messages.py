@@ -68,9 +68,7 @@ def tensor_from(part: Part, dtype: torch.dtype, columns: int, device: torch.devi
         return torch.empty((0, columns), dtype=dtype, device=device)
     flat = part.view(dtype) if isinstance(part, Tensor) else torch.frombuffer(part, dtype=dtype)
     rows = flat.view(-1, columns)
-    return (
-        rows if rows.device == device else rows.to(device)
-    )  # a .to that does nothing takes time too
+    return rows if rows.device == device else rows.to(device)  # a .to that does nothing takes time too
 
 
 def indices_from(part: Part, device: torch.device = CPU) -> Tensor:
