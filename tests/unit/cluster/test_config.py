@@ -44,7 +44,10 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("experts: {shards: 0}", r"experts\.shards: .*greater than or equal to 1 \(given 0\)"),
         ("experts: {shards: two}", r"experts\.shards: .*integer.* \(given 'two'\)"),
         ("transport: pigeon", r"transport: .*'auto', 'nccl', 'shm', 'tcp' or 'local' \(given 'pigeon'\)"),
-        ("experts: {quantization: int3}", r"experts\.quantization: .*'none', 'int8', 'int4' or 'fp8' \(given 'int3'\)"),
+        (
+            "experts: {quantization: int3}",
+            r"experts\.quantization: .*'none', 'int8', 'int4', 'fp8', 'w8a8' or 'w4a8' \(given 'int3'\)",
+        ),
         ("check_weights: maybe", r"check_weights: .*boolean.* \(given 'maybe'\)"),
         ("model: ''", r"model: .*at least 1 character"),
         ("dtype: int3", r"dtype: .*'auto', 'float32'.* \(given 'int3'\)"),
