@@ -51,11 +51,11 @@ class DispatchHandle:
     """A batch whose rows are out at the expert shards. Made by ``dispatch``; only ``combine`` takes it.
 
     ``rows`` [T, D], in host memory also as ``bytes``, and ``chosen`` int64[T, K] are there to send them again;
-    ``weight`` float32 [T, K]. ``owed``: by
-    attempt, the shard's name and what it still has to answer; ``came``: what has been answered. Rows and answers lie
-    in the frames that they came in; ``kept``: lets go of those. ``stranded`` int64[S]: slots that nobody can compute
-    before the next map. ``refused``: shards that answered with an error. ``experts_s``: the longest that a shard
-    computed so far. ``span`` if the batch is traced. ``began_ns``: see ``SpanLog.begin``.
+    ``weight`` float32 [T, K]. ``owed``: by attempt, the shard's name and what it still has to answer; ``came``: what
+    has been answered. Rows and answers lie in the frames that they came in; ``kept``: lets go of those. ``stranded``
+    int64[S]: slots that nobody can compute before the next map. ``refused``: shards that answered with an error.
+    ``experts_s``: the longest that a shard computed so far. ``span`` if the batch is traced. ``began_ns``: see
+    ``SpanLog.begin``.
     """
 
     number: int
