@@ -119,8 +119,11 @@ class NativeRows:
         """Add ``more`` to the rows, one tensor [T, D] or the sum of two, then what ``layer``'s attention makes of them.
 
         Returns the rows [T, D] normed for the layer's MLP, which the next call overwrites. Raises IndexError for a
-        position or slot that does not exist.
+        position or slot that does not exist, ValueError for ``more`` of another shape or dtype.
         """
+        if any(part.shape != self.x.shape or part.dtype != self.x.dtype for part in more):
+            told = [(part.dtype, list(part.shape)) for part in more]
+            raise ValueError(f"to be added are {told}, the rows are {self.x.dtype} {list(self.x.shape)}")
         parts = [part.contiguous() for part in more]
         first, second = [*[part.data_ptr() for part in parts], None, None][:2]
         outside = getattr(self._kernels, layer.kind)(

@@ -34,10 +34,13 @@ class GateFields(ctypes.Structure):
 def choose(gate: GateFields, x: Tensor, weights: torch.dtype) -> tuple[Tensor, Tensor]:
     """Experts int64 [T, K] and weights [T, K] of the rows x [T, D], best first.
 
-    x: fp32 or bf16, on the CPU; fp32 logits, or in its dtype. ``weights``: as told to ``of``.
+    x: fp32 or bf16, on the CPU; fp32 logits, or in its dtype. ``weights``: as told to ``of``. Raises ValueError where x
+    has not D columns.
     """
     kernels = library()
     assert kernels is not None
+    if x.shape[1] != gate.weight.k:
+        raise ValueError(f"x has {x.shape[1]} columns, the gate takes {gate.weight.k}")
     x = x.contiguous()
     experts = torch.empty(x.shape[0], gate.top_k, dtype=torch.int64)
     out = torch.empty(x.shape[0], gate.top_k, dtype=weights)

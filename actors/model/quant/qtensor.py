@@ -215,7 +215,8 @@ def _under_one_another(parts: Sequence[Tensor], in_lanes: bool, element: int) ->
     shape = (sum(len(part) for part in parts), first.shape[1])
     on_cpu = first.device.type == "cpu"
     out = lasting(shape, first.dtype) if on_cpu else torch.empty(shape, dtype=first.dtype, device=first.device)
-    for part, rows in zip(parts, out.split([len(part) for part in parts]), strict=True):
+    for given, rows in zip(parts, out.split([len(part) for part in parts]), strict=True):
+        part = given.reshape(-1).view(given.shape)  # a transposed [1, n] counts as contiguous, but is no bytes' view
         if in_lanes:
             to_lanes(part, element, rows)
         else:

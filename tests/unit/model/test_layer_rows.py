@@ -163,6 +163,13 @@ def test_a_row_outside_is_refused_before_anything_changes(checkpoint_of: Checkpo
         assert torch.equal(rows.x, before)
 
 
+@pytest.mark.parametrize("wrong", [torch.zeros(3, 64), torch.zeros(8, 64, dtype=torch.bfloat16)])
+def test_other_rows_cannot_be_added(checkpoint_of: CheckpointOf, wrong: Tensor) -> None:
+    twins = Twins(checkpoint_of("glm4_moe", 3)[0], torch.float32)
+    with pytest.raises(ValueError, match="to be added are"):
+        twins.native(twins.random(0)).attend(0, [wrong])
+
+
 def test_what_the_kernels_do_not_take_goes_by_torch(checkpoint_of: CheckpointOf) -> None:
     """An indexer; fp16; another form; in the plain mode more rows than torch's products are slower for."""
     with_indexer, plain = (checkpoint_of(family, 3)[0] for family in ("deepseek_v32", "glm4_moe"))

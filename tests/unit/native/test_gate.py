@@ -83,3 +83,12 @@ def test_the_first_of_equals_is_chosen_and_nan_before_all() -> None:
     experts, weights = gate.route(0, torch.full((1, 8), math.nan))
     assert sorted(experts[0].tolist()) == [0, 1, 2]
     assert weights.isnan().all()
+
+
+def test_rows_of_another_width_or_dtype_are_refused() -> None:
+    gate = gate_of(RULES["softmax"], torch.float32)
+    with pytest.raises(ValueError, match="x has 95 columns, the gate takes 96"):
+        gate.route(3, torch.zeros(2, 95))
+    narrow = gate_of(RULES["logits and weights in the model's dtype"], torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        narrow.route(3, torch.zeros(2, 96))

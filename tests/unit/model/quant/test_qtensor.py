@@ -190,3 +190,11 @@ def test_nibbles() -> None:
     values = torch.arange(16, dtype=torch.uint8).expand(3, 16)
     assert pack_nibbles(values)[0].tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
     assert torch.equal(unpack_nibbles(pack_nibbles(values)), values)
+
+
+def test_scales_of_one_group_are_stacked_as_they_come_from_a_transposed_tensor() -> None:
+    """[1, N] transposed counts as contiguous, whatever its strides."""
+    scale = torch.arange(1.0, 65.0).to(torch.float16)[None].T.contiguous()
+    one = QTensor("int4", torch.full((64, 32), 0x21, dtype=torch.uint8), scale, 64)
+    both = stack([one, one])
+    assert torch.equal(both.dequantize(torch.float32), one.dequantize(torch.float32).repeat(2, 1))
