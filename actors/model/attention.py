@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from actors.native import products
-from actors.native.attention_layer import Common, NativeLayer, Product
+from actors.native.attention_layer import Common, NativeLayer
+from actors.native.matrix import Product
 
 from .batch import DecodeGroup, PagedRows, Segment, StepBatch
 from .block_attention import Sight, first_seen

@@ -92,9 +92,10 @@ class Gate:
     def _kernels_take(self, gate: GateWeights, x: Tensor) -> bool:
         if _dtype(self._spec.scores, x.dtype) != torch.float32 or not products.usable(x):
             return False
-        same = gate.bias is None or gate.bias.dtype == gate.weight.dtype
-        same = same and gate.weight.dtype in (torch.float32, x.dtype)
-        return same and native(x.shape[0], self._row_block, gate.weight, gate.weight)
+        logits = gate.weight.dtype
+        if logits not in (torch.float32, x.dtype) or (gate.bias is not None and gate.bias.dtype != logits):
+            return False
+        return native(x.shape[0], self._row_block, gate.weight, gate.weight)
 
     def _fields(self, layer: int, weights: torch.dtype) -> GateFields:
         if (layer, weights) not in self._native:

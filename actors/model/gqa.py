@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from actors.native.attention import attention
-from actors.native.attention_layer import Common, GroupedLayer, NativeLayer, Product, address
+from actors.native.attention_layer import Common, GroupedLayer, NativeLayer
+from actors.native.matrix import Product, address
 
 from .attention import PagedAttention, Planes, Queries, softmax_scores
 from .batch import PagedRows

@@ -46,22 +46,12 @@ class LayerPasses:
         if layers is None or paged is None or not isinstance(paged.rows, slice):
             return TorchRows(x, self._attention, self._norms, self._eps, batch, cache)
         where = batch.positions, batch.slots, paged.spans, paged.tables, cache.block_size
-        return _Native(NativeRows(x, *where), layers)
+        return NativeRows(layers, x, *where)
 
     def _layers(self, cache: KVCache) -> list[NativeLayer] | None:
         if cache not in self._native:
             self._native[cache] = self._attention.native_layers(self._norms, self._eps, cache)
         return self._native[cache]
-
-
-class _Native:
-    def __init__(self, rows: NativeRows, layers: Sequence[NativeLayer]) -> None:
-        self.x = rows.x
-        self._rows = rows
-        self._layers = layers
-
-    def attend(self, layer: int, more: Sequence[Tensor]) -> Tensor:
-        return self._rows.attend(self._layers[layer], more)
 
 
 class TorchRows:

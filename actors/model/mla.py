@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from actors.native.attention import attention, head_products
-from actors.native.attention_layer import Common, LatentLayer, NativeLayer, Product, address
+from actors.native.attention_layer import Common, LatentLayer, NativeLayer
+from actors.native.matrix import Product, address
 
 from .attention import PagedAttention, Planes, Queries, softmax_scores
 from .batch import PagedRows

@@ -10,28 +10,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .library import library
-from .matrix import KINDS, Place, Weight, place, weight_kind
+from .matrix import KINDS, Product
 
 _Pointer, _Whole, _Real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-
-
-class Product(ctypes.Structure):
-    """A weight [n, k] and its bias."""
-
-    _fields_ = [("kind", _Whole), ("w", _Whole * len(Place._fields)), ("bias", _Pointer), ("n", _Whole), ("k", _Whole)]
-
-    @classmethod
-    def of(cls, weight: Weight, bias: Tensor | None) -> Product:
-        """Of a weight that has a :func:`weight_kind`."""
-        kind = weight_kind(weight)
-        assert kind is not None
-        return cls(kind, (_Whole * len(Place._fields))(*place(weight)), address(bias), *weight.shape)
 
 
 class Rope(ctypes.Structure):
@@ -97,26 +84,35 @@ class NativeLayer:
 
 
 class NativeRows:
-    """The residual rows of one batch while they pass through the layers.
+    """The residual rows of one batch while they pass through the ``layers``.
 
     x: [T, D] on the CPU, contiguous, changed in place; positions, slots: int64 [T]; spans, tables: as for
     :func:`actors.native.attention.attention`, of all rows.
     """
 
     def __init__(
-        self, x: Tensor, positions: Tensor, slots: Tensor, spans: Tensor, tables: Tensor, block_size: int
+        self,
+        layers: Sequence[NativeLayer],
+        x: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        spans: Tensor,
+        tables: Tensor,
+        block_size: int,
     ) -> None:
         kernels = library()
         assert kernels is not None
         self.x = x
+        self._layers = layers
         self._normed = torch.empty_like(x)
         self._kernels = kernels
         self._held = positions.contiguous(), slots.contiguous(), spans.contiguous(), tables.contiguous()
         addresses = [tensor.data_ptr() for tensor in (x, self._normed, *self._held)]
         self._step = _Step(*addresses, x.shape[0], spans.shape[0], block_size)
 
-    def attend(self, layer: NativeLayer, more: Sequence[Tensor]) -> Tensor:
-        """Add ``more`` to the rows, one tensor [T, D] or the sum of two, then what ``layer``'s attention makes of them.
+    def attend(self, layer: int, more: Sequence[Tensor]) -> Tensor:
+        """Add ``more`` to the rows: none, one tensor [T, D] or the sum of two; then what the layer's attention makes of
+        them.
 
         Returns the rows [T, D] normed for the layer's MLP, which the next call overwrites. Raises IndexError for a
         position or slot that does not exist, ValueError for ``more`` of another shape or dtype.
@@ -124,12 +120,12 @@ class NativeRows:
         if any(part.shape != self.x.shape or part.dtype != self.x.dtype for part in more):
             told = [(part.dtype, list(part.shape)) for part in more]
             raise ValueError(f"to be added are {told}, the rows are {self.x.dtype} {list(self.x.shape)}")
-        parts = [part.contiguous() for part in more]
+        called, parts = self._layers[layer], [part.contiguous() for part in more]
         first, second = [*[part.data_ptr() for part in parts], None, None][:2]
-        outside = getattr(self._kernels, layer.kind)(
+        outside = getattr(self._kernels, called.kind)(
             self._kernels.number,
             KINDS[self.x.dtype],
-            ctypes.addressof(layer.fields),
+            ctypes.addressof(called.fields),
             ctypes.addressof(self._step),
             first,
             second,
@@ -140,8 +136,3 @@ class NativeRows:
             row = outside - 1
             raise IndexError(f"row {row} has position {int(positions[row])} and slot {int(slots[row])}, one too far")
         return self._normed
-
-
-def address(tensor: Tensor | None) -> Any:
-    """Where a contiguous tensor lies; None without one."""
-    return None if tensor is None else tensor.data_ptr()

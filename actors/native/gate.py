@@ -7,9 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .attention_layer import Product, address
 from .library import library
-from .matrix import KINDS
+from .matrix import KINDS, Product, address
 
 _Whole, _Real = ctypes.c_int64, ctypes.c_double
 

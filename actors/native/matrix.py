@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import ctypes
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +57,33 @@ class Place(NamedTuple):
 
 
 Weight = Tensor | Quantised
+
+Numbers = ctypes.c_int64 * len(Place._fields)
+"""A :class:`Place` in memory."""
+
+
+class Product(ctypes.Structure):
+    """The C struct ``Product``: a weight [n, k] and its bias."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int64),
+        ("w", Numbers),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+    ]
+
+    @classmethod
+    def of(cls, weight: Weight, bias: Tensor | None) -> Product:
+        """Of a weight that has a :func:`weight_kind`; valid as long as both."""
+        kind = weight_kind(weight)
+        assert kind is not None
+        return cls(kind, Numbers(*place(weight)), address(bias), *weight.shape)
+
+
+def address(tensor: Tensor | None) -> Any:
+    """Where a contiguous tensor lies; None without one."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def weight_kind(weight: Weight) -> int | None:

@@ -8,7 +8,6 @@ too (``row_group``), integers are multiplied: :mod:`actors.model.quant.int8_prod
 
 from __future__ import annotations
 
-import ctypes
 from functools import lru_cache
 
 import torch
@@ -16,9 +15,7 @@ from torch import Tensor
 
 from .expert_places import ExpertPlaces
 from .library import library
-from .matrix import KINDS, Place, Quantised, Weight, place, takes, weight_kind
-
-_Numbers = ctypes.c_int64 * len(Place._fields)
+from .matrix import KINDS, Numbers, Quantised, Weight, place, takes, weight_kind
 
 
 def usable(x: Tensor, *weights: Weight) -> bool:
@@ -51,7 +48,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         KINDS[x.dtype],
         weight_kind(weight),
         x.data_ptr(),
-        _Numbers(*place(weight)),
+        Numbers(*place(weight)),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         rows,
@@ -72,7 +69,7 @@ def dequantize(weight: Quantised, start: int, out: Tensor) -> None:
         kernels.number,
         KINDS[out.dtype],
         weight_kind(weight),
-        _Numbers(*place(weight, start)),
+        Numbers(*place(weight, start)),
         out.data_ptr(),
         *out.shape,
         torch.get_num_threads(),

@@ -15,13 +15,12 @@ from torch import Tensor
 from actors.messages import CPU
 from actors.model.batch import StepBatch
 from actors.model.layer_rows import LayerRows, TorchRows
-from actors.native.library import Library, functions, instruction_sets
 from actors.step_batch import step_batch
+from tests.kernels import INSTRUCTION_SETS, use
 from tests.micro_batched import MicroBatched
 from tests.paged_runner import random_ids
 
 CheckpointOf = Callable[..., tuple[Path, Any]]
-BUILT = functions()
 DTYPES = [torch.float32, torch.bfloat16]
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek": {},
@@ -36,13 +35,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True, params=instruction_sets(BUILT) if BUILT else [])
+@pytest.fixture(autouse=True, params=INSTRUCTION_SETS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    assert BUILT is not None
-    kernels = Library(BUILT, request.param)
-    for module in ("products", "attention", "attention_layer"):
-        monkeypatch.setattr(f"actors.native.{module}.library", lambda: kernels)
-    return str(request.param)
+    return use(request.param, monkeypatch).isa
 
 
 class Twins:

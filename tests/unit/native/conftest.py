@@ -7,17 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from actors.native.library import Library, functions, instruction_sets
-
-BUILT = functions()
+from tests.kernels import INSTRUCTION_SETS, use
 
 
-@pytest.fixture(params=instruction_sets(BUILT) if BUILT else [])
+@pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    assert BUILT is not None
-    kernels = Library(BUILT, request.param)
-    monkeypatch.setattr("actors.native.products.library", lambda: kernels)
-    return request.param
+    return use(request.param, monkeypatch).isa
 
 
 @pytest.fixture

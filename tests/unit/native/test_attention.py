@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from actors.native import attention as module
-from actors.native.library import Library, functions, instruction_sets
+from tests.kernels import INSTRUCTION_SETS, use
 
 DTYPES = [torch.float32, torch.bfloat16]
-BUILT = functions()
 SHAPES = [
     (9, 3, (64,), 64),
     (4, 4, (24,), 24),
@@ -29,16 +28,9 @@ SEGMENTS = [(1, 0), (7, 100), (60, 3), (1, 511), (2, 47), (1, 48), (5, 0)]
 """Rows and tokens before them: within a block of 48 tokens, at its edges and across some."""
 
 
-@pytest.fixture(autouse=True, params=instruction_sets(BUILT) if BUILT else [])
+@pytest.fixture(autouse=True, params=INSTRUCTION_SETS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    use(request.param, monkeypatch)
-    return str(request.param)
-
-
-def use(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert BUILT is not None
-    kernels = Library(BUILT, isa)
-    monkeypatch.setattr(module, "library", lambda: kernels)
+    return use(request.param, monkeypatch).isa
 
 
 @pytest.fixture(autouse=True)
@@ -239,8 +231,7 @@ def test_fused_multiply_add_gives_the_same_everywhere(isa: str, monkeypatch: pyt
         pytest.skip("portable: no fused multiply-add there, so its last bits are others")
     case = make((9, 3, (64,), 64), torch.float32)
     got = case.run()
-    assert BUILT is not None
-    use(instruction_sets(BUILT)[0], monkeypatch)
+    use(INSTRUCTION_SETS[0], monkeypatch)
     assert torch.equal(got, case.run())
 
 

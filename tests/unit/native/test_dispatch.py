@@ -14,22 +14,19 @@ from actors.dispatch import NOBODY, Owners, dispatch_rows_by_numpy
 from actors.messages import tensor_bytes
 from actors.model.combine import Piece, combine_pieces, combine_rows
 from actors.native import dispatch
-from actors.native.library import Library, functions, instruction_sets
+from actors.native.library import Library
+from tests.kernels import INSTRUCTION_SETS, use
 
 DTYPES = [torch.float32, torch.bfloat16]
-BUILT = functions()
 SHAPES = [(1, 1, 1), (3, 6, 33), (5, 8, 513), (2, 3, 1024), (300, 4, 700)]
 """T, K and D: tails of the columns that are summed at once, and more than one thread takes."""
 
 
-@pytest.fixture(autouse=True, params=instruction_sets(BUILT) if BUILT else [])
+@pytest.fixture(autouse=True, params=INSTRUCTION_SETS)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
-    assert BUILT is not None
-    found = Library(BUILT, request.param)
-    monkeypatch.setattr("actors.native.dispatch.library", lambda: found)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield found
+    yield use(request.param, monkeypatch)
     torch.set_num_threads(before)
 
 

@@ -10,9 +10,8 @@ import torch
 
 from actors.model.gate import Gate, GateWeights
 from actors.model.spec import GateSpec, MoESpec
-from actors.native.library import Library, functions, instruction_sets
+from tests.kernels import INSTRUCTION_SETS, use
 
-BUILT = functions()
 RULES = {
     "softmax": GateSpec("softmax", scale=16.0),
     "softmax of groups": GateSpec("softmax", n_group=4, topk_group=2),
@@ -25,13 +24,9 @@ RULES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, params=instruction_sets(BUILT) if BUILT else [])
+@pytest.fixture(autouse=True, params=INSTRUCTION_SETS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    assert BUILT is not None
-    kernels = Library(BUILT, request.param)
-    for module in ("products", "gate"):
-        monkeypatch.setattr(f"actors.native.{module}.library", lambda: kernels)
-    return str(request.param)
+    return use(request.param, monkeypatch).isa
 
 
 def gate_of(rule: GateSpec, dtype: torch.dtype, experts: int = 72, top_k: int = 6) -> Gate:

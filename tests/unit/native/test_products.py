@@ -14,11 +14,10 @@ from torch import Tensor
 
 from actors.native import products
 from actors.native.expert_places import ExpertPlaces
-from actors.native.library import Library, functions, instruction_sets
 from actors.native.matrix import Weight
+from tests.kernels import INSTRUCTION_SETS, use
 
 DTYPES = [torch.float32, torch.bfloat16]
-BUILT = functions()
 SHAPES = [(1, 1, 1), (1, 32, 3), (5, 70, 100), (9, 576, 961), (17, 2049, 33), (130, 300, 50), (70, 1000, 200)]
 """Rows, K and N: tails of all three, and rows that fit in a cache and not."""
 
@@ -32,8 +31,7 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 def test_the_kernels_are_built() -> None:
     """Else nothing here would be tested: whoever tests has a compiler."""
-    assert BUILT is not None
-    assert "portable" in instruction_sets(BUILT)
+    assert "portable" in INSTRUCTION_SETS
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,9 +84,7 @@ def test_experts_are_the_same_wherever_there_is_fused_multiply_add(isa: str, mon
     pairs = torch.arange(9), torch.zeros(9, dtype=torch.int64)
     x = random(9, 96, dtype=torch.float32)
     wide = products.experts(x, *pairs, places)
-    assert BUILT is not None
-    narrow = Library(BUILT, "avx2")
-    monkeypatch.setattr("actors.native.products.library", lambda: narrow)
+    use("avx2", monkeypatch)
     other = products.experts(x, *pairs, places)
     assert isinstance(wide, Tensor)
     assert isinstance(other, Tensor)

@@ -16,9 +16,10 @@ from actors.model.quant.qtensor import QTensor
 from actors.model.quant.quantize import quantize
 from actors.native import products
 from actors.native.expert_places import ExpertPlaces
-from actors.native.library import Library, functions
 from actors.native.matrix import W4A8, W8A8, weight_kind
 from actors.quant_kind import QuantKind
+from tests.experts_alone import assert_each_as_alone
+from tests.kernels import use
 
 pytestmark = pytest.mark.usefixtures("isa", "two_threads")
 
@@ -68,13 +69,10 @@ def quantised(
 @pytest.fixture
 def portably(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor, QTensor], Tensor]:
     """:func:`products.linear` without any instructions of this CPU's own."""
-    built = functions()
-    assert built is not None
-    plain = Library(built, "portable")
 
     def linear(x: Tensor, weight: QTensor) -> Tensor:
         with monkeypatch.context() as patch:
-            patch.setattr("actors.native.products.library", lambda: plain)
+            use("portable", patch)
             return products.linear(x, weight)
 
     return linear
@@ -192,20 +190,7 @@ def test_an_expert_is_its_three_products(dtype: torch.dtype, kind: QuantKind, ro
 def test_many_experts_are_as_each_alone(kind: QuantKind, lanes: bool) -> None:
     experts, plain = ([expert(kind, 64, 160, some, seed) for seed in range(3)] for some in (lanes, False))
     places = ExpertPlaces.together({number: one.places for number, one in enumerate(experts, 2) if one.places})
-    assert places is not None
-    x = random(20, 64, dtype=torch.bfloat16)
-    draw = torch.Generator().manual_seed(1)
-    pair_row, pair_expert = (torch.randint(low, high, (33,), generator=draw) for low, high in ((0, 20), (2, 5)))
-    out = products.experts(x, pair_row, pair_expert, places)
-    assert isinstance(out, Tensor)
-    for p, (row, number) in enumerate(zip(pair_row.tolist(), pair_expert.tolist(), strict=True)):
-        alone = plain[number - 2].places
-        assert alone is not None
-        assert torch.equal(out[p], products.swiglu(x[row : row + 1], alone)[0])
-    nothing = products.experts(x, pair_row[:0], pair_expert[:0], places)
-    assert isinstance(nothing, Tensor)
-    assert nothing.shape == (0, 64)
-    assert products.experts(x, pair_row[:1], torch.tensor([1]), places) == 1
+    assert_each_as_alone(places, {number: one.places for number, one in enumerate(plain, 2) if one.places})
 
 
 def test_rows_that_become_int8_in_two_ways_are_not_put_together() -> None:

@@ -15,6 +15,7 @@ from actors.model.quant.quantize import quantize
 from actors.native import products
 from actors.native.expert_places import ExpertPlaces
 from actors.native.matrix import weight_kind
+from tests.experts_alone import assert_each_as_alone
 
 pytestmark = pytest.mark.usefixtures("isa", "two_threads")
 
@@ -167,18 +168,8 @@ def test_experts_are_as_exact_as_torchs(dtype: torch.dtype, form: str, rows: int
 def test_many_experts_are_as_each_alone(form: str) -> None:
     experts = [forms_of_experts(64, 96, torch.bfloat16)[form][0], forms_of_experts(64, 96, torch.float32)[form][0]]
     experts.append(SwiGLU(*(quantize(random(*shape, seed=8), form) for shape in ((192, 64), (64, 96)))))  # type: ignore[arg-type]
-    places = ExpertPlaces.together({number: one.places for number, one in enumerate(experts, 2) if one.places})
-    assert places is not None
-    x = random(20, 64, dtype=torch.bfloat16)
-    draw = torch.Generator().manual_seed(1)
-    pair_row, pair_expert = (torch.randint(low, high, (33,), generator=draw) for low, high in ((0, 20), (2, 5)))
-    out = products.experts(x, pair_row, pair_expert, places)
-    assert isinstance(out, Tensor)
-    for p, (row, number) in enumerate(zip(pair_row.tolist(), pair_expert.tolist(), strict=True)):
-        alone = experts[number - 2].places
-        assert alone is not None
-        assert torch.equal(out[p], products.swiglu(x[row : row + 1], alone)[0])
-    assert products.experts(x, pair_row[:1], torch.tensor([1]), places) == 1
+    alone = {number: one.places for number, one in enumerate(experts, 2) if one.places}
+    assert_each_as_alone(ExpertPlaces.together(alone), alone)
 
 
 def test_unlike_experts_are_not_put_together() -> None:
