@@ -50,7 +50,7 @@ struct Panel {
 
   void prefetch(const int64_t* slots, int64_t count) const {
     for (int64_t t = 0; t < count; ++t)
-      for (int64_t i = 0; i < dim; i += 64 / sizeof(T)) __builtin_prefetch(head + slots[t] * step + i, 0, 2);
+      for (int64_t i = 0; i < dim; i += 64 / sizeof(T)) fetch(head + slots[t] * step + i);
   }
 
   // The 32 numbers of token t from this column on.
@@ -74,12 +74,12 @@ static inline void scores(const typename W::Row* const* query, const Panel<typen
   const typename W::Row* x[MR];
   for (int m = 0; m < MR; ++m) x[m] = query[m];
   for (const auto* key = keys; key != keys + 2; ++key) {
-    accumulate<W, MR, 4, NOTHING>(x, key->token + first, key->whole, 0, acc);
+    accumulate<W, MR, 4, false>(x, key->token + first, key->whole, 0, acc);
     for (int m = 0; m < MR; ++m) x[m] += key->whole;
     if (key->whole == key->dim) continue;
     const typename W::Stored* ends[4];
     for (int n = 0; n < 4; ++n) ends[n] = key->end[first + n];
-    accumulate<W, MR, 4, NOTHING>(x, ends, 32, 0, acc);
+    accumulate<W, MR, 4, false>(x, ends, 32, 0, acc);
     for (int m = 0; m < MR; ++m) x[m] += 32;
   }
   put_scores<MR>(acc, scale, out);

@@ -135,7 +135,7 @@ static inline __attribute__((always_inline)) void group_product(
 #pragma GCC unroll 2
       for (int b = 0; b < BLOCKS; ++b) {
         const uint8_t* at = lanes[b].numbers + column * (64 / W::COLUMNS);
-        __builtin_prefetch(at + BYTES_AHEAD);
+        fetch(at + BYTES_AHEAD);
         W::fours(load_dwords(at), w[b]);
       }
 #pragma GCC unroll 2

@@ -118,7 +118,7 @@ static inline __attribute__((always_inline)) void columns_of(const Block& block,
 #pragma GCC unroll 16
       for (int j = 0; j < 16; ++j) {
         rows[j] = read(p + j * block.row_bytes);
-        __builtin_prefetch(p + (LANES + j) * block.row_bytes, 0, 2);
+        fetch(p + (LANES + j) * block.row_bytes);
       }
     } else {
       uint8_t ends[16][64] = {};
@@ -141,7 +141,7 @@ static inline __attribute__((always_inline)) void lanes_each(const Block& block,
   });
   for (int64_t i = 0; i < count; ++i) {
     const uint8_t* p = block.first + i * LANES * bytes;
-    for (int64_t line = 0; line < LANES * bytes; line += 64) __builtin_prefetch(p + 2 * count * LANES * bytes + line);
+    for (int64_t line = 0; line < LANES * bytes; line += 64) fetch(p + 2 * count * LANES * bytes + line);
     fn(i, read(p));
   }
 }

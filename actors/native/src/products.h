@@ -8,6 +8,10 @@ using vf = float __attribute__((vector_size(64), aligned(4), may_alias));
 using vu = uint32_t __attribute__((vector_size(64), aligned(1), may_alias));
 using vi = int32_t __attribute__((vector_size(64)));
 
+// What will be read once is fetched into the second cache: the first can wait for a few lines at a time alone, 24 on Zen 4,
+// which is half of what a core can read.
+static inline __attribute__((always_inline)) void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 static inline __attribute__((always_inline)) vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
 
 static inline __attribute__((always_inline)) vf low_first(vf a, vf b) {
@@ -62,9 +66,8 @@ struct Dense {
   static Line line(const Matrix& w, int64_t row, int64_t k, float*) { return static_cast<const S*>(w.data) + row * k; }
   static inline __attribute__((always_inline)) int64_t group_size(Line, int64_t k) { return k; }
   static inline __attribute__((always_inline)) Group group(Line, int64_t) { return {}; }
-  template <int LOCALITY>
   static inline __attribute__((always_inline)) void prefetch(Line line, int64_t i) {
-    for (size_t j = 0; j < 32; j += 64 / sizeof(S)) __builtin_prefetch(line + i + j, 0, LOCALITY);
+    for (size_t j = 0; j < 32; j += 64 / sizeof(S)) fetch(line + i + j);
   }
 };
 
@@ -170,9 +173,8 @@ struct Quantised {
     for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
   }
   static inline __attribute__((always_inline)) int64_t group_size(const Line& line, int64_t) { return line.group; }
-  template <int LOCALITY>
   static inline __attribute__((always_inline)) void prefetch(const Line& line, int64_t i) {
-    __builtin_prefetch(line.data + (i * BITS >> 3), 0, LOCALITY);
+    fetch(line.data + (i * BITS >> 3));
   }
   static inline __attribute__((always_inline)) Numbers row(const float* p) { return Fp32::row(p); }
   static inline __attribute__((always_inline)) vf add(Numbers x, Numbers w, vf sum) { return Fp32::add(x, w, sum); }
@@ -245,13 +247,9 @@ struct Many<Dotted> {
 };
 #endif
 
-// Which cache the weights that come next are fetched into: the first, or the second where the first is full of those under
-// way and of rows.
-enum Fetch { NOTHING, NEAR, FAR };
-
-// acc[m][n] += x[m] . w[n], lane by lane, for MR rows and NR weights over k numbers, a multiple of 32. What stands ahead
-// numbers behind each weight is fetched meanwhile.
-template <class W, int MR, int NR, Fetch FETCH>
+// acc[m][n] += x[m] . w[n], lane by lane, for MR rows and NR weights over k numbers, a multiple of 32. With FETCH what stands
+// ahead numbers behind each weight is fetched meanwhile.
+template <class W, int MR, int NR, bool FETCH>
 static inline __attribute__((always_inline)) void accumulate(
     const typename W::Row* const* x, const typename W::Line* w, int64_t k, int64_t ahead, vf* sum) {
   vf acc[MR * NR];  // a copy, which stays in registers; the copying is unrolled, or GCC makes two slow calls of it
@@ -268,7 +266,7 @@ static inline __attribute__((always_inline)) void accumulate(
 #pragma GCC unroll 32
       for (int n = 0; n < NR; ++n) {
         weight[n] = W::weight(w[n], group[n], i);
-        if constexpr (FETCH != NOTHING) W::template prefetch<FETCH == NEAR ? 3 : 2>(w[n], i + ahead);
+        if constexpr (FETCH) W::prefetch(w[n], i + ahead);
       }
 #pragma GCC unroll 32
       for (int m = 0; m < MR; ++m) {
@@ -332,7 +330,7 @@ struct NoScratch {
 };
 
 // The NR weights from n on of w [.., k] times MR rows: out[m * NR + n].
-template <class W, int MR, int NR, Fetch FETCH>
+template <class W, int MR, int NR, bool FETCH>
 static void product(const typename W::Row* const* x, const Matrix& w, int64_t n, int64_t k, float* out) {
   const int64_t whole = k & ~int64_t{31};
   typename W::Line rows[NR];
@@ -350,7 +348,7 @@ static void product(const typename W::Row* const* x, const Matrix& w, int64_t n,
         std::memcpy(ends[j], rows[j] + whole, W::row_bytes(k - whole));
         rows[j] = ends[j];
       }
-      accumulate<W, MR, NR, NOTHING>(x_end, rows, 32, 0, acc);
+      accumulate<W, MR, NR, false>(x_end, rows, 32, 0, acc);
     }
   }
   finish<MR * NR>(acc, out);
@@ -378,9 +376,8 @@ static inline void multiply_rows(const typename W::Row* const* x, int64_t from, 
     with_rows<MOST>(static_cast<int>(last - first), [&](auto mr) {
       constexpr int MR = decltype(mr)::value;
       float out[MR * NR];
-      if (MOST == TILE_M) product<W, MR, NR, NEAR>(x + first, w, n, k, out);
-      else if (tile == 0) product<W, MR, NR, FAR>(x + first, w, n, k, out);
-      else product<W, MR, NR, NOTHING>(x + first, w, n, k, out);
+      if (MOST == TILE_M || tile == 0) product<W, MR, NR, true>(x + first, w, n, k, out);
+      else product<W, MR, NR, false>(x + first, w, n, k, out);
       for (int m = 0; m < MR; ++m)
         for (int j = 0; j < NR; ++j) put(first + m, n + j, out[m * NR + j]);
     });
