@@ -1,7 +1,7 @@
 """An open-loop load on a served cluster: throughput, latency, goodput, KV use and cache hits.
 
     python -m benchmarks.engine [--rates 0.5 1 2] [--seconds 40] [--target HOST:PORT] [--config FILE.yaml] [-o NAME]
-    python -m benchmarks.engine --stall
+    python -m benchmarks.engine --stall [--rounds 3] [--streams 8] [--prompt-tokens 4096]
 
 Requests arrive by a seeded Poisson process of each rate (a second), with mixed lengths; half of them begin like
 others, and a fifth are batch requests, which may wait: latencies and goodput leave them out. Nobody waits for an
@@ -9,7 +9,8 @@ answer before sending the next, so a cluster that is too slow shows it in its qu
 started here. Writes NAME.json and NAME.svg.
 
 --stall asks instead what a long prompt does to running streams: the longest gap between their tokens over their usual
-one, and the time to the prompt's first token over what it is alone.
+one, and the time to the prompt's first token over what it is alone; medians of some rounds, as a machine shared with
+others is restless by itself.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from rich.table import Table
 from benchmarks.arrivals import Mix, percentile, poisson
 from benchmarks.open_loop import Gateway, Run
 from benchmarks.plots import draw_sweep
-from benchmarks.stall import StallError, measure_stall
+from benchmarks.stall import StallError, measure_stall, summary
 from cluster.cli.serve import StopSignals, expected_errors, ready_cluster, weight_bytes
 from cluster.config import load_config
 
@@ -163,11 +164,18 @@ def main() -> int:
     parser.add_argument("--stall", action="store_true", help="what a long prompt does to running streams")
     parser.add_argument("--streams", type=int, default=8, help="with --stall: so many run")
     parser.add_argument("--prompt-tokens", type=int, default=4096, help="with --stall")
+    parser.add_argument("--rounds", type=int, default=3, help="with --stall: so often, each with other prompts")
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds: at least 1")
     try:
         with gateway_at(options.target, options.config) as target:
             if options.stall:
-                print(asyncio.run(measure_stall(target, options.streams, options.prompt_tokens)))
+                stalls = []
+                for _ in range(options.rounds):
+                    stalls.append(asyncio.run(measure_stall(target, options.streams, options.prompt_tokens)))
+                    print(stalls[-1], flush=True)
+                print(summary(stalls))
                 return 0
             slo = Slo(options.slo_ttft, options.slo_tpot)
             results = asyncio.run(sweep(target, options.rates, options.seconds, slo, options.seed))

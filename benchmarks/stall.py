@@ -16,26 +16,53 @@ _STREAM_PROMPT = 4
 _WARM_TOKENS = 40
 _USUAL_TOKENS = 24
 _LOOK_S = 0.02
+_ABOUT_BESIDE = 2
+"""A prompt beside streams takes about so many times as long as alone."""
 
 
 @dataclass(frozen=True)
 class Stall:
-    """Seconds. ``usual``: median gap between a stream's tokens with the same streams and no prompt; ``longest``: of all
-    streams while the prompt was computed; ``ttft`` beside them, ``alone`` without them."""
+    """Seconds. ``usual``: median gap between a stream's tokens with the same streams and no prompt; ``undisturbed``:
+    the longest of all streams in about as long a time without the prompt, which is the machine's own unrest;
+    ``longest``: of all streams while the prompt was computed; ``ttft`` beside them, ``alone`` without them."""
 
     streams: int
     prompt_tokens: int
     usual: float
+    undisturbed: float
     longest: float
     ttft: float
     alone: float
 
+    @property
+    def gap_ratio(self) -> float:
+        return self.longest / self.usual
+
+    @property
+    def unrest(self) -> float:
+        """What ``gap_ratio`` is without a prompt."""
+        return self.undisturbed / self.usual
+
+    @property
+    def ttft_ratio(self) -> float:
+        return self.ttft / self.alone
+
     def __str__(self) -> str:
         return (
             f"{self.streams} streams, then a prompt of {self.prompt_tokens} tokens: longest gap "
-            f"{self.longest * 1e3:.0f} ms = {self.longest / self.usual:.2f} x the usual {self.usual * 1e3:.0f} ms; "
-            f"its first token after {self.ttft:.2f} s = {self.ttft / self.alone:.2f} x the {self.alone:.2f} s alone"
+            f"{self.longest * 1e3:.0f} ms = {self.gap_ratio:.2f} x the usual {self.usual * 1e3:.0f} ms (without the "
+            f"prompt {self.unrest:.2f} x); its first token after {self.ttft:.2f} s = {self.ttft_ratio:.2f} x the "
+            f"{self.alone:.2f} s alone"
         )
+
+
+def summary(rounds: Sequence[Stall]) -> str:
+    """The medians of several rounds."""
+    gap, unrest, ttft = (median(getattr(one, name) for one in rounds) for name in ("gap_ratio", "unrest", "ttft_ratio"))
+    return (
+        f"median of {len(rounds)}: longest gap {gap:.2f} x the usual (without the prompt {unrest:.2f} x), first token "
+        f"after {ttft:.2f} x the time alone"
+    )
 
 
 class StallError(Exception):
@@ -65,13 +92,17 @@ async def measure_stall(target: str, streams: int, prompt_tokens: int) -> Stall:
             _check_running(tasks)
             await asyncio.sleep(_LOOK_S)
         usual = median(gap for one in running for gap in one.gaps_s[-_USUAL_TOKENS:])
+        waited = time.monotonic() - began
+        await asyncio.sleep(_ABOUT_BESIDE * before)
         sent = time.monotonic() - began
+        _check_running(tasks)
+        undisturbed = max(_gaps_within(one, waited, sent) for one in running)
         ttft = await _ttft(gateway, prompt(prompt_tokens))
         _check_running(tasks)
         longest = max(_gaps_within(one, sent, sent + ttft) for one in running)
         await _end(tasks)
         after = await _ttft(gateway, prompt(prompt_tokens))
-        return Stall(streams, prompt_tokens, usual, longest, ttft, (before + after) / 2)
+        return Stall(streams, prompt_tokens, usual, undisturbed, longest, ttft, (before + after) / 2)
     finally:
         await _end(tasks)
         await gateway.close()
