@@ -166,7 +166,9 @@ class AutoscaleConfig(_Section):
 class ExpertsConfig(_Section):
     """The expert fleet."""
 
-    shards: int = Field(2, ge=1, le=4096)
+    shards: int = Field(
+        0, ge=0, le=4096, description="0: one for each node that may hold them (device: cuda: for each GPU there)"
+    )
     min_replicas: int = Field(1, ge=1, le=16, description="shards that hold each expert, at least")
     slots: int = Field(0, ge=0, description="(layer, expert) weights a shard may hold; 0: what its share needs")
     spares: int = Field(0, ge=0, le=64, description="warm processes without experts, for quick recovery")
@@ -176,12 +178,14 @@ class ExpertsConfig(_Section):
     autoscale: AutoscaleConfig = Field(default_factory=AutoscaleConfig)
     cpus: float = Field(0.25, gt=0, description="logical CPUs of a bundle, for Ray's bookkeeping")
     gpus: float = Field(1.0, gt=0, le=1, description="with device: cuda, the part of a GPU that a bundle gets")
-    threads: int = Field(0, ge=0, description="torch threads; 0: one for small matrices, else the cores shared")
+    threads: int = Field(
+        0, ge=0, description="threads; 0: the cores shared, of small matrices one (two, alone on its node)"
+    )
     node_labels: Labels = Field(default_factory=dict, description="nodes that may hold this fleet")
 
     @model_validator(mode="after")
     def _replicas_have_shards(self) -> ExpertsConfig:
-        if self.min_replicas > self.shards:
+        if 0 < self.shards < self.min_replicas:
             raise ValueError(f"min_replicas is {self.min_replicas}, but there are {self.shards} shards to hold them")
         return self
 

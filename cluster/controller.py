@@ -36,7 +36,7 @@ from cluster.operations import Leaving, find_node, find_target
 from cluster.refusals import BadOperation, Busy, ChangeFailed
 from cluster.repairs import Repairs
 from cluster.roster import Member, Roster, Stopping
-from cluster.settings import check_shards
+from cluster.shard_counts import check_shards, first_count
 from cluster.supervisor import Supervisor
 from cluster.tracer import Tracer
 from cluster.view import cluster_view
@@ -59,10 +59,11 @@ class StartFailed(RuntimeError):
 
 @dataclass
 class Progress:
-    """How far ``start`` is: what it does now, and weight bytes read so far."""
+    """How far ``start`` is: what it does now, weight bytes read so far, and how many expert shards there will be."""
 
     phase: str = "placing actors"
     loaded_bytes: int = 0
+    expert_shards: int = 0
 
 
 class Controller:
@@ -221,13 +222,15 @@ class Controller:
     def _start(self, own: ActorHandle, deadline: float) -> Doors:
         attention, home = self._attention, self._fleet.home()
         replicas = attention.requests(self._config.attention.replicas)
-        shards = expert_requests(self._deployment, self._config.experts.shards)
+        count = first_count(self._config, self._fleet.nodes())
+        self._progress.expert_shards = count
+        shards = expert_requests(self._deployment, count)
         bundles = self._deployment.reserve(replicas + shards, left(deadline))
         self._deployment.settle_wires([bundle.node_id for bundle in bundles])
         self._progress.phase = "preparing the model"
         settings = self._deployment.settings([home, *(bundle.node_id for bundle in bundles)], deadline)
         spec = load_spec(settings.paths[home])
-        check_shards(self._config, spec)
+        check_shards(self._config, spec, count)
         experts = ExpertFleet(self._deployment, spec, lambda: attention.routers)
         self._progress.phase = "starting actors"
         gateway = self._gateways.spawn(deadline)

@@ -21,7 +21,7 @@ from cluster.deployment import PROCESS_START_S, Deployment, left
 from cluster.expert_maps import ExpertMaps, Routers
 from cluster.fleet import Bundle
 from cluster.roster import Member
-from cluster.settings import shard_limits
+from cluster.shard_counts import shard_limits
 from placement.balance import BalancePolicy, ShardRoom, imbalance, plan
 from placement.expert_map import ExpertMap, replaced
 from placement.spec import BundleRequest

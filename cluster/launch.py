@@ -42,6 +42,7 @@ def running_cluster(config: ServerConfig, on_progress: OnProgress = lambda _: No
         on_progress(Progress())
         start = controller.begin("start", controller)
         _await_start(controller, start, config.start_timeout_s, on_progress)
+        on_progress(controller.call("progress", timeout_s=_STOP_TIMEOUT_S))
         yield start.result()
 
 

@@ -132,7 +132,7 @@ def _start_local(config: ServerConfig) -> None:
                 f"experts.node_labels.{key}: {experts[key]!r}, but attention.node_labels has {attention[key]!r}: "
                 "the fleets want different nodes, and a local Ray has one"
             )
-    wanted = config.attention.replicas * config.attention.cpus + config.experts.shards * config.experts.cpus
+    wanted = config.attention.replicas * config.attention.cpus + max(1, config.experts.shards) * config.experts.cpus
     ray.init(
         address="local",
         namespace=NAMESPACE,

@@ -13,8 +13,11 @@ from cluster.config import load_config
 
 
 def run_demo(text: str) -> int:
-    """One attention shard, one router, two expert shards, one gateway on a free port; the exit status."""
-    config = load_config(None, {"gateway.port": 0, "gateway.http_port": 0})
+    """One attention shard, one router, two expert shards, one gateway on a free port; the exit status.
+
+    A machine by itself gets one expert shard; with two it is seen how rows go to several.
+    """
+    config = load_config(None, {"gateway.port": 0, "gateway.http_port": 0, "experts.shards": 2})
     signals = StopSignals()
     try:
         with ready_cluster(config, weight_bytes(config), signals) as doors:

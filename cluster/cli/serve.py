@@ -190,10 +190,12 @@ def check_description(config: ServerConfig, folder: Path) -> None:
     """
     from actors.model.families import load_spec
     from cluster.gateway.served_model import served_model
-    from cluster.settings import SettingsFactory, check_quantization, check_shards
+    from cluster.settings import SettingsFactory, check_quantization
+    from cluster.shard_counts import check_shards
 
     spec = load_spec(folder)
-    check_shards(config, spec)
+    if config.experts.shards:  # else it is known when the nodes are
+        check_shards(config, spec, config.experts.shards)
     check_quantization(config, spec)
     served_model(SettingsFactory(config, {"": folder}).gateway(""))
 
@@ -238,19 +240,24 @@ def ready_cluster(config: ServerConfig, expected_bytes: int, signals: StopSignal
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting Ray", total=expected_bytes)
 
+        reported = StartProgress()
+
         def on_progress(now: StartProgress) -> None:
+            nonlocal reported
+            reported = now
             signals.check()
             bar.update(task, description=now.phase, completed=now.loaded_bytes)
 
         with running_cluster(config, on_progress) as doors:
             bar.stop()
-            print(f"expertmesh is ready: {_summary(config)} at {_where(config, doors)}; Ctrl-C stops it", flush=True)
+            summary = _summary(config, reported.expert_shards)
+            print(f"expertmesh is ready: {summary} at {_where(config, doors)}; Ctrl-C stops it", flush=True)
             yield doors
 
 
-def _summary(config: ServerConfig) -> str:
-    attention, experts = config.attention.replicas, config.experts.shards
-    return f"{model_name(config.model)} on {attention} attention, {attention} router, {experts} expert shard(s)"
+def _summary(config: ServerConfig, expert_shards: int) -> str:
+    attention = config.attention.replicas
+    return f"{model_name(config.model)} on {attention} attention, {attention} router, {expert_shards} expert shard(s)"
 
 
 def _where(config: ServerConfig, doors: Doors) -> str:

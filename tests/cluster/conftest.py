@@ -81,6 +81,7 @@ def distributed(address: str, path: Path, **overrides: Any) -> ServerConfig:
         "gateway.http_port": 0,
         "attention.threads": 1,
         "experts.threads": 1,
+        "experts.shards": 2,
         "attention.kv_memory": "8MiB",
         "attention.node_labels": {ROLE: "experts"},
         "experts.node_labels": {ROLE: "experts"},
@@ -94,7 +95,7 @@ def server_file(folder: Path, address: str, model: Path, **sections: Any) -> Pat
         "model": str(model),
         "ray": {"address": address},
         "attention": {"threads": 1, "kv_memory": "8MiB", "node_labels": {ROLE: "attention"}},
-        "experts": {"threads": 1, "node_labels": {ROLE: "experts"}},
+        "experts": {"threads": 1, "shards": 2, "node_labels": {ROLE: "experts"}},
         **sections,
     }
     file = folder / "server.yaml"

@@ -41,7 +41,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     [
         ("experts: {shard: 2}", r"experts\.shard: unknown key; allowed here: .*cpus, .*shards, .*threads"),
         ("modle: x", r"modle: unknown key; allowed here: access, attention, "),
-        ("experts: {shards: 0}", r"experts\.shards: .*greater than or equal to 1 \(given 0\)"),
+        ("experts: {shards: -1}", r"experts\.shards: .*greater than or equal to 0 \(given -1\)"),
         ("experts: {shards: two}", r"experts\.shards: .*integer.* \(given 'two'\)"),
         ("transport: pigeon", r"transport: .*'auto', 'nccl', 'shm', 'tcp' or 'local' \(given 'pigeon'\)"),
         (

@@ -34,6 +34,7 @@ def local() -> Callable[..., ServerConfig]:
             "gateway.http_port": 0,
             "attention.threads": 1,
             "experts.threads": 1,
+            "experts.shards": 2,
         }
         return load_config(None, {"model": str(path), **keys, "attention.kv_memory": "4MiB", **overrides})
 
