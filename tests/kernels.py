@@ -6,7 +6,7 @@ import pytest
 
 from actors.native.library import Library, functions, instruction_sets
 
-CALLERS = ("products", "attention", "attention_layer", "gate", "dispatch")
+CALLERS = ("products", "attention", "attention_layer", "gate", "dispatch", "quantize")
 """The modules of ``actors.native`` that call them."""
 
 _BUILT = functions()

@@ -42,6 +42,7 @@ class Library:
         self.grouped_layer = functions.expertmesh_grouped_layer
         self.latent_layer = functions.expertmesh_latent_layer
         self.gate = functions.expertmesh_gate
+        self.quantize_int4 = functions.expertmesh_quantize_int4
 
 
 def instruction_sets(functions: ctypes.CDLL) -> list[str]:
@@ -91,6 +92,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         "grouped_layer": [number, number, *[pointer] * 4, number],
         "latent_layer": [number, number, *[pointer] * 4, number],
         "gate": [number, number, *[pointer] * 4, whole, number],
+        "quantize_int4": [number, number, *[pointer] * 4, *[whole] * 3, number],
     }
     for name, types in arguments.items():
         function = getattr(found, f"expertmesh_{name}")

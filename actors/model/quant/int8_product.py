@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .packing import unpack_nibbles
-from .qtensor import MIDDLE, QTensor
+from .qtensor import MIDDLE, ZERO_PARTS, QTensor
 
 STEPS = 127.5
 """Half of int8's range: compressed-tensors' divisor, whose largest element then rounds to 128 and is clamped to 127."""
@@ -31,22 +31,24 @@ def int8_linear(x: Tensor, weight: QTensor) -> Tensor:
     weight = weight.in_rows()
     width, row_group = weight.shape[1], min(weight.row_group, weight.shape[1])
     rows, row_scale = quantize_rows(x, row_group)
-    total = x.new_zeros((), dtype=torch.float32)
+    total, parts = x.new_zeros((), dtype=torch.float32), ZERO_PARTS[weight.kind]
     for index, start in enumerate(range(0, width, row_group)):
         part = x.new_zeros((), dtype=torch.float32)
         for first in range(start, min(start + row_group, width), weight.group):
             columns = slice(first, min(first + weight.group, width))
             whole, scale = _integers(rows[:, columns], weight, columns), weight.scale[:, first // weight.group]
-            part = part + whole.float() * scale.float()
+            part = part + whole.float() * (scale.float() / parts)
         total = total + part * row_scale[:, index, None]
     return total.to(x.dtype)
 
 
 def _integers(rows: Tensor, weight: QTensor, columns: slice) -> Tensor:
-    """int8 rows [R, n] times columns of a weight, all of one group: int32 [R, N]."""
+    """int8 rows [R, n] times columns of a weight, all of one group, in parts of a step: int32 [R, N]."""
     numbers = weight.data[:, columns] if weight.kind == "int8" else unpack_nibbles(weight.data)[:, columns]
-    zero = MIDDLE[weight.kind] if weight.zero is None else weight.zero[:, columns.start // weight.group].int()
-    return int_matmul(rows, numbers.to(torch.int8)) - rows.sum(-1, keepdim=True, dtype=torch.int32) * zero
+    parts = ZERO_PARTS[weight.kind]
+    zero = MIDDLE[weight.kind] * parts if weight.zero is None else weight.zero[:, columns.start // weight.group].int()
+    whole = int_matmul(rows, numbers.to(torch.int8)) * parts
+    return whole - rows.sum(-1, keepdim=True, dtype=torch.int32) * zero
 
 
 def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:

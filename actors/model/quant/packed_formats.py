@@ -14,7 +14,7 @@ from actors.model.weights import Checkpoint
 
 from .layout import Part, Parts, groups_of
 from .packing import add_to_each, pack_nibbles, unpack_awq_words, unpack_words
-from .qtensor import QTensor
+from .qtensor import ZERO_PARTS, QTensor
 from .scheme import QuantScheme
 
 TILE_BYTES = 1024 * 1024
@@ -147,5 +147,5 @@ def _qtensor(
     if zero is not None and bool((zero == 1 << (scheme.bits - 1)).all()):
         zero = None
     if scheme.bits == 4:
-        return QTensor("int4", data, scale, group, zero, columns)
+        return QTensor("int4", data, scale, group, None if zero is None else zero * ZERO_PARTS["int4"], columns)
     return QTensor("int8", data, scale, group, None if zero is None else _signed(zero), columns)

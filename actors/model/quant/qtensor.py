@@ -19,6 +19,8 @@ DATA = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
 MIDDLE = {"int8": 0, "int4": 8}
 """The zero point where none is kept."""
+ZERO_PARTS = {"int8": 1, "int4": 8}
+"""Zero points are kept in these parts of a step."""
 LARGEST = {"int8": 255, "int4": 15, "fp8": 448}
 """No number is further from its zero point."""
 
@@ -31,11 +33,12 @@ MAX_INT8_COLUMNS = 2**16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QTensor:
-    """``W[n, k] = (data[n, k] - zero[n, k // group]) * scale[n, k // group]``, N rows of K columns.
+    """``W[n, k] = (data[n, k] - zero[n, k // group] / parts) * scale[n, k // group]``, N rows of K columns.
 
     data: int8 or float8_e4m3fn [N, K]; for ``int4`` uint8 [N, K / 2], column 2j in the low nibble of byte j, unsigned.
-    scale: fp32, bf16 or fp16 [N, ceil(K / group)]: the last group may be shorter. zero: as scale, int8 (``int8``) or
-    uint8 (``int4``), or None: 0 (for int4: 8); fp8 has none. columns: int64 [K] or None; stored column j is the
+    scale: fp32, bf16 or fp16 [N, ceil(K / group)]: the last group may be shorter. zero: as scale, int8 (``int8``,
+    parts is 1) or uint8 in eighths of a step (``int4``, parts is 8), no more than 15 steps, or None: 0 (for int4: 8
+    steps); fp8 has none. columns: int64 [K] or None; stored column j is the
     matrix's column ``columns[j]`` (GPTQ's act order). row_group (int8 and int4): not 0 where rows that are
     multiplied are quantised to int8 as well: how many of a row's columns share a scale, a multiple of group or at least
     K. lanes: rows lie side by side, see :mod:`.lanes`. Raises ValueError for parts that do not fit.
@@ -172,7 +175,7 @@ class QTensor:
         data = self.data[rows]
         values = unpack_nibbles(data).float() if self.kind == "int4" else data.float()
         scale = self.scale[rows].float()
-        zero = None if self.zero is None else self.zero[rows].float()
+        zero = None if self.zero is None else self.zero[rows].float() / ZERO_PARTS[self.kind]
         if zero is None and MIDDLE.get(self.kind):
             values.sub_(MIDDLE[self.kind])
         whole = self.shape[1] // self.group
@@ -237,7 +240,7 @@ def _same_columns(a: QTensor, b: QTensor) -> bool:
 def _zero(q: QTensor) -> Tensor:
     if q.zero is not None:
         return q.zero
-    return torch.full(q.scale.shape, MIDDLE[q.kind], dtype=q.data.dtype, device=q.device)
+    return torch.full(q.scale.shape, MIDDLE[q.kind] * ZERO_PARTS[q.kind], dtype=q.data.dtype, device=q.device)
 
 
 def _expect(part: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:

@@ -71,7 +71,9 @@ static int32_t round_numbers(const T* from, int64_t count, float scale, int8_t* 
   return reduced(sum, [](vi a, vi b) { return a + b; });
 }
 
-// A kind of weights for rows of int8. A row has k numbers; then its scales; then, for each group of the weights' columns,
+// A kind of weights for rows of int8. Zero points are in PARTS of a step, so in a group integers are that many times what
+// they stand for, and its scale so much less, by a power of two: of up to 65,536 columns, as Python lets in, they are at
+// most 255 * 128 * 65,536, which int32 just holds. A row has k numbers; then its scales; then, for each group of the weights' columns,
 // the sum of its numbers: weights are unsigned in products, and that many times their zero point is too much.
 struct Int8Rows {
   using Row = int8_t;
@@ -86,7 +88,7 @@ struct Int8Rows {
 struct W8 : Int8Rows {
   using Zero = int8_t;
   static constexpr int COLUMNS = 4, FOURS = 1;  // in a dword of each lane
-  static constexpr int32_t MOVED = 128, MIDDLE = 128;
+  static constexpr int32_t MOVED = 128, MIDDLE = 128, PARTS = 1;
   static int64_t row_bytes(int64_t k) { return k; }
   static inline __attribute__((always_inline)) vi in_order(vi columns) { return columns; }
   static inline __attribute__((always_inline)) void fours(vi dwords, Four* out) {
@@ -98,7 +100,7 @@ struct W8 : Int8Rows {
 struct W4 : Int8Rows {
   using Zero = uint8_t;
   static constexpr int COLUMNS = 8, FOURS = 2;
-  static constexpr int32_t MOVED = 0, MIDDLE = 8;
+  static constexpr int32_t MOVED = 0, MIDDLE = 8 * 8, PARTS = 8;
   static int64_t row_bytes(int64_t k) { return k / 2; }
   static inline __attribute__((always_inline)) vi in_order(vi columns) {
     return __builtin_shuffle(columns, vi{0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
@@ -174,7 +176,7 @@ static __attribute__((noinline)) void add_row_group(const int8_t* const* x, cons
       const vi zero = lanes[b].zero[g];
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-        whole[m][b] -= zero * reinterpret_cast<const int32_t*>(x[m] + sums)[g];
+        whole[m][b] = whole[m][b] * W::PARTS - zero * reinterpret_cast<const int32_t*>(x[m] + sums)[g];
         part[m][b] = fused(__builtin_convertvector(whole[m][b], vf), scale, part[m][b]);
       }
     }

@@ -72,6 +72,15 @@ struct Dequantize {
   int threads;
 };
 
+struct Quantize {
+  const void* w;
+  uint8_t* data;
+  uint16_t* scale;
+  uint8_t* zero;
+  int64_t n, k, stride;
+  int threads;
+};
+
 struct Experts {
   int gate_up_kind, down_kind;
   const void* x;
@@ -169,6 +178,7 @@ constexpr int TILE_M = 8, TILE_N = 3;
 #include "elementwise.h"
 #include "attention_layer.h"
 #include "gate.h"
+#include "quantize.h"
 #undef HAS_BF16_DOT
 #undef HAS_VNNI
 }  // namespace avx512_bf16
@@ -187,6 +197,7 @@ constexpr int TILE_M = 8, TILE_N = 3;
 #include "elementwise.h"
 #include "attention_layer.h"
 #include "gate.h"
+#include "quantize.h"
 #undef HAS_AVX512
 }  // namespace avx512
 #pragma GCC pop_options
@@ -205,6 +216,7 @@ constexpr int TILE_M = 2, TILE_N = 3;
 #include "elementwise.h"
 #include "attention_layer.h"
 #include "gate.h"
+#include "quantize.h"
 #undef HAS_AVX2
 #undef HAS_FMA
 }  // namespace avx2
@@ -222,6 +234,7 @@ constexpr int TILE_M = 2, TILE_N = 3;
 #include "elementwise.h"
 #include "attention_layer.h"
 #include "gate.h"
+#include "quantize.h"
 }  // namespace portable
 
 struct Kernels {
@@ -235,6 +248,7 @@ struct Kernels {
   void (*grouped_layer[2])(const GroupedLayer&, const AttentionStep&, const void*, const void*, int, Pool&);
   void (*latent_layer[2])(const LatentLayer&, const AttentionStep&, const void*, const void*, int, Pool&);
   void (*gate[2])(const Gate&, const void*, int64_t, int64_t*, void*, int, Pool&);
+  void (*quantize_int4[2])(const Quantize&, Pool&);
 };
 
 #define KERNELS(isa)                                                    \
@@ -248,6 +262,7 @@ struct Kernels {
         {isa::grouped_layer<float>, isa::grouped_layer<uint16_t>},      \
         {isa::latent_layer<float>, isa::latent_layer<uint16_t>},        \
         {isa::gate<float>, isa::gate<uint16_t>},                        \
+        {isa::quantize_int4<float>, isa::quantize_int4<uint16_t>},      \
   }
 
 static std::vector<Kernels> supported() {
@@ -377,6 +392,15 @@ int64_t expertmesh_latent_layer(int isa, int type, const void* layer, const void
   const auto& rows = *static_cast<const AttentionStep*>(step);
   if (const int64_t outside = row_outside(call.common, rows); outside >= 0) return outside + 1;
   return guarded([&] { return all()[isa].latent_layer[type](call, rows, a, b, threads, pool()), 0; });
+}
+
+// w [n, k], fp32 or bf16 by its type, rows stride apart, k even; data [n, k / 2], scale (bf16) and zero (in eighths of a step)
+// [n, ceil(k / 32)].
+int64_t expertmesh_quantize_int4(int isa, int type, const void* w, void* data, void* scale, void* zero, int64_t n,
+                                 int64_t k, int64_t stride, int threads) {
+  const Quantize call{w, static_cast<uint8_t*>(data), static_cast<uint16_t*>(scale), static_cast<uint8_t*>(zero), n, k, stride,
+                      threads};
+  return guarded([&] { return all()[isa].quantize_int4[type](call, pool()), 0; });
 }
 
 // x [rows, d]; experts and weights [rows, top_k], best first; see gate_call.h. bf16 logits only for bf16 rows.

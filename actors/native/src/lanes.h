@@ -79,7 +79,7 @@ constexpr int64_t LANES = 16;
 constexpr int64_t BYTES_AHEAD = 4096;  // so much further on numbers are fetched
 
 // A block of 16 weights, one in each lane: dwords of their numbers, four columns of int8 or eight of int4; and for each
-// group the scales and the zero points.
+// group the scales, each for one part of a step, and the zero points in such parts.
 struct Lanes {
   const uint8_t* numbers;
   const vf* scale;
@@ -161,7 +161,8 @@ static Lanes lanes_of(const Matrix& w, int64_t n, int64_t count, int64_t k, vi* 
   vi *const scales = room, *const zeros = scales + rounded_up(groups, 16), *const numbers = zeros + rounded_up(groups, 16);
   const auto into = [](vi* to, int32_t more) { return [=](int64_t i, vi lanes) { to[i] = lanes + more; }; };
   if (!w.in_lanes) lanes_each(number, false, dwords, 4, load_dwords, into(numbers, 0));
-  const auto read_scale = [&](const uint8_t* p) { return Lanes::scales(p, w.scale_kind); };
+  constexpr float part = 1.0f / B::PARTS;  // see Int8Rows
+  const auto read_scale = [&](const uint8_t* p) { return (vi)((vf)Lanes::scales(p, w.scale_kind) * part); };
   lanes_each(scale, w.in_lanes, groups, scale_bytes, read_scale, into(scales, 0));
   const auto read_zero = [](const uint8_t* p) { return widen16(reinterpret_cast<const typename B::Zero*>(p)); };
   if (w.zero) lanes_each(zero, w.in_lanes, groups, 1, read_zero, into(zeros, B::MOVED));

@@ -144,8 +144,8 @@ static inline __attribute__((always_inline)) vi widen16(const B* p) {
 }
 
 // Quantised weights: (number - zero) * scale in fp32, as actors/model/quant/qtensor.py has it; rows are fp32 as well. Z:
-// of zero points; MIDDLE: the zero point where none is kept.
-template <class Z, int BITS, int MIDDLE>
+// of zero points, in so many PARTS of a step; MIDDLE: the zero point, in steps, where none is kept.
+template <class Z, int BITS, int MIDDLE, int PARTS>
 struct Quantised {
   using Row = float;
   using Numbers = Fp32::Numbers;
@@ -165,7 +165,7 @@ struct Quantised {
     if (w.scale_kind == BF16) widen_all(static_cast<const uint16_t*>(w.scale) + first, count, room);
     if (w.scale_kind == FP16)
       for (int64_t g = 0; g < count; ++g) room[g] = from_fp16(static_cast<const uint16_t*>(w.scale)[first + g]);
-    for (int64_t g = 0; g < count; ++g) zero[g] = w.zero ? static_cast<const Z*>(w.zero)[first + g] : MIDDLE;
+    for (int64_t g = 0; g < count; ++g) zero[g] = w.zero ? static_cast<const Z*>(w.zero)[first + g] / float{PARTS} : MIDDLE;
     return {static_cast<const uint8_t*>(w.data) + row * row_bytes(k), room, zero, w.group};
   }
   template <class S>
@@ -180,7 +180,7 @@ struct Quantised {
   static inline __attribute__((always_inline)) vf add(Numbers x, Numbers w, vf sum) { return Fp32::add(x, w, sum); }
 };
 
-struct Int8 : Quantised<int8_t, 8, 0> {
+struct Int8 : Quantised<int8_t, 8, 0, 1> {
   struct Group {
     vf scale, zero;
   };
@@ -200,7 +200,7 @@ struct Int8 : Quantised<int8_t, 8, 0> {
 };
 
 // Two numbers in a byte, the first in its low half: rows have even and odd columns apart, as for Widened.
-struct Int4 : Quantised<uint8_t, 4, 8> {
+struct Int4 : Quantised<uint8_t, 4, 8, 8> {
 #if HAS_AVX512
   // All 16 numbers of the group: one instruction looks up 16 of them, by the lowest 4 bits.
   struct Group {

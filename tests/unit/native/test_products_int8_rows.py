@@ -53,7 +53,7 @@ def quantised(
     signed = kind == "int8"
     groups = n, -(-k // group)
     data = torch.randint(0, 256, (n, k if signed else k // 2), generator=draw, dtype=torch.uint8)
-    zero = torch.randint(0, 256 if signed else 16, groups, generator=draw, dtype=torch.uint8)
+    zero = torch.randint(0, 256 if signed else 121, groups, generator=draw, dtype=torch.uint8)
     numbers = torch.int8 if signed else torch.uint8
     scales = torch.rand(groups, generator=draw).add_(0.1).mul_(0.01).to(scale)
     return QTensor(

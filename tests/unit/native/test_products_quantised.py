@@ -47,7 +47,7 @@ def quantised(
     groups = -(-k // group)
     signed = kind == "int8"
     data = torch.randint(0, 256, (n, k if signed else k // 2), generator=draw, dtype=torch.uint8)
-    zero = torch.randint(-128 if signed else 0, 128 if signed else 16, (n, groups), generator=draw)
+    zero = torch.randint(-128 if signed else 0, 128 if signed else 121, (n, groups), generator=draw)
     scales = torch.rand(n, groups, generator=draw).add_(0.1) * (0.01 if signed else 0.1)
     scales[:1, :1] *= -1e-5  # fp16: below the normal numbers
     return QTensor(

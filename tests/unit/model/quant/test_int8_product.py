@@ -46,7 +46,7 @@ def matrix(n: int, width: int, group: int, zero: bool = False, row_group: int = 
     scale = torch.rand(groups, generator=torch.Generator().manual_seed(5)) + 0.5
     data, zeros = int8((n, width), 3), int8(groups, 4)
     if kind == "int4":
-        data, zeros = data[:, : width // 2].contiguous().view(torch.uint8), zeros.view(torch.uint8) & 15
+        data, zeros = data[:, : width // 2].contiguous().view(torch.uint8), zeros.view(torch.uint8) % 121
     return QTensor(kind, data, scale, group, zeros if zero else None, row_group=row_group)
 
 

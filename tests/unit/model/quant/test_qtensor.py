@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from actors.model.quant.packing import pack_nibbles, unpack_nibbles
-from actors.model.quant.qtensor import MAX_INT8_COLUMNS, QTensor, can_stack, stack
+from actors.model.quant.qtensor import MAX_INT8_COLUMNS, ZERO_PARTS, QTensor, can_stack, stack
 
 KINDS = ["int8", "int4", "fp8"]
 KINDS_AND_ZERO = [("int8", False), ("int8", True), ("int4", False), ("int4", True), ("fp8", False)]
@@ -25,7 +25,7 @@ def draw(kind: Any, rows: int, width: int, group: int, zero: bool = False, seed:
         zeros = torch.randint(-128, 128, scale.shape, generator=generator, dtype=torch.int8)
     else:
         data = torch.randint(0, 256, (rows, width // 2), generator=generator, dtype=torch.uint8)
-        zeros = torch.randint(0, 16, scale.shape, generator=generator, dtype=torch.uint8)
+        zeros = torch.randint(0, 121, scale.shape, generator=generator, dtype=torch.uint8)
     return QTensor(kind, data, scale, group, zeros if zero else None)
 
 
@@ -39,7 +39,11 @@ def element_by_element(q: QTensor) -> Tensor:
                 number = float((int(q.data[n, j // 2]) >> (4 * (j % 2))) & 15)
             else:
                 number = float(q.data[n, j])
-            zero = float(q.zero[n, j // q.group]) if q.zero is not None else 8.0 * (q.kind == "int4")
+            zero = (
+                float(q.zero[n, j // q.group]) / ZERO_PARTS.get(q.kind, 1)
+                if q.zero is not None
+                else 8.0 * (q.kind == "int4")
+            )
             column = j if q.columns is None else int(q.columns[j])
             out[n, column] = (number - zero) * float(q.scale[n, j // q.group])
     return out

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actors.model.quant.quantize import GROUP, quantize, quantized_bytes
+from actors.model.quant.qtensor import ZERO_PARTS, QTensor
+from actors.model.quant.quantize import GROUP, TINY, quantize, quantized_bytes
 from actors.quant_kind import NUMBER_KINDS, NUMBERS, QUANT_KINDS
+from tests.kernels import INSTRUCTION_SETS, use
 
 KINDS = NUMBER_KINDS
 SYMMETRIC = ["int8", "fp8"]
@@ -46,6 +49,17 @@ def error_and_bound(weight: Tensor, kind: Any) -> tuple[Tensor, Tensor]:
     return error, half * (1 + 1e-5)
 
 
+def student(*shape: int, generator: torch.Generator) -> Tensor:
+    """Three degrees of freedom."""
+    normal, *others = (torch.randn(*shape, generator=generator) for _ in range(4))
+    return normal / torch.stack(others).square().mean(0).sqrt()
+
+
+def sparse(*shape: int, generator: torch.Generator) -> Tensor:
+    """Half of it 0."""
+    return torch.randn(*shape, generator=generator) * (torch.rand(*shape, generator=generator) < 0.5)
+
+
 MATRICES = st.builds(
     draw,
     rows=st.integers(1, 9),
@@ -74,16 +88,62 @@ def errors_of_groups(weight: Tensor, rounded: Tensor) -> Tensor:
 @settings(max_examples=60, deadline=None)
 @given(weight=MATRICES)
 def test_no_group_of_int4_is_worse_than_rounded_over_its_whole_range(weight: Tensor) -> None:
-    got = errors_of_groups(weight, quantize(weight, "int4").dequantize(torch.float32))
-    assert (got <= errors_of_groups(weight, over_the_whole_range(weight)) + 1e-6).all()
+    """But for 2 %, as fitted scales and zero points are rounded too; for a last group that is not full, as it is fitted
+    with the zeros behind it; and for what is below the smallest scale."""
+    got = quantize(weight, "int4").dequantize(torch.float32)
+    if weight.abs().max() < 100 * TINY:
+        assert (got - weight).abs().max() <= TINY
+    else:
+        slack = torch.full((-(-weight.shape[1] // GROUP["int4"]),), 1.02)
+        if weight.shape[1] % GROUP["int4"]:
+            slack[-1] = 2
+        wanted = errors_of_groups(weight, over_the_whole_range(weight))
+        assert (errors_of_groups(weight, got) <= slack * wanted + 1e-6).all()
 
 
-def test_int4_is_closer_than_with_whole_ranges() -> None:
-    """By 7 % of the squared error on normal weights; one part in 13 is lost with the fit of the step alone."""
-    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) * 0.02
-    error = (weight - quantize(weight, "int4").dequantize(torch.float32)).square().mean()
-    before = (weight - over_the_whole_range(weight)).square().mean()
-    assert 0.92 < error / before < 0.94
+@pytest.mark.parametrize("draw_from", [torch.randn, student, sparse], ids=["normal", "heavy tails", "sparse"])
+def test_int4_is_closer_than_with_whole_ranges(draw_from: Callable[..., Tensor]) -> None:
+    """Of normal weights by a fifth of the squared error: its root is 7.1 % of them instead of 8.0 %."""
+    weight = draw_from(256, 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    error = (weight - quantize(weight, "int4").dequantize(torch.float32)).norm() / weight.norm()
+    before = (weight - over_the_whole_range(weight)).norm() / weight.norm()
+    assert error < (0.97 if draw_from is sparse else 0.92) * before
+    assert draw_from is not torch.randn or 0.071 < error < 0.072
+
+
+def without_kernels(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> QTensor:
+    with monkeypatch.context() as patch:
+        patch.setattr("actors.native.quantize.library", lambda: None)
+        return quantize(weight, "int4")
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [2, 30, 64, 512, 514, 1408])
+def test_the_kernels_find_the_same_int4_as_torch(
+    isa: str, dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But where a sum in another order decides how a number or a zero point is rounded."""
+    use(isa, monkeypatch)
+    weight = student(70, 2 * width, generator=torch.Generator().manual_seed(width)).to(dtype)[:, :width]
+    weight[3], weight[4, : width // 2], weight[5] = 0.0, 3.0, weight[5].abs()
+    found, wanted = quantize(weight, "int4"), without_kernels(weight, monkeypatch)
+    for name in ("data", "scale", "zero"):
+        got, reference = getattr(found, name), getattr(wanted, name)
+        assert (got == reference).float().mean() > 0.99, name
+    error, reference = (float((weight - made.dequantize(torch.float32)).norm()) for made in (found, wanted))
+    assert error == pytest.approx(reference, rel=1e-4)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_threads_and_a_transposed_matrix_change_nothing(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(isa, monkeypatch)
+    weight = torch.randn(2048, 640, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    one = quantize(weight, "int4")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for other in (quantize(weight, "int4"), quantize(weight.T.contiguous().T, "int4")):
+        assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("data", "scale", "zero"))
 
 
 @pytest.mark.parametrize("kind", SYMMETRIC)
@@ -98,7 +158,7 @@ def test_zero_points_have_four_bits() -> None:
         weight = sign * (100 + torch.randn(4, 64, generator=torch.Generator().manual_seed(0)))
         zero = quantize(weight, "int4").zero
         assert zero is not None
-        assert (zero == (0 if sign == 1 else 15)).all()
+        assert (zero == (0 if sign == 1 else 15 * ZERO_PARTS["int4"])).all()
 
 
 @pytest.mark.parametrize("kind", SYMMETRIC)

@@ -15,6 +15,7 @@ from actors.model.config_fields import Fields
 from actors.model.errors import CheckpointError
 from actors.model.quant.layout import is_quantized
 from actors.model.quant.parse import parse_scheme
+from actors.model.quant.qtensor import ZERO_PARTS
 from actors.model.quant.read import read_quantized
 from actors.model.quant.scheme import QuantScheme
 from tests.quantised_checkpoints import FORMATS
@@ -107,7 +108,7 @@ def test_versions_of_pack_quantized_that_keep_zero_points_unpacked(store: Store)
     q = read_quantized(store(named(parts)), scheme, f"{NAME}.weight", (48, 64))
     assert q is not None
     assert q.zero is not None
-    unpacked = parts | {"weight_zero_point": (q.zero.int() - 8).to(torch.int8)}
+    unpacked = parts | {"weight_zero_point": (q.zero.int() // ZERO_PARTS["int4"] - 8).to(torch.int8)}
     older = read_quantized(store(named(unpacked)), scheme, f"{NAME}.weight", (48, 64))
     assert older is not None
     assert torch.equal(older.dequantize(torch.float32), plain)
