@@ -5,7 +5,8 @@
 
 constexpr int64_t GROUP = 32;  // columns
 constexpr float TOP = 15, TINY = 0x1p-126f, PARTS_OF_ZERO = 8;
-constexpr float SHRUNK[4][2] = {{1.0f, 1.0f}, {0.9f, 1.0f}, {1.0f, 0.9f}, {0.9f, 0.9f}};
+constexpr float SHRUNK[3][2] = {{0.9f, 1.0f}, {1.0f, 0.9f}, {0.9f, 0.9f}}, LOWEST[2] = {-7.0f, -8.0f};
+constexpr float EQUAL = 1 + 0x1p-18f;  // fits are up to this factor, so that the order of sums does not decide
 
 static inline __attribute__((always_inline)) vf at_least(vf x, vf least) { return x < least ? least : x; }
 
@@ -46,7 +47,7 @@ static Fitted fitted(const vf* value, vf summed, vf scale, vf low, vf least) {
 }
 
 static Fitted better(const Fitted& one, const Fitted& other) {
-  const vi more = other.met > one.met;
+  const vi more = other.met > one.met * EQUAL;
   return {more ? other.met : one.met, more ? other.scale : one.scale, more ? other.zero : one.zero};
 }
 
@@ -80,11 +81,14 @@ static void quantize_groups(const T* from, int64_t columns, uint8_t* data, uint1
   for (vf& x : value) summed += x *= inverse;
   low *= inverse;
   high *= inverse;
-  Fitted best;
-  for (int i = 0; i < 4; ++i) {
-    const vf bottom = low * SHRUNK[i][0], top = high * SHRUNK[i][1];
-    const Fitted one = fitted(value, summed, (top - bottom) / TOP, -bottom, least);
-    best = i ? better(best, one) : one;
+  Fitted best = fitted(value, summed, (high - low) / TOP, -low, least);
+  const auto try_range = [&](vf bottom, vf top) {
+    best = better(best, fitted(value, summed, (top - bottom) / TOP, -bottom, least));
+  };
+  for (const auto& part : SHRUNK) try_range(low * part[0], high * part[1]);
+  for (const float lowest : LOWEST) {
+    const vf step = at_least(high / 7.0f, low / lowest);
+    try_range(-8.0f * step, 7.0f * step);
   }
   best = better(best, fitted(value, summed, best.scale, best.zero * best.scale, least));
   const int64_t groups = std::min(LANES, (columns + GROUP - 1) / GROUP);
