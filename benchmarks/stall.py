@@ -93,7 +93,7 @@ async def measure_stall(target: str, streams: int, prompt_tokens: int) -> Stall:
             await asyncio.sleep(_LOOK_S)
         usual = median(gap for one in running for gap in one.gaps_s[-_USUAL_TOKENS:])
         waited = time.monotonic() - began
-        await asyncio.sleep(_ABOUT_BESIDE * before)
+        await asyncio.sleep(max(_ABOUT_BESIDE * before, _USUAL_TOKENS * usual))
         sent = time.monotonic() - began
         _check_running(tasks)
         undisturbed = max(_gaps_within(one, waited, sent) for one in running)

@@ -167,7 +167,10 @@ class ExpertsConfig(_Section):
     """The expert fleet."""
 
     shards: int = Field(
-        0, ge=0, le=4096, description="0: one for each node that may hold them (device: cuda: for each GPU there)"
+        0,
+        ge=0,
+        le=4096,
+        description="0: one for each node that may hold them (device: cuda: for each GPU that attention leaves)",
     )
     min_replicas: int = Field(1, ge=1, le=16, description="shards that hold each expert, at least")
     slots: int = Field(0, ge=0, description="(layer, expert) weights a shard may hold; 0: what its share needs")

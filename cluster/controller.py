@@ -36,7 +36,7 @@ from cluster.operations import Leaving, find_node, find_target
 from cluster.refusals import BadOperation, Busy, ChangeFailed
 from cluster.repairs import Repairs
 from cluster.roster import Member, Roster, Stopping
-from cluster.shard_counts import check_shards, first_count
+from cluster.shard_counts import check_shards, first_count, shard_limits
 from cluster.supervisor import Supervisor
 from cluster.tracer import Tracer
 from cluster.view import cluster_view
@@ -223,14 +223,19 @@ class Controller:
         attention, home = self._attention, self._fleet.home()
         replicas = attention.requests(self._config.attention.replicas)
         count = first_count(self._config, self._fleet.nodes())
-        self._progress.expert_shards = count
         shards = expert_requests(self._deployment, count)
         bundles = self._deployment.reserve(replicas + shards, left(deadline))
         self._deployment.settle_wires([bundle.node_id for bundle in bundles])
         self._progress.phase = "preparing the model"
         settings = self._deployment.settings([home, *(bundle.node_id for bundle in bundles)], deadline)
         spec = load_spec(settings.paths[home])
+        if not self._config.experts.shards:  # there may be more nodes than a layer has experts
+            count = min(count, shard_limits(self._config, spec)[1])
+            for bundle in bundles[len(replicas) + count :]:
+                self._deployment.release(bundle)
+            bundles = bundles[: len(replicas) + count]
         check_shards(self._config, spec, count)
+        self._progress.expert_shards = count
         experts = ExpertFleet(self._deployment, spec, lambda: attention.routers)
         self._progress.phase = "starting actors"
         gateway = self._gateways.spawn(deadline)

@@ -72,7 +72,7 @@ class ExpertFleet:
         bundles neither."""
         spawned: list[Member] = []
         try:
-            beside = [shard.bundle for shard in self.shards if shard.bundle] + list(bundles)
+            beside = [shard.bundle for shard in self.living if shard.bundle] + list(bundles)  # not whom it replaces
             settings = self._deployment.settings([bundle.node_id for bundle in bundles], deadline)
             for bundle in bundles:
                 own = settings.expert(bundle, beside)

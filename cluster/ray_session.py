@@ -17,6 +17,8 @@ from ray.util.placement_group import get_placement_group, remove_placement_group
 
 from cluster.config import ConfigError, ServerConfig
 from cluster.ray_fleet import GROUP_PREFIX, NAMESPACE, AlreadyServing
+from cluster.shard_counts import first_count
+from placement.spec import Node
 
 log = logging.getLogger(__name__)
 
@@ -132,12 +134,13 @@ def _start_local(config: ServerConfig) -> None:
                 f"experts.node_labels.{key}: {experts[key]!r}, but attention.node_labels has {attention[key]!r}: "
                 "the fleets want different nodes, and a local Ray has one"
             )
-    wanted = config.attention.replicas * config.attention.cpus + max(1, config.experts.shards) * config.experts.cpus
+    node = Node("local", "", math.inf, {**attention, **experts}, gpus_free=math.inf, gpus=math.inf)
+    wanted = config.attention.replicas * config.attention.cpus + first_count(config, [node]) * config.experts.cpus
     ray.init(
         address="local",
         namespace=NAMESPACE,
         num_cpus=max(os.cpu_count() or 1, math.ceil(wanted)),
-        labels={**attention, **experts},
+        labels=dict(node.labels),
         include_dashboard=False,
         log_to_driver=False,
         logging_level="WARNING",

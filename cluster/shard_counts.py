@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from actors.model.spec import MoEDecoderSpec
 from cluster.config import AttentionConfig, ConfigError, ExpertsConfig, ServerConfig
 from placement.spec import BundleRequest, Node
+
+if TYPE_CHECKING:
+    from actors.model.spec import MoEDecoderSpec
 
 
 def first_count(config: ServerConfig, nodes: Iterable[Node]) -> int:
     """With how many expert shards a cluster of ``nodes`` starts: ``experts.shards``, or where that is 0 one for each
-    node that may hold them, with ``device: cuda`` for each part of a GPU that attention leaves there.
+    node that may hold them, with ``device: cuda`` for each part of a GPU that is free there and that attention leaves.
 
     One shard uses all cores of its node, on whichever of its experts the rows need; several there each wait for the one
     that got most of them (6 of 64 experts on two shards: 3.9 of them on one). Never fewer than ``min_replicas``, and
@@ -49,13 +52,15 @@ def check_shards(config: ServerConfig, spec: MoEDecoderSpec, count: int) -> None
 
 
 def _on_gpus(config: ServerConfig, nodes: list[Node]) -> int:
-    attention, gpus = config.attention, sum(node.gpus for node in nodes)
-    if math.isinf(gpus):  # nobody counts those of one process
+    """Where attention may be on the same nodes, each of its replicas may need a GPU that has nothing else yet."""
+    free = [node.gpus_free for node in nodes]
+    if math.inf in free:  # nobody counts those of one process
         return len(nodes)
-    if any(_may_hold(node, attention) for node in nodes):
-        gpus -= attention.replicas * attention.gpus
-    return int(max(0.0, gpus) / config.experts.gpus)
+    gpus = sum(map(int, free))
+    if any(_may_hold(node, config.attention) for node in nodes):
+        gpus = max(0, gpus - config.attention.replicas)
+    return gpus * int(1 / config.experts.gpus + 1e-9)
 
 
 def _may_hold(node: Node, fleet: AttentionConfig | ExpertsConfig) -> bool:
-    return BundleRequest("", fleet.cpus, fleet.node_labels).fits(node)
+    return BundleRequest("", fleet.cpus, fleet.node_labels).fits(node) and node.cpus_free >= fleet.cpus

@@ -31,10 +31,10 @@ def test_each_takes_part_in_the_precisions_that_it_has() -> None:
 @pytest.mark.parametrize(
     ("contender", "transport", "quantization", "shards"),
     [
-        (Contender(OURS, "bf16"), "auto", "none", 2),
-        (Contender(OURS, "int8"), "auto", "w8a8", 2),
-        (Contender(OURS, "int4"), "auto", "w4a8", 2),
-        (Contender(ONE_PROCESS, "bf16"), "local", "none", 2),
+        (Contender(OURS, "bf16"), "auto", "none", 0),
+        (Contender(OURS, "int8"), "auto", "w8a8", 0),
+        (Contender(OURS, "int4"), "auto", "w4a8", 0),
+        (Contender(ONE_PROCESS, "bf16"), "local", "none", 0),
         (Contender(OURS, "bf16", 8), "auto", "none", 8),
     ],
 )

@@ -19,7 +19,9 @@ NODES = [
     Node("head", "10.0.0.1", 2.0),
     Node("a", "10.0.0.2", 4.0, EXPERTS, gpus_free=2.0, gpus=2.0),
     Node("b", "10.0.0.3", 4.0, EXPERTS, gpus_free=8.0, gpus=8.0),
-    Node("gone", "10.0.0.4", 4.0, EXPERTS, alive=False, gpus=8.0),
+    Node("gone", "10.0.0.4", 4.0, EXPERTS, alive=False, gpus_free=8.0, gpus=8.0),
+    Node("without CPUs", "10.0.0.5", 0.0),
+    Node("busy", "10.0.0.6", 0.2, EXPERTS, gpus_free=0.5, gpus=2.0),
 ]
 
 
@@ -42,6 +44,8 @@ def count(**keys: Any) -> int:
         ({"device": "cuda", "attention.replicas": 3, "experts.gpus": 0.5}, 14),
         ({"device": "cuda", "attention.node_labels": {"role": "nobody"}}, 10),
         ({"device": "cuda", "attention.replicas": 30}, 1),
+        ({"device": "cuda", "experts.gpus": 0.6}, 9),  # two do not fit on one
+        ({"device": "cuda", "experts.gpus": 0.2}, 45),
     ],
 )
 def test_a_shard_for_each_node_or_gpu_that_may_hold_one_unless_told_otherwise(
