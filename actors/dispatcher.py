@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import add
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +93,10 @@ class Completed(NamedTuple):
     dispatch_s: float = 0.0
     combine_s: float = 0.0
 
+    def with_(self, other: Completed) -> Completed:
+        """Both together."""
+        return Completed(*map(add, self, other))
+
 
 class Dispatcher:
     """Batches in flight: of each source any number of one step, which are its micro-batches.
@@ -132,7 +137,7 @@ class Dispatcher:
         self._pending: dict[int, DispatchHandle] = {}
         self._mid_step: dict[Wire, float] = {}  # sources inside a step, and until when to believe it
         self._void: dict[Wire, int] = {}  # the latest step of a source that has failed
-        self._number = 0
+        self.number = 0  # of the latest batch
         self._row_bytes = d_model * dtype.itemsize
         self._combined = Block(0)
         self._spans = spans or SpanLog()
@@ -171,13 +176,13 @@ class Dispatcher:
                 span.over(self.routes.epoch if self.routes else 0, DispatchSpan.ABANDONED)
             return
         now, began_ns = time.monotonic(), self._spans.begin()
+        self._void.pop(source, None)
         self._forget_before(source, tag.step)
-        self._mid_step[source] = now + self._timeout_s
-        if tag.layer == self._last_layer and tag.micro_batch == 0:
-            del self._mid_step[source]  # with the answers to what is in flight the step is over
-        self._number += 1
+        over = tag.layer == self._last_layer and tag.micro_batch == 0  # with the answers to what is in flight
+        self.note_step(source, None if over else now + self._timeout_s)
+        self.number += 1
         handle = DispatchHandle(
-            self._number,
+            self.number,
             source,
             tag,
             rows,
@@ -193,6 +198,30 @@ class Dispatcher:
         self._pending[handle.number] = handle
         self._send_all(handle)
         self._finish_if_complete(handle)  # at once, if there are no rows
+
+    @property
+    def steady(self) -> bool:
+        """No batch is in flight, and no source goes on with a step that has failed: see ``actors/express``."""
+        return not self._pending and not self._void
+
+    def take_over(self, handle: DispatchHandle) -> None:
+        """A batch that somebody else has sent out. It owes something."""
+        self._pending[handle.number] = handle
+
+    def note_step(self, source: Wire, until: float | None) -> None:
+        """``source`` is inside a step, which is believed until then (monotonic); None: its step is as good as over."""
+        if until is None:
+            self._mid_step.pop(source, None)
+        else:
+            self._mid_step[source] = until
+
+    def load_of(self, layer: int) -> NDArray[np.int64]:
+        """int64[E] of ``expert_rows``, to count in."""
+        load = self.expert_rows.get(layer)
+        if load is None:
+            assert self.routes is not None
+            load = self.expert_rows[layer] = np.zeros(self.routes.map.n_experts, np.int64)
+        return load
 
     def combine(self, handle: DispatchHandle) -> memoryview:
         """Weighted sum [T, D] of the results, in the order of k, as bytes that are good until the next call. Every
@@ -283,11 +312,8 @@ class Dispatcher:
         """Send all pairs of a new batch, and count them."""
         routes, layer = self.routes, handle.tag.layer
         assert routes is not None
-        load = self.expert_rows.get(layer)
-        if load is None:
-            load = self.expert_rows[layer] = np.zeros(routes.map.n_experts, np.int64)
         owners = routes.owners(layer)
-        shares = dispatch_rows(handle.chosen, owners, handle.number, load)
+        shares = dispatch_rows(handle.chosen, owners, handle.number, self.load_of(layer))
         if sum([share.pair_slot.size for share in shares]) < handle.chosen.size:
             self._strand(handle, np.flatnonzero(owners.of(handle.chosen.reshape(-1), handle.number) == NOBODY))
         self._send_shares(handle, shares)

@@ -7,6 +7,7 @@ be added, copied, or killed while streams run.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from actors.batch_spans import BatchSpan
+from actors.express.shard import ShardExpress
 from actors.frames import Kind, on_host
 from actors.groups import Groups
 from actors.log_fields import mark, trace_ids
@@ -57,7 +59,10 @@ class ExpertShard(Recorded):
         self._rows = self._pairs = 0
         self._busy = Stopwatch(model.torch_device)
         self._spans = SpanLog()
-        self._loop = LoopThread(name, self._on_frame, self._on_gone, threads=model.thread_count)
+        self._express = ShardExpress(model, self._spec.d_model, self._spans)
+        self._loop = LoopThread(
+            name, self._on_frame, self._on_gone, threads=model.thread_count, express=self._express
+        )
         self._lobby = Lobby()
         self._groups = Groups(name, model.torch_device, model.step_timeout_s)
         self._endpoint = make_endpoint(name, self._lobby.park if model.nccl else self._loop.add)
@@ -77,7 +82,7 @@ class ExpertShard(Recorded):
         with self._changing:
             missing = set(experts) - self._bank.experts
             if missing:
-                self._bank = self._bank.with_(self._read(missing))
+                self._serve(self._bank.with_(self._read(missing)))
             self._epoch = epoch
         return len(missing)
 
@@ -96,9 +101,14 @@ class ExpertShard(Recorded):
         with self._changing:
             if epoch >= self._wanted_epoch:
                 before = len(self._bank.experts)
-                self._bank, self._epoch = self._bank.only(experts), epoch
+                self._serve(self._bank.only(experts))
+                self._epoch = epoch
                 if len(self._bank.experts) < before:
                     trim()
+
+    def _serve(self, bank: ExpertBank) -> None:
+        self._bank = bank
+        self._express.install(bank)
 
     def loaded_bytes(self) -> int:
         """Bytes read so far, for a progress bar."""
@@ -107,19 +117,24 @@ class ExpertShard(Recorded):
     def stats(self) -> ExpertStats:
         """What this shard holds and did. Raises RuntimeError when its data plane has failed."""
         self._loop.check()
-        bank, busy = self._bank, self._busy.measured
+        bank, busy, express = self._bank, self._busy.measured, self._express.done()
         return ExpertStats(
             pid=os.getpid(),
             epoch=self._epoch,
             experts=len(bank.experts),
             weight_bytes=bank.nbytes,
-            rows=self._rows,
-            pairs=self._pairs,
-            busy_s=busy.seconds,
-            batches=busy.blocks,
+            rows=self._rows + express.rows,
+            pairs=self._pairs + express.pairs,
+            busy_s=busy.seconds + express.seconds,
+            batches=busy.blocks + express.batches,
             bytes_sent=self._loop.bytes_sent(),
             wires=traffic(self._loop.wires()),
         )
+
+    def start_spans(self, limit_steps: int = 0, limit_s: float = math.inf) -> None:
+        """See ``SpanLog.start``. What is recorded goes the general way."""
+        super().start_spans(limit_steps, limit_s)
+        self._loop.wake()
 
     def stop(self) -> None:
         """Close every wire and end the loop thread. Idempotent."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from actors.transport.base import Frame, PeerGone, TransportError, Wire, WireTimeout
-from actors.transport.poller import Poller
+from actors.transport.poller import Express, Poller
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,8 @@ class LoopThread:
 
     Handlers run one at a time in the loop's thread. A handler that raises a TransportError loses that wire alone;
     any other exception is a bug: it ends the loop, is logged, and is kept in ``failure``. ``next_deadline`` tells
-    until when to wait at most (absolute monotonic seconds); ``on_tick`` runs after each wait.
+    until when to wait at most (absolute monotonic seconds); ``on_tick`` runs after each wait. ``express`` serves common
+    frames while it waits, in the loop's thread too.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class LoopThread:
         threads: int = 0,
         next_deadline: Callable[[], float] | None = None,
         on_tick: Callable[[], None] | None = None,
+        express: Express | None = None,
     ) -> None:
         self._on_frame = on_frame
         self._on_gone = on_gone
@@ -42,7 +44,7 @@ class LoopThread:
         self._use_threads()  # already now: other threads that begin later, to read weights, take the number over
         self._next_deadline = next_deadline or (lambda: time.monotonic() + _IDLE_S)
         self._on_tick = on_tick
-        self._poller = Poller()
+        self._poller = Poller(express=express)
         self._wires: set[Wire] = set()
         self._joining: list[Wire] = []
         self._sent_before: Counter[str] = Counter()  # over wires that have ended, by medium

@@ -9,15 +9,18 @@ that are new in it, ``commit`` puts it in force at the next step boundary. ``wit
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
 
 from actors.batch_spans import DispatchSpan
 from actors.dispatcher import Dispatcher
+from actors.express.router import RouterExpress
 from actors.frames import Kind
 from actors.groups import Groups
 from actors.loop import LoopThread
@@ -64,10 +67,13 @@ class Router(Recorded):
         self._losses = Losses(f"router {name}")
         self._loaded_bytes = 0
         self._spans = SpanLog()
-        self._loop = LoopThread(
-            name, self._on_frame, self._on_gone, model.thread_count, self._next_deadline, self._on_tick
-        )
         last_layer = self._spec.moe_layers[-1]
+        self._express = RouterExpress(
+            model, self._spec.d_model, last_layer, self._spans, lambda: self._staged is not None
+        )
+        self._loop = LoopThread(
+            name, self._on_frame, self._on_gone, model.thread_count, self._next_deadline, self._on_tick, self._express
+        )
         self._data = Dispatcher(
             name,
             model.torch_dtype,
@@ -95,6 +101,7 @@ class Router(Recorded):
                 self._count,
                 self._model.torch_device,
             )
+        self._express.start(self._data, self._gate, self._spec.moe_layers)
         self._loop.start()
         return self._endpoint.address
 
@@ -232,18 +239,25 @@ class Router(Recorded):
     def stats(self) -> RouterStats:
         """The map in force, load counters, and traffic. Raises RuntimeError when the data plane has failed."""
         self._loop.check()
-        data = self._data
+        data, express = self._data, self._express
+        rows = Counter(data.rows_per_shard)
+        rows.update(express.rows_per_shard())
         return RouterStats(
             pid=os.getpid(),
             epoch=data.routes.epoch if data.routes else 0,
             weight_bytes=self._loaded_bytes,
-            rows_per_shard=dict(data.rows_per_shard),
+            rows_per_shard=dict(rows),
             reroutes=data.reroutes,
-            longest_wait_s=data.longest_wait_s,
-            **data.completed._asdict(),
+            longest_wait_s=max(data.longest_wait_s, express.longest_wait_s),
+            **data.completed.with_(express.completed())._asdict(),
             bytes_sent=self._loop.bytes_sent(),
             wires=traffic(self._loop.wires()),
         )
+
+    def start_spans(self, limit_steps: int = 0, limit_s: float = math.inf) -> None:
+        """See ``SpanLog.start``. What is recorded goes the general way."""
+        super().start_spans(limit_steps, limit_s)
+        self._loop.wake()
 
     def stop(self) -> None:
         """Close every wire and end the loop thread. Idempotent."""

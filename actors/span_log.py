@@ -81,6 +81,11 @@ class SpanLog:
 
     # -- who is recorded ------------------------------------------------------------------------------------------
 
+    @property
+    def recording(self) -> bool:
+        """Whether something is recorded, or will be with the next step."""
+        return self._on or self._armed
+
     def begin(self) -> int:
         """Monotonic nanoseconds now; 0 while nothing is recorded."""
         if not self._on:

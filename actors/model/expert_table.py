@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from actors.native import products
 from actors.native.expert_places import ExpertPlaces
 
 from .errors import MissingExpert
+from .linear import MANY_OF_EXPERTS, most_native
 from .mlp import SwiGLU
 
 
@@ -23,6 +26,18 @@ class ExpertTable:
         self.held = len(experts)
         self.down = next(iter(experts.values())).down
         """Of one of them: the others are kept like it."""
+
+    def call(self, row_block: int, dtype: torch.dtype) -> tuple[int, int, int, int, int, float] | None:
+        """How the kernels compute rows of ``dtype`` as :meth:`forward` does: the kinds of gate and up and of down, the
+        address of the matrices, the hidden width, the number of experts, and for how many pairs at a time the bank asks
+        this table. None where it never does."""
+        places = self._places
+        rows = torch.empty(1, places.d_model, dtype=dtype)
+        most = most_native(row_block, rows, self.down, many=MANY_OF_EXPERTS) if places.take(dtype) else 0.0
+        if not most:
+            return None
+        numbers = ctypes.addressof(places.numbers)
+        return *places.kinds, numbers, places.inter, len(places), most * self.held
 
     def forward(self, layer: int, rows: Tensor, pair_row: Tensor, pair_expert: Tensor) -> Tensor:
         """As :meth:`~.experts.ExpertBank.forward`."""

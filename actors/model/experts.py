@@ -87,6 +87,12 @@ class ExpertBank:
         held = {key: weights for key, weights in self._held.items() if key in kept}
         return ExpertBank(held, self._d_model, self._dtype, self._row_block)
 
+    def calls(self) -> list[tuple[int, int, int, int, int, int, float]]:
+        """For who calls the kernels himself, of each layer that they compute: its number and :meth:`ExpertTable.call`.
+        Valid as long as this bank."""
+        found = {layer: table.call(self._row_block, self._dtype) for layer, table in self._tables.items()}
+        return [(layer, *call) for layer, call in found.items() if call is not None]
+
     @torch.inference_mode()
     def forward(self, layer: int, rows: Tensor, pair_row: Tensor, pair_expert: Tensor) -> Tensor:
         """Unweighted outputs, one per pair, in the order of the pairs.

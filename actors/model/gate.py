@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from actors.native import products
 from actors.native.gate import GateFields, choose
 from actors.native.library import library
 
-from .linear import linear, native
+from .linear import linear, most_native, native
 from .parallel import load_each
 from .pointwise import pointwise
 from .reader import TensorReader
@@ -26,6 +28,16 @@ class GateWeights:
 
     weight: Tensor
     bias: Tensor | None
+
+
+class GateCall(NamedTuple):
+    """One layer's gate for who calls the kernels himself: the ``address`` of its fields, for ``most_rows`` at a time, each
+    of which gets ``top_k`` experts with weights of dtype ``weights``."""
+
+    address: int
+    most_rows: int
+    top_k: int
+    weights: torch.dtype
 
 
 class Gate:
@@ -88,6 +100,16 @@ class Gate:
         if spec.normalise:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + spec.epsilon)
         return experts, (weights * spec.scale).to(_dtype(spec.weights, x.dtype))
+
+    def call(self, layer: int, dtype: torch.dtype) -> GateCall | None:
+        """How the kernels choose for rows of ``dtype`` as :meth:`route` does; None where it would not let them. Valid as
+        long as this gate."""
+        gate = self._layers[layer]
+        if not self._kernels_take(gate, torch.empty(1, gate.weight.shape[1], dtype=dtype)):
+            return None
+        weights = _dtype(self._spec.weights, dtype)
+        most = most_native(self._row_block, gate.weight, gate.weight)
+        return GateCall(ctypes.addressof(self._fields(layer, weights)), int(min(most, 1 << 20)), self._top_k, weights)
 
     def _kernels_take(self, gate: GateWeights, x: Tensor) -> bool:
         if _dtype(self._spec.scores, x.dtype) != torch.float32 or not products.usable(x):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -83,10 +84,19 @@ def _tiles(weight: QTensor, x: Tensor) -> Iterator[tuple[int, Tensor]]:
 def native(rows: float, row_block: int, x: Tensor, *weights: Matrix, many: int = _MANY) -> bool:
     """Whether products of so many ``rows`` with each of ``weights`` are the kernels' (x: any rows, for its dtype).
     ``many``: above so many rows in bf16 they are not, unless a weight is quantised."""
+    return rows <= _most_rows(row_block, x.dtype, weights, many) and products.usable(x, *weights)
+
+
+def most_native(row_block: int, x: Tensor, *weights: Matrix, many: int = _MANY) -> float:
+    """Up to how many rows :func:`native` says yes; infinity without a limit."""
+    return _most_rows(row_block, x.dtype, weights, many) if products.usable(x, *weights) else 0.0
+
+
+def _most_rows(row_block: int, dtype: torch.dtype, weights: Sequence[Matrix], many: int) -> float:
     quantised = [weight for weight in weights if isinstance(weight, QTensor)]
-    int8_rows = any(weight.row_group for weight in quantised)
-    too_many = x.dtype == torch.bfloat16 and rows > (_MANY_QUANTISED if quantised else many) and not row_block
-    return (int8_rows or not too_many) and products.usable(x, *weights)
+    if dtype != torch.bfloat16 or row_block or any(weight.row_group for weight in quantised):
+        return math.inf
+    return _MANY_QUANTISED if quantised else many
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, row_block: int) -> Tensor:

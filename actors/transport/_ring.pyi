@@ -10,6 +10,9 @@ class Ring:
     known: int
     position: int
     unannounced: int
+    frames: int
+    bytes: int
+    partial: bool
     def __init__(self, memory: memoryview, data_bell: int, space_bell: int, known: int) -> None: ...
     def put(self, kind: int, tag: tuple[int, ...], parts: Sequence[object]) -> int: ...
     def take(self, allocate: Callable[[int], Block]) -> Taken | None: ...

@@ -156,7 +156,11 @@ class Wire(ABC):
 
     peer: str
     medium: Medium
-    stats: WireStats
+
+    @property
+    @abstractmethod
+    def stats(self) -> WireStats:
+        """As of now."""
 
     @abstractmethod
     def send(self, kind: int, tag: FrameTag, parts: Sequence[Buffer | Tensor], deadline: float) -> None:

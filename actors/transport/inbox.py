@@ -38,7 +38,7 @@ class InboxWire(Wire):
     def __init__(self, peer: str, medium: Medium, spin_us: float) -> None:
         self.peer = peer
         self.medium = medium
-        self.stats = WireStats()
+        self._counted = WireStats()
         self._waiter = Waiter(spin_us)
         self._pool = BlockPool()
         self._inbox: deque[_Arrived] = deque()
@@ -51,6 +51,11 @@ class InboxWire(Wire):
         # It is reentrant because a signal handler may close the wire on top of a call of the same thread.
         self._use = threading.RLock()
         self._closing = threading.RLock()
+
+    @property
+    def stats(self) -> WireStats:
+        """See :attr:`Wire.stats`."""
+        return self._counted
 
     def recv(self, deadline: float) -> Frame:
         """See :meth:`Wire.recv`."""
@@ -96,7 +101,7 @@ class InboxWire(Wire):
             kept = [item for item in self._inbox if item.frame.tag.fence_key >= self._fence_key]
             for item in self._inbox:
                 if item.frame.tag.fence_key < self._fence_key:
-                    self.stats.dropped += 1
+                    self._counted.dropped += 1
                     self._backlog -= item.size
                     self._give_back(item.block)
             self._inbox = deque(kept)
@@ -136,10 +141,10 @@ class InboxWire(Wire):
         """Give back descriptors and memory; called once, with no call running."""
 
     def _arrived(self, kind: int, tag: FrameTag, parts: tuple[Part, ...], block: Block, size: int) -> None:
-        self.stats.frames_received += 1
-        self.stats.bytes_received += size
+        self._counted.frames_received += 1
+        self._counted.bytes_received += size
         if tag.fence_key < self._fence_key:
-            self.stats.dropped += 1
+            self._counted.dropped += 1
             self._give_back(block)
             return
         self._inbox.append(_Arrived(Frame(kind, tag, parts), block, size))

@@ -116,8 +116,8 @@ class LocalWire(InboxWire):
             side.queue.append((kind, tag, parts, block, size))
             side.waiting_bytes += size
             side.ring(side.arrival)
-        self.stats.frames_sent += 1
-        self.stats.bytes_sent += size
+        self._counted.frames_sent += 1
+        self._counted.bytes_sent += size
         return True
 
     def _take_in(self) -> bool:

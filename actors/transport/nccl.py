@@ -363,8 +363,8 @@ class NcclWire(InboxWire):
         return room.split(sizes), room.pending
 
     def _count(self, on_device: int, host: Sequence[Buffer]) -> None:
-        self.stats.frames_sent += 1
-        self.stats.bytes_sent += HEADER_BYTES + on_device + sum(len(byte_view(part)) for part in host)
+        self._counted.frames_sent += 1
+        self._counted.bytes_sent += HEADER_BYTES + on_device + sum(len(byte_view(part)) for part in host)
 
     def _hush(self) -> None:
         assert self._bell is not None

@@ -21,11 +21,21 @@ Taken = tuple[int, tuple[int, int, int, int, int], tuple[memoryview, ...], Block
 
 class Ring(Protocol):
     """``known`` counts bytes that this end may handle: free ones for the writer, written ones for the reader.
-    ``unannounced``: bytes handled of which the peer was not told."""
+    ``unannounced``: bytes handled of which the peer was not told. ``frames`` and ``bytes`` were moved past the wire (see
+    :mod:`actors.express`). ``partial``: the wire has part of a frame, and waits for the rest."""
 
     known: int
     position: int
     unannounced: int
+    partial: bool
+
+    @property
+    def frames(self) -> int:
+        """See above."""
+
+    @property
+    def bytes(self) -> int:
+        """See above."""
 
     @property
     def memory(self) -> memoryview:
@@ -61,6 +71,9 @@ class PlainRing:
     known: int
     position: int = 0
     unannounced: int = 0
+    frames: int = 0
+    bytes: int = 0
+    partial: bool = False
 
     def put(self, kind: int, tag: tuple[int, ...], parts: Sequence[object]) -> int:
         """See :class:`Ring`."""

@@ -21,8 +21,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from actors.transport.base import Buffer, FrameTag, HandshakeRefused, Medium, PeerGone, ProtocolError
-from actors.transport.ring import Ring, make_ring
+from actors.transport.base import Buffer, FrameTag, HandshakeRefused, Medium, PeerGone, ProtocolError, Wire, WireStats
+from actors.transport.ring import PlainRing, Ring, make_ring
 from actors.transport.sockets import recv_exact, send_exact, shutdown, wait_for
 from actors.transport.stream import StreamWire, poll_on
 
@@ -73,6 +73,23 @@ class ShmWire(StreamWire):
         self._poll_send = poll_on((self._in.data_bell, self._out.space_bell, self._sock_fd))
         self._poll_room = poll_on((self._out.space_bell, self._sock_fd))
 
+    @property
+    def rings(self) -> tuple[Ring, Ring]:
+        """What it reads and what it writes, for who moves whole frames past this wire: see :mod:`actors.express`."""
+        return self._in, self._out
+
+    @property
+    def stats(self) -> WireStats:
+        """See :attr:`Wire.stats`; with what was moved past this wire."""
+        own, out, into = self._counted, self._out, self._in
+        return WireStats(
+            own.bytes_sent + out.bytes,
+            own.bytes_received + into.bytes,
+            own.frames_sent + out.frames,
+            own.frames_received + into.frames,
+            own.dropped,
+        )
+
     def filenos(self) -> tuple[int, ...]:
         """See :meth:`Wire.filenos`."""
         return () if self._freed else (self._in.data_bell, self._sock_fd)
@@ -82,8 +99,8 @@ class ShmWire(StreamWire):
         with self._use:
             size = 0 if self._end else self._out.put(kind, tag, parts)
             if size:
-                self.stats.frames_sent += 1
-                self.stats.bytes_sent += size
+                self._counted.frames_sent += 1
+                self._counted.bytes_sent += size
                 return
         super().send(kind, tag, parts, deadline)
 
@@ -101,7 +118,9 @@ class ShmWire(StreamWire):
         if moved and not self._in.known:
             return True
         # What is left is part of a frame, or garbled, which no bell would tell.
-        return super()._take_in() or moved
+        moved = super()._take_in() or moved
+        self._in.partial = self._target is not self._head
+        return moved
 
     def _push(self, outgoing: deque[memoryview]) -> bool:
         ring = self._out
@@ -214,6 +233,12 @@ class ShmWire(StreamWire):
         self._sock.close()
         for bell in self._bells:
             os.close(bell)
+
+
+def compiled_rings(wire: Wire) -> tuple[Ring, Ring] | None:
+    """What ``wire`` reads and what it writes, if these are compiled rings."""
+    rings = wire.rings if isinstance(wire, ShmWire) else None
+    return None if rings is None or isinstance(rings[0], PlainRing) else rings
 
 
 def offer(sock: socket.socket, peer: str, ring_bytes: int, spin_us: float, deadline: float) -> ShmWire:

@@ -68,8 +68,8 @@ class StreamWire(InboxWire):
         try:
             with self._use:
                 self._send_all(outgoing, deadline)
-                self.stats.frames_sent += 1
-                self.stats.bytes_sent += size
+                self._counted.frames_sent += 1
+                self._counted.bytes_sent += size
         except PeerGone:
             raise
         except BaseException:

@@ -16,6 +16,7 @@
 #include "attention_tasks.h"
 #include "dispatch.h"
 #include "gate_call.h"
+#include "kernels.h"
 #include "matrix.h"
 #include "pool.h"
 

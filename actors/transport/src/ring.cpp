@@ -1,59 +1,14 @@
 // One direction of a shared-memory wire, with whole frames in and out in one call each. See actors/transport/ring.py for
 // what it is, and for the same without a compiler. A frame for which these calls are not made (too large, in pieces,
-// garbled, or for which there is no room) is left as it was to the wire's general way. The bells' system calls order the
-// copies before and after them, as in actors/transport/shm.py.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+// garbled, or for which there is no room) is left as it was to the wire's general way.
+#include "ring.h"
+
 #include <errno.h>
 #include <structmember.h>
-#include <unistd.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
+using namespace expertmesh;
 
 namespace {
-
-constexpr int64_t kAlignment = 64, kMaxParts = 8, kMaxFrame = int64_t{256} << 20, kPiece = 256 << 10;
-constexpr int64_t kUnlocked = 64 << 10;  // copies from here on leave the GIL
-
-// The form of actors/transport/frame.py; both ends are on one machine, whose order of bytes is little-endian.
-struct Header {
-  char magic[3];
-  uint8_t version;
-  uint16_t kind, count;
-  uint64_t step;
-  uint32_t epoch, micro_batch, layer, attempt, lengths[kMaxParts];
-};
-static_assert(sizeof(Header) == kAlignment && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
-constexpr char kMagic[3] = {'E', 'X', 'M'};
-constexpr uint8_t kVersion = 2;
-
-struct Ring {
-  PyObject_HEAD
-  PyObject* memory;  // a writable memoryview; null once closed
-  int data_bell, space_bell;
-  long long known, position, unannounced;
-
-  char* at() const { return static_cast<char*>(PyMemoryView_GET_BUFFER(memory)->buf); }
-  int64_t size() const { return PyMemoryView_GET_BUFFER(memory)->len; }
-};
-
-int64_t padded(int64_t length) { return (length + kAlignment - 1) / kAlignment * kAlignment; }
-
-// How many bytes the peer has handled since the last look becomes known. False, and nothing raised, if there are none.
-bool answer(Ring* ring, int bell) {
-  uint64_t count;
-  if (read(bell, &count, sizeof count) != sizeof count) return false;
-  ring->known += static_cast<long long>(std::min<uint64_t>(count, INT64_MAX / 2));  // too many is for the wire to tell
-  return true;
-}
-
-void write_at(Ring* ring, int64_t position, const void* from, int64_t count) {
-  const int64_t fits = std::min(count, ring->size() - position);
-  memcpy(ring->at() + position, from, fits);
-  memcpy(ring->at(), static_cast<const char*>(from) + fits, count - fits);
-}
 
 // A frame's parts, released when this ends.
 struct Parts {
@@ -102,11 +57,6 @@ bool fill(Header* header, PyObject* kind, PyObject* tag, const Parts& parts) {
   return true;
 }
 
-bool has_room(Ring* ring, int64_t need) {
-  if (ring->known < need) answer(ring, ring->space_bell);
-  return need <= ring->known && ring->known <= ring->size();
-}
-
 void copy_in(Ring* ring, const Header& header, const Parts& parts) {
   int64_t position = ring->position;
   const auto put = [&](const void* from, int64_t count) {
@@ -151,24 +101,6 @@ PyObject* ring_put(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   }
   Py_DECREF(sequence);
   return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(written);
-}
-
-// The footprint of what follows the header, less than 0 if it is none of ours.
-int64_t footprint(const Header& header) {
-  if (memcmp(header.magic, kMagic, sizeof kMagic) || header.version != kVersion || header.count > kMaxParts) return -1;
-  int64_t sum = 0, bytes = 0;
-  for (int i = 0; i < kMaxParts; ++i) {
-    if (i >= header.count && header.lengths[i]) return -1;
-    bytes += header.lengths[i];
-    sum += padded(header.lengths[i]);
-  }
-  return bytes > kMaxFrame ? -1 : sum;
-}
-
-void copy_out(Ring* ring, char* into, int64_t count) {
-  const int64_t from = ring->position + kAlignment, fits = std::min(count, ring->size() - from);
-  memcpy(into, ring->at() + from, fits);
-  memcpy(into + fits, ring->at(), count - fits);
 }
 
 PyObject* split(PyObject* view, const Header& header) {
@@ -279,6 +211,7 @@ PyMethodDef methods[] = {
 PyMemberDef members[] = {
     MEMBER(memory, T_OBJECT_EX, READONLY), MEMBER(data_bell, T_INT, READONLY), MEMBER(space_bell, T_INT, READONLY),
     MEMBER(known, T_LONGLONG, 0),          MEMBER(position, T_LONGLONG, 0),    MEMBER(unannounced, T_LONGLONG, 0),
+    MEMBER(frames, T_LONGLONG, 0),         MEMBER(bytes, T_LONGLONG, 0),    MEMBER(partial, T_BOOL, 0),
     {nullptr, 0, 0, 0, nullptr},
 };
 #undef MEMBER

@@ -1,0 +1,69 @@
+"""The expert shard's express: rows in, the experts' outputs out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from actors.express.calls import address, call_of, compiled
+from actors.model.experts import ExpertBank
+from actors.settings import ModelSettings
+from actors.span_log import SpanLog
+from actors.transport.base import Wire
+from actors.transport.poller import SPIN_US
+from actors.transport.shm import compiled_rings
+
+
+class Done(NamedTuple):
+    """Since the start, without what went the general way."""
+
+    rows: int = 0
+    pairs: int = 0
+    seconds: float = 0.0
+    batches: int = 0
+
+
+class ShardExpress:
+    """Implements :class:`~actors.transport.poller.Express`, for the loop of an expert shard."""
+
+    def __init__(self, model: ModelSettings, columns: int, spans: SpanLog) -> None:
+        """``columns``: of a row."""
+        self._spans = spans
+        self._watched: set[int] = set()
+        self._native = None
+        if (found := compiled(model)) is not None:
+            express, kernels = found
+            row_bytes = columns * model.torch_dtype.itemsize
+            call = call_of(kernels, model)
+            self._native = express.ExpertShard(call, address(kernels.experts), columns, row_bytes, SPIN_US * 1e-6)
+
+    def install(self, bank: ExpertBank) -> None:
+        """Compute the experts of this bank from now on; what is being computed by another one is not disturbed. From any
+        thread."""
+        if self._native is not None:
+            self._native.install(bank.calls(), bank)
+
+    def done(self) -> Done:
+        """From any thread."""
+        return Done() if self._native is None else Done(*self._native.done())
+
+    def watch(self, wire: Wire, fds: Sequence[int]) -> None:
+        """See :class:`~actors.transport.poller.Express`."""
+        rings = compiled_rings(wire)
+        if self._native is not None and rings is not None and fds:
+            self._watched.add(fds[0])
+            self._native.watch(fds[0], *rings)
+
+    def forget(self, fds: Sequence[int]) -> None:
+        """See :class:`~actors.transport.poller.Express`."""
+        if fds and fds[0] in self._watched:
+            self._watched.remove(fds[0])
+            self._native.forget(fds[0])
+
+    def usable(self) -> bool:
+        """See :class:`~actors.transport.poller.Express`."""
+        return self._native is not None and not self._spans.recording
+
+    def wait(self, epoll: int, deadline: float) -> Sequence[tuple[int, int]]:
+        """See :class:`~actors.transport.poller.Express`."""
+        return self._native.wait(epoll, deadline)
