@@ -12,7 +12,7 @@ help:  ## List the targets
 
 setup: $(STAMP)  ## Create .venv with everything pinned in constraints.txt
 
-$(STAMP): pyproject.toml constraints.txt $(wildcard actors/native/src/* actors/transport/src/*)
+$(STAMP): pyproject.toml constraints.txt $(wildcard actors/native/src/* actors/transport/src/* actors/express/src/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expertmesh needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

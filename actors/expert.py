@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from actors.batch_spans import BatchSpan
-from actors.express.shard import ShardExpress
+from actors.express.shard import Done, ShardExpress
 from actors.frames import Kind, on_host
 from actors.groups import Groups
 from actors.log_fields import mark, trace_ids
@@ -59,10 +59,8 @@ class ExpertShard(Recorded):
         self._rows = self._pairs = 0
         self._busy = Stopwatch(model.torch_device)
         self._spans = SpanLog()
-        self._express = ShardExpress(model, self._spec.d_model, self._spans)
-        self._loop = LoopThread(
-            name, self._on_frame, self._on_gone, threads=model.thread_count, express=self._express
-        )
+        self._express = ShardExpress.made(model, self._spec.d_model, self._spans)
+        self._loop = LoopThread(name, self._on_frame, self._on_gone, threads=model.thread_count, express=self._express)
         self._lobby = Lobby()
         self._groups = Groups(name, model.torch_device, model.step_timeout_s)
         self._endpoint = make_endpoint(name, self._lobby.park if model.nccl else self._loop.add)
@@ -108,7 +106,8 @@ class ExpertShard(Recorded):
 
     def _serve(self, bank: ExpertBank) -> None:
         self._bank = bank
-        self._express.install(bank)
+        if self._express is not None:
+            self._express.install(bank)
 
     def loaded_bytes(self) -> int:
         """Bytes read so far, for a progress bar."""
@@ -117,7 +116,7 @@ class ExpertShard(Recorded):
     def stats(self) -> ExpertStats:
         """What this shard holds and did. Raises RuntimeError when its data plane has failed."""
         self._loop.check()
-        bank, busy, express = self._bank, self._busy.measured, self._express.done()
+        bank, busy, express = self._bank, self._busy.measured, self._express.done() if self._express else Done()
         return ExpertStats(
             pid=os.getpid(),
             epoch=self._epoch,

@@ -68,7 +68,7 @@ class Router(Recorded):
         self._loaded_bytes = 0
         self._spans = SpanLog()
         last_layer = self._spec.moe_layers[-1]
-        self._express = RouterExpress(
+        self._express = RouterExpress.made(
             model, self._spec.d_model, last_layer, self._spans, lambda: self._staged is not None
         )
         self._loop = LoopThread(
@@ -101,7 +101,8 @@ class Router(Recorded):
                 self._count,
                 self._model.torch_device,
             )
-        self._express.start(self._data, self._gate, self._spec.moe_layers)
+        if self._express is not None:
+            self._express.start(self._data, self._gate, self._spec.moe_layers)
         self._loop.start()
         return self._endpoint.address
 
@@ -240,16 +241,18 @@ class Router(Recorded):
         """The map in force, load counters, and traffic. Raises RuntimeError when the data plane has failed."""
         self._loop.check()
         data, express = self._data, self._express
-        rows = Counter(data.rows_per_shard)
-        rows.update(express.rows_per_shard())
+        rows, done, longest_wait_s = Counter(data.rows_per_shard), data.completed, data.longest_wait_s
+        if express is not None:
+            rows.update(express.rows_per_shard())
+            done, longest_wait_s = done.with_(express.completed()), max(longest_wait_s, express.longest_wait_s)
         return RouterStats(
             pid=os.getpid(),
             epoch=data.routes.epoch if data.routes else 0,
             weight_bytes=self._loaded_bytes,
             rows_per_shard=dict(rows),
             reroutes=data.reroutes,
-            longest_wait_s=max(data.longest_wait_s, express.longest_wait_s),
-            **data.completed.with_(express.completed())._asdict(),
+            longest_wait_s=longest_wait_s,
+            **done._asdict(),
             bytes_sent=self._loop.bytes_sent(),
             wires=traffic(self._loop.wires()),
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from actors.dispatch import Owners, ShardRows
 from actors.dispatcher import Completed, Dispatcher, DispatchHandle
@@ -20,7 +22,10 @@ from actors.span_log import SpanLog
 from actors.transport.base import FrameTag, Wire
 from actors.transport.poller import SPIN_US
 from actors.transport.ring import Ring
-from actors.transport.shm import ShmWire, compiled_rings
+from actors.transport.shm import compiled_rings
+
+if TYPE_CHECKING:
+    from actors.express import _express
 
 
 class RouterExpress:
@@ -29,41 +34,43 @@ class RouterExpress:
     ``held`` tells that batches shall come to a boundary by the general way, which is where maps are changed.
     """
 
-    def __init__(self, model: ModelSettings, columns: int, last_layer: int, spans: SpanLog, held: Callable[[], bool]):
-        """``columns``: of a row. ``last_layer``: see the dispatcher."""
-        self._spans, self._held = spans, held
-        self._dtype, self._columns = model.torch_dtype, columns
+    def __init__(
+        self, native: _express.Router, columns: int, dtype: torch.dtype, spans: SpanLog, held: Callable[[], bool]
+    ) -> None:
+        """Rows have so many ``columns`` of ``dtype``."""
+        self._native, self._spans, self._held = native, spans, held
+        self._dtype, self._columns = dtype, columns
         self._data: Dispatcher | None = None
         self._gates: Mapping[int, GateCall] = {}
         self._wires: dict[int, Wire] = {}
         self._installed: tuple[ExpertRoutes, frozenset[str]] | None = None
         self._fits = False
-        self._kept: list[tuple[Owners, np.ndarray]] = []
-        self._native = None
-        if (found := compiled(model)) is not None:
-            express, kernels = found
-            self._native = express.Router(
-                call_of(kernels, model),
-                address(kernels.gate),
-                address(kernels.combine),
-                columns,
-                columns * self._dtype.itemsize,
-                last_layer,
-                model.step_timeout_s,
-                SPIN_US * 1e-6,
-            )
+        self._kept: list[tuple[Owners, NDArray[np.int64]]] = []  # what was installed points there
+
+    @classmethod
+    def made(
+        cls, model: ModelSettings, columns: int, last_layer: int, spans: SpanLog, held: Callable[[], bool]
+    ) -> RouterExpress | None:
+        """None where everything goes the general way. ``last_layer``: see the dispatcher."""
+        if (found := compiled(model)) is None:
+            return None
+        express, kernels = found
+        row_bytes = columns * model.torch_dtype.itemsize
+        call, functions = call_of(kernels, model), (address(kernels.gate), address(kernels.combine))
+        timeout_s, spin_s = model.step_timeout_s, SPIN_US * 1e-6
+        native = express.Router(call, *functions, columns, row_bytes, last_layer, timeout_s, spin_s)
+        return cls(native, columns, model.torch_dtype, spans, held)
 
     def start(self, data: Dispatcher, gate: Gate, layers: Sequence[int]) -> None:
         """From now on it serves what ``data`` would, and picks experts as ``gate`` does."""
-        if self._native is not None:
-            found = {layer: gate.call(layer, self._dtype) for layer in layers}
-            self._gates = {layer: call for layer, call in found.items() if call is not None}
-            self._data = data
+        found = {layer: gate.call(layer, self._dtype) for layer in layers}
+        self._gates = {layer: call for layer, call in found.items() if call is not None}
+        self._data = data
 
     def watch(self, wire: Wire, fds: Sequence[int]) -> None:
         """See :class:`~actors.transport.poller.Express`."""
         rings = compiled_rings(wire)
-        if self._native is not None and rings is not None and fds:
+        if rings is not None and fds:
             self._wires[fds[0]] = wire
             self._native.watch(fds[0], *rings)
 
@@ -95,16 +102,16 @@ class RouterExpress:
 
     def completed(self) -> Completed:
         """As the dispatcher's, of the batches that were completed here."""
-        return Completed() if self._native is None else Completed(*self._native.completed()[:3])
+        return Completed(*self._native.completed()[:3])
 
     @property
     def longest_wait_s(self) -> float:
         """As the dispatcher's."""
-        return 0.0 if self._native is None else self._native.completed()[3]
+        return self._native.completed()[3]
 
     def rows_per_shard(self) -> dict[str, int]:
         """As the dispatcher's."""
-        return {} if self._native is None else self._native.rows_sent()
+        return self._native.rows_sent()
 
     def _install(self, data: Dispatcher, routes: ExpertRoutes) -> bool:
         """False if these routes are not for express."""
@@ -114,13 +121,15 @@ class RouterExpress:
             if rings is None:
                 return False
             shards.append((*rings, name))
-        kept = {layer: (routes.owners(layer), data.load_of(layer)) for layer in routes.map.replicas if layer in self._gates}
+        kept = {
+            layer: (routes.owners(layer), data.load_of(layer)) for layer in routes.map.replicas if layer in self._gates
+        }
         layers = [self._layer(layer, owners, load) for layer, (owners, load) in kept.items()]
         self._native.install(routes.epoch, shards, layers)
         self._kept = list(kept.values())
         return True
 
-    def _layer(self, layer: int, owners: Owners, load: np.ndarray) -> tuple[int, ...]:
+    def _layer(self, layer: int, owners: Owners, load: NDArray[np.int64]) -> tuple[int, ...]:
         gate = self._gates[layer]
         picked = gate.address, gate.most_rows, gate.top_k, KINDS[gate.weights]
         return layer, *picked, *owners.places, load.size, dispatch.address(load)

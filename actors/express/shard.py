@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from actors.express.calls import address, call_of, compiled
 from actors.model.experts import ExpertBank
@@ -12,6 +12,9 @@ from actors.span_log import SpanLog
 from actors.transport.base import Wire
 from actors.transport.poller import SPIN_US
 from actors.transport.shm import compiled_rings
+
+if TYPE_CHECKING:
+    from actors.express import _express
 
 
 class Done(NamedTuple):
@@ -26,31 +29,33 @@ class Done(NamedTuple):
 class ShardExpress:
     """Implements :class:`~actors.transport.poller.Express`, for the loop of an expert shard."""
 
-    def __init__(self, model: ModelSettings, columns: int, spans: SpanLog) -> None:
-        """``columns``: of a row."""
-        self._spans = spans
+    def __init__(self, native: _express.ExpertShard, spans: SpanLog) -> None:
+        self._native, self._spans = native, spans
         self._watched: set[int] = set()
-        self._native = None
-        if (found := compiled(model)) is not None:
-            express, kernels = found
-            row_bytes = columns * model.torch_dtype.itemsize
-            call = call_of(kernels, model)
-            self._native = express.ExpertShard(call, address(kernels.experts), columns, row_bytes, SPIN_US * 1e-6)
+
+    @classmethod
+    def made(cls, model: ModelSettings, columns: int, spans: SpanLog) -> ShardExpress | None:
+        """None where everything goes the general way. ``columns``: of a row."""
+        if (found := compiled(model)) is None:
+            return None
+        express, kernels = found
+        row_bytes = columns * model.torch_dtype.itemsize
+        call = call_of(kernels, model)
+        return cls(express.ExpertShard(call, address(kernels.experts), columns, row_bytes, SPIN_US * 1e-6), spans)
 
     def install(self, bank: ExpertBank) -> None:
-        """Compute the experts of this bank from now on; what is being computed by another one is not disturbed. From any
-        thread."""
-        if self._native is not None:
-            self._native.install(bank.calls(), bank)
+        """Compute the experts of this bank from now on; what is being computed by another one is not disturbed. From
+        any thread."""
+        self._native.install(bank.calls(), bank)
 
     def done(self) -> Done:
         """From any thread."""
-        return Done() if self._native is None else Done(*self._native.done())
+        return Done(*self._native.done())
 
     def watch(self, wire: Wire, fds: Sequence[int]) -> None:
         """See :class:`~actors.transport.poller.Express`."""
         rings = compiled_rings(wire)
-        if self._native is not None and rings is not None and fds:
+        if rings is not None and fds:
             self._watched.add(fds[0])
             self._native.watch(fds[0], *rings)
 
@@ -62,7 +67,7 @@ class ShardExpress:
 
     def usable(self) -> bool:
         """See :class:`~actors.transport.poller.Express`."""
-        return self._native is not None and not self._spans.recording
+        return not self._spans.recording
 
     def wait(self, epoll: int, deadline: float) -> Sequence[tuple[int, int]]:
         """See :class:`~actors.transport.poller.Express`."""

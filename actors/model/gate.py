@@ -31,8 +31,8 @@ class GateWeights:
 
 
 class GateCall(NamedTuple):
-    """One layer's gate for who calls the kernels himself: the ``address`` of its fields, for ``most_rows`` at a time, each
-    of which gets ``top_k`` experts with weights of dtype ``weights``."""
+    """One layer's gate for who calls the kernels himself: the ``address`` of its fields, for ``most_rows`` at a time,
+    each of which gets ``top_k`` experts with weights of dtype ``weights``."""
 
     address: int
     most_rows: int
@@ -102,8 +102,8 @@ class Gate:
         return experts, (weights * spec.scale).to(_dtype(spec.weights, x.dtype))
 
     def call(self, layer: int, dtype: torch.dtype) -> GateCall | None:
-        """How the kernels choose for rows of ``dtype`` as :meth:`route` does; None where it would not let them. Valid as
-        long as this gate."""
+        """How the kernels choose for rows of ``dtype`` as :meth:`route` does; None where it would not let them. Valid
+        as long as this gate."""
         gate = self._layers[layer]
         if not self._kernels_take(gate, torch.empty(1, gate.weight.shape[1], dtype=dtype)):
             return None

@@ -21,8 +21,8 @@ Taken = tuple[int, tuple[int, int, int, int, int], tuple[memoryview, ...], Block
 
 class Ring(Protocol):
     """``known`` counts bytes that this end may handle: free ones for the writer, written ones for the reader.
-    ``unannounced``: bytes handled of which the peer was not told. ``frames`` and ``bytes`` were moved past the wire (see
-    :mod:`actors.express`). ``partial``: the wire has part of a frame, and waits for the rest."""
+    ``unannounced``: bytes handled of which the peer was not told. ``frames`` and ``bytes`` were moved past the wire
+    (see :mod:`actors.express`). ``partial``: the wire has part of a frame, and waits for the rest."""
 
     known: int
     position: int

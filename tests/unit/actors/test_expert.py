@@ -28,6 +28,7 @@ from actors.settings import ModelSettings
 from actors.transport.base import Frame, FrameTag, Wire
 from actors.transport.local import LocalNetwork
 from tests.checkpoints import write_deepseek_v3
+from tests.shared_memory import shm_endpoint
 from tests.span_recorder import PARENT_ID, TRACE_ID, TRACEPARENT, about, named, parent_id, span_id
 
 HELD = [(1, 0), (1, 1), (2, 3)]
@@ -44,14 +45,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def shard(checkpoint: Path) -> Iterator[tuple[ExpertShard, Wire]]:
+@pytest.fixture(params=["local", "shm"])
+def shard(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[tuple[ExpertShard, Wire]]:
     """One that holds HELD, and a router's wire to it."""
-    network = LocalNetwork()
-    shard = ExpertShard("expert-0", ModelSettings(checkpoint, "float32", 0, 1, 10.0), network.endpoint)
+    endpoint = shm_endpoint if request.param == "shm" else LocalNetwork().endpoint
+    shard = ExpertShard("expert-0", ModelSettings(checkpoint, "float32", 0, 1, 10.0), endpoint)
     address = shard.listen()
     assert shard.load(1, HELD) == 3
-    router = network.endpoint("router-0", lambda wire: None)
+    router = endpoint("router-0", lambda wire: None)
     wire = router.connect(address, soon())
     yield shard, wire
     wire.close()
@@ -204,7 +205,7 @@ def test_what_goes_back_to_routers_is_counted(shard: tuple[ExpertShard, Wire]) -
     size = expect_parts(ask(wire, 1, [0, 1, 1], [0, 0, 1], width(actor)), 2)[0].nbytes
     stats = actor.stats()
     (back,) = stats.wires
-    assert (back.peer, back.medium, stats.bytes_sent) == ("router-0", "local", {"local": back.bytes_sent})
+    assert (back.peer, back.medium, stats.bytes_sent) == ("router-0", wire.medium, {wire.medium: back.bytes_sent})
     assert back.bytes_sent >= size > 0
     assert back.bytes_received > 0
 

@@ -18,12 +18,13 @@ from actors.messages import CPU
 from actors.moe_client import MoEClient, MoEUnavailable, RowsSent
 from actors.router import Router
 from actors.settings import ModelSettings
-from actors.transport.base import Address, WireTimeout
+from actors.transport.base import Address, EndpointLike, WireTimeout
 from actors.transport.local import LocalNetwork
 from placement.expert_map import ExpertMap, replaced, single_replica_map
 from tests.checkpoints import write_deepseek_v3, write_glm4_moe
 from tests.micro_batched import MicroBatched
 from tests.paged_runner import PagedRunner, random_ids
+from tests.shared_memory import shm_endpoint
 
 PATIENCE_S = 20.0
 NAMES = ("expert-0", "expert-1")
@@ -48,19 +49,21 @@ class Routed(MicroBatched):
     """Its experts are at two shards behind a router, all in threads of this process. ``on_start`` sees each batch that
     has left."""
 
+    make_network: Callable[[], Callable[..., EndpointLike]]
+
     def __init__(self, path: Path, stack: ExitStack, timeout_s: float = PATIENCE_S) -> None:
         super().__init__(path, row_block=8)
         self._settings = ModelSettings(path, "float32", 8, 1, timeout_s)
-        self._network, self._stack = LocalNetwork(), stack
+        self._endpoint, self._stack = Routed.make_network(), stack
         self.shards: dict[str, ExpertShard] = {}
-        self.router = Router("router-0", self._settings, self._network.endpoint)
+        self.router = Router("router-0", self._settings, self._endpoint)
         stack.callback(self.router.stop)
         router = self.router.load()
         self.map = single_replica_map(1, self.spec.moe_layers, self.spec.moe.n_experts, NAMES)
         self._addresses: dict[str, Address] = {}
         self.prepare(self.map)
         self.router.commit(1, PATIENCE_S)
-        wire = self._network.endpoint("attention-0").connect(router, time.monotonic() + PATIENCE_S)
+        wire = self._endpoint("attention-0").connect(router, time.monotonic() + PATIENCE_S)
         stack.callback(wire.close)
         self.client = MoEClient(wire, torch.float32, CPU, self.spec.d_model, timeout_s, self.spec.moe_layers)
         self.moe = self
@@ -69,7 +72,7 @@ class Routed(MicroBatched):
     def prepare(self, expert_map: ExpertMap) -> None:
         for name in expert_map.shards:
             if name not in self.shards:
-                self.shards[name] = ExpertShard(name, self._settings, self._network.endpoint)
+                self.shards[name] = ExpertShard(name, self._settings, self._endpoint)
                 self._stack.callback(self.shards[name].stop)
                 self._addresses[name] = self.shards[name].listen()
             self.shards[name].load(expert_map.epoch, expert_map.held_by(name))
@@ -87,6 +90,13 @@ class Routed(MicroBatched):
 
     def finish(self, handle: object) -> Tensor:
         return self.client.finish(handle)
+
+
+@pytest.fixture(params=["local", "shm"], autouse=True)
+def _over(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the general way, and by express."""
+    network = (lambda: shm_endpoint) if request.param == "shm" else lambda: LocalNetwork().endpoint
+    monkeypatch.setattr(Routed, "make_network", staticmethod(network), raising=False)
 
 
 @contextmanager
@@ -176,6 +186,9 @@ def test_one_failed_micro_batch_voids_its_step_and_no_other(
             return compute(frame)
 
         monkeypatch.setattr(shard, "_compute", broken)
+        if shard._express is not None:
+            monkeypatch.setattr(shard._express, "usable", lambda: False)  # it would not go through _compute
+            shard._loop.wake()
         with pytest.raises(MoEUnavailable, match="no memory"):
             runner.step([(runner.add(ids), len(ids)) for ids in PROMPTS])
         runner.client.abandon()
