@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from actors.engine.inverse_cdf import draw_tokens
+from actors.engine.likeliest import likeliest
 from actors.engine.masks import mask
 from actors.engine.penalties import add_bias, penalise_count, penalise_repetition
 from actors.engine.request import Draw
@@ -47,25 +48,20 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
 
 
 def _sample(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
-    tops, best = logits.max(dim=-1)
-    tokens = _tokens(best, tops.isfinite() & logits.amin(dim=-1).isfinite())
-    changed = [row for row, draw in enumerate(draws) if tokens[row] is not None and _is_changed(draw)]
+    tokens = likeliest(logits)
+    changed = [row for row, draw in enumerate(draws) if _is_changed(draw, tokens[row], logits.shape[-1])]
     for row in changed:
         tokens[row] = None
     _draw(logits, draws, tokens)
     if changed:
         some = [draws[row] for row in changed]
         processed = _processed(logits[changed], some)
-        tops, best = processed.max(dim=-1)
-        others = _tokens(best, tops.isfinite())
+        tops, best = processed.max(dim=-1)  # what was taken out is infinite, and no fault
+        others = [None if token < 0 else token for token in best.where(tops.isfinite(), -1).tolist()]
         _draw(processed, some, others)
         for row, token in zip(changed, others, strict=True):
             tokens[row] = token
     return tokens
-
-
-def _tokens(best: Tensor, is_there: Tensor) -> list[int | None]:
-    return [None if token < 0 else token for token in best.where(is_there, -1).tolist()]
 
 
 def _draw(logits: Tensor, draws: Sequence[Draw], tokens: list[int | None]) -> None:
@@ -77,9 +73,21 @@ def _draw(logits: Tensor, draws: Sequence[Draw], tokens: list[int | None]) -> No
             tokens[row] = token
 
 
-def _is_changed(draw: Draw) -> bool:
+def _is_changed(draw: Draw, likeliest: int | None, n_vocab: int) -> bool:
+    """Whether step 1 has to be done for this draw: not for the arg max alone, if only others are taken out. It tells of
+    ids that there are not."""
     param = draw.sampling
-    return bool(param.has_penalties or param.logit_bias or param.allowed_ids or param.banned_ids or draw.held_back)
+    if likeliest is None:
+        return False
+    if param.has_penalties or param.logit_bias:
+        return True
+    if param.temperature > 0:
+        return bool(param.allowed_ids or param.banned_ids or draw.held_back)
+    if param.allowed_ids and likeliest not in param.allowed_ids:
+        return True
+    named = (param.allowed_ids, param.banned_ids, draw.held_back)
+    known = all(0 <= min(ids) and max(ids) < n_vocab for ids in named if ids)
+    return not known or likeliest in param.banned_ids or likeliest in draw.held_back
 
 
 def _processed(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
