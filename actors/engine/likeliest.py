@@ -29,7 +29,7 @@ _FORMS = {
 def likeliest(logits: Tensor) -> list[int | None]:
     """Of each row of ``logits [R, V]`` the first of the highest; None where a logit is NaN or infinite.
 
-    On CPUs their bits are compared as integers, in a fiftieth of torch's time for bf16, which has no vector code for it.
+    On CPUs their bits are compared as integers, in a fiftieth of torch's time for bf16, where it has no vector code.
     Rows whose highest is not above 0 are torch's: there the orders differ.
     """
     form = _FORMS.get(logits.dtype) if logits.is_cpu else None

@@ -86,7 +86,7 @@ def _is_changed(draw: Draw, likeliest: int | None, n_vocab: int) -> bool:
     if param.allowed_ids and likeliest not in param.allowed_ids:
         return True
     named = (param.allowed_ids, param.banned_ids, draw.held_back)
-    known = all(0 <= min(ids) and max(ids) < n_vocab for ids in named if ids)
+    known = all(min(ids) >= 0 and max(ids) < n_vocab for ids in named if ids)
     return not known or likeliest in param.banned_ids or likeliest in draw.held_back
 
 
