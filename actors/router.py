@@ -102,7 +102,8 @@ class Router(Recorded):
                 self._model.torch_device,
             )
         if self._express is not None:
-            self._express.start(self._data, self._gate, self._spec.moe_layers)
+            gates = {layer: self._gate.call(layer, self._model.torch_dtype) for layer in self._spec.moe_layers}
+            self._express.start(self._data, gates)
         self._loop.start()
         return self._endpoint.address
 

@@ -147,7 +147,7 @@ class Work:
 
     def __init__(self, shape: Shape, attention: Link, shards: list[Link]) -> None:
         self._shape, self._attention, self._shards = shape, attention, shards
-        self._chosen, self._weight = shape.chosen(), shape.weight()
+        self._chosen, self._weight = shape.choice()
         home = np.arange(shape.experts) % len(shards)
         self._owners = Owners(home[:, None], np.ones_like(home))
         self._load = np.zeros_like(home)
@@ -187,7 +187,7 @@ def _serve_shard(control: Connection, number: int, link: Link, shape: Shape | No
         while shape is None:
             link.recv()
             link.send()
-        chosen = shape.chosen()
+        chosen, _ = shape.choice()
         share = split_rows(chosen, np.arange(chosen.size), chosen.reshape(-1) % shards)[number]
         pairs = torch.from_numpy(share.pair_row.astype(np.int64))
         out = torch.empty(pairs.numel(), shape.width, dtype=DTYPE)

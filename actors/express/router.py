@@ -13,7 +13,7 @@ from actors.dispatch import Owners, ShardRows
 from actors.dispatcher import Completed, Dispatcher, DispatchHandle
 from actors.express.calls import address, call_of, compiled
 from actors.model.combine import Piece
-from actors.model.gate import Gate, GateCall
+from actors.model.gate import GateCall
 from actors.native import dispatch
 from actors.native.matrix import KINDS
 from actors.routes import ExpertRoutes
@@ -61,10 +61,9 @@ class RouterExpress:
         native = express.Router(call, *functions, columns, row_bytes, last_layer, timeout_s, spin_s)
         return cls(native, columns, model.torch_dtype, spans, held)
 
-    def start(self, data: Dispatcher, gate: Gate, layers: Sequence[int]) -> None:
-        """From now on it serves what ``data`` would, and picks experts as ``gate`` does."""
-        found = {layer: gate.call(layer, self._dtype) for layer in layers}
-        self._gates = {layer: call for layer, call in found.items() if call is not None}
+    def start(self, data: Dispatcher, gates: Mapping[int, GateCall | None]) -> None:
+        """From now on it serves what ``data`` would, of the layers that have a gate."""
+        self._gates = {layer: call for layer, call in gates.items() if call is not None}
         self._data = data
 
     def watch(self, wire: Wire, fds: Sequence[int]) -> None:
