@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -31,12 +30,11 @@ class MoEUnavailable(RuntimeError):
     """The routed experts' part of a layer could not be computed; the step is void, nothing of it was published."""
 
 
-@dataclass(frozen=True, eq=False)
-class RowsSent:
+class RowsSent(NamedTuple):
     """Rows of one layer that are on their way since ``began`` (perf_counter); only ``finish`` takes it, once."""
 
     tag: FrameTag
-    count: int
+    n_rows: int
     began: float
 
 
@@ -90,6 +88,7 @@ class MoEClient:
         self._sent: dict[FrameTag, RowsSent] = {}
         self._early: dict[FrameTag, _Early] = {}
         self._let_go: Callable[[], None] | None = None  # of the one of these that was handed out last
+        self._part: tuple[Tensor | None, memoryview] = None, memoryview(b"")
         self._spans = spans or SpanLog()
 
     def begin_step(self, traceparent: str = "") -> None:
@@ -101,6 +100,7 @@ class MoEClient:
         self.batches, self.waited_s, self.experts_s, self.transfer_s = 0, 0.0, 0.0, 0.0
         self._trace = [traceparent.encode()] if traceparent else []
         self._deadline = time.monotonic() + self._timeout_s
+        self._part = None, memoryview(b"")
         self._forget()
         self.wire.fence(FrameTag(step=self._step))
 
@@ -116,7 +116,7 @@ class MoEClient:
         trace = self._trace if layer in self._traced_layers else []
         began_ns = self._spans.begin()
         try:
-            self.wire.send(Kind.ROWS, sent.tag, [tensor_bytes(rows.contiguous()), *trace], self._deadline)
+            self.wire.send(Kind.ROWS, sent.tag, [self._bytes_of(rows), *trace], self._deadline)
         except TransportError as error:
             raise self._unavailable(error) from error
         self._sent[sent.tag] = sent
@@ -124,6 +124,16 @@ class MoEClient:
         if began_ns:
             self._spans.end(ROWS_OUT, began_ns, layer=layer, micro_batch=micro_batch, rows=rows.shape[0])
         return sent
+
+    def _bytes_of(self, rows: Tensor) -> memoryview:
+        """A step sends the same tensor in each layer, with other numbers in it."""
+        if rows is not self._part[0]:
+            whole = rows.contiguous()
+            part = tensor_bytes(whole)
+            if whole is not rows or not rows.is_cpu:
+                return part  # a copy of the numbers of now
+            self._part = rows, part
+        return self._part[1]
 
     def finish(self, sent: object) -> Tensor:
         """The combined rows [T, D] for what ``start`` sent; valid until the next call. Raises MoEUnavailable."""
@@ -160,8 +170,8 @@ class MoEClient:
         self.experts_s += times.experts_s
         self.transfer_s += max(0.0, trip_s - times.experts_s) / 2
         rows = tensor_from(part, self._dtype, self._d_model, self._device)
-        if rows.shape[0] != sent.count:
-            raise MoEUnavailable(f"router {self.wire.peer}: {rows.shape[0]} rows came back of {sent.count}")
+        if rows.shape[0] != sent.n_rows:
+            raise MoEUnavailable(f"router {self.wire.peer}: {rows.shape[0]} rows came back of {sent.n_rows}")
         return sent, rows
 
     def _call_when_sent(self) -> None:

@@ -56,6 +56,20 @@ def test_only_the_traced_step_and_few_layers_are_marked(pair: tuple[MoEClient, W
     assert len(marked[1]) == 16
 
 
+def test_rows_are_sent_as_they_are_now(pair: tuple[MoEClient, Wire]) -> None:
+    """A step has one tensor for all layers, and changes its numbers; views are copied each time."""
+    client, router = pair
+    own = torch.arange(6 * D, dtype=torch.float32).view(6, D)
+    client.begin_step()
+    for rows in (own, own, own[::2], own[::2], own.T.contiguous().T, own):
+        own += 1
+        sent = client.start(1, rows)
+        frame = router.recv(time.monotonic() + 5)
+        assert bytes(frame.parts[0]) == bytes(tensor_bytes(rows.clone().contiguous()))
+        router.send(Kind.ROWS_DONE, frame.tag, [bytes(frame.parts[0]), encode_times(TIMES)], time.monotonic() + 5)
+        client.finish(sent)
+
+
 def test_waits_of_a_step_add_up_and_the_next_begins_anew(
     pair: tuple[MoEClient, Wire], monkeypatch: pytest.MonkeyPatch
 ) -> None:
