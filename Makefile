@@ -23,9 +23,10 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard actors/native/src/* actors/t
 demo: setup  ## Start a cluster, stream one chat answer, show what runs where, stop it
 	$(BIN)/expertmesh demo "What is the capital of France?"
 
-test: setup  ## Run every test; those without Ray on all cores
+test: setup  ## Run every test; those without Ray and GPU on all cores
 	$(BIN)/python -m pytest tests/unit -n auto --dist loadfile
-	$(BIN)/python -m pytest tests/multiprocess tests/cluster tests/gpu
+	$(BIN)/python -m pytest tests/multiprocess -n auto --dist loadfile
+	$(BIN)/python -m pytest tests/cluster tests/gpu
 
 lint: setup check-manifests  ## ruff, mypy, import contracts, protos, manifests
 	$(BIN)/ruff check .
