@@ -50,9 +50,11 @@ class Memory {
   int64_t size_ = 0;
 };
 
-// The largest frame that comes and goes whole: larger ones are pipelined in pieces by the wire, and half a ring is free
-// sooner or later, whatever part of the handled bytes is unannounced.
-inline int64_t limit(const Ring* ring) { return std::min(kPiece, ring->size() / 2); }
+// The largest frame that comes and goes whole. Larger ones gain more by the wire's pieces, of which one is read while the
+// next is written, than the interpreter costs; and half a ring is free sooner or later, whatever part of the handled bytes
+// is unannounced.
+constexpr int64_t kWhole = 1 << 20;
+inline int64_t limit(const Ring* ring) { return std::min(kWhole, ring->size() / 2); }
 
 inline bool takes(Ring* ring, int64_t need) { return ring->memory && need <= limit(ring) && has_room(ring, need); }
 
