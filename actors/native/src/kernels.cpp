@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -136,20 +137,31 @@ static int64_t weights_in_cache(int64_t row_bytes) {
 
 constexpr int64_t MOST_KEPT = 2 << 20;  // bytes: what a step of decoding needs; with more a call takes milliseconds
 
+// Memory that begins with a cache line: what is loaded a line at a time would else come from two each time.
+struct Free {
+  void operator()(void* at) const { ::operator delete(at, std::align_val_t{64}); }
+};
+template <class T>
+using Lines = std::unique_ptr<T[], Free>;
+template <class T>
+static Lines<T> in_lines(int64_t numbers) {
+  return Lines<T>(static_cast<T*>(::operator new(numbers * sizeof(T), std::align_val_t{64})));
+}
+
 // Memory of this thread, undefined at first. A little of it stays for the next call with the same use.
 enum Use { ROWS, HIDDEN, GATES, SCALES, NUMBERS, LAYER };
 template <class T, Use use = ROWS>
 class Scratch {
  public:
   explicit Scratch(int64_t numbers) {
-    thread_local std::unique_ptr<T[]> kept;
+    thread_local Lines<T> kept;
     thread_local int64_t size = 0;
     const bool much = numbers * static_cast<int64_t>(sizeof(T)) > MOST_KEPT;
-    if (much) own_.reset(new T[numbers]);
+    if (much) own_ = in_lines<T>(numbers);
     if (!much && size < numbers) {
       size = 0;
       kept.reset();
-      kept.reset(new T[numbers]);
+      kept = in_lines<T>(numbers);
       size = numbers;
     }
     at_ = much ? own_.get() : kept.get();
@@ -157,7 +169,7 @@ class Scratch {
   T* get() const { return at_; }
 
  private:
-  std::unique_ptr<T[]> own_;
+  Lines<T> own_;
   T* at_;
 };
 
