@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ class Hosted:
     def __init__(self, telemetry: TelemetryConfig, name: str, role: ActorClass, *args: Any) -> None:
         self._telemetry = ProcessTelemetry(telemetry, name)
         self._role = role.load()(*args)
+        # Ray's and torch's modules are 200,000 objects, which stay: a full collection that looks at them holds every
+        # step and stream of the process for 90 ms.
+        gc.freeze()
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a public method of the object. After ``stop`` the process is only waiting for its end."""
