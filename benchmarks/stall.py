@@ -22,9 +22,9 @@ _ABOUT_BESIDE = 2
 
 @dataclass(frozen=True)
 class Stall:
-    """Seconds. ``usual``: median gap between a stream's tokens with the same streams and no prompt; ``undisturbed``:
-    the longest of all streams in about as long a time without the prompt, which is the machine's own unrest;
-    ``longest``: of all streams while the prompt was computed; ``ttft`` beside them, ``alone`` without them."""
+    """Seconds. ``usual``: median gap between a stream's tokens just before the prompt came; ``undisturbed``: the
+    longest of all streams in about as long a time without the prompt, which is the machine's own unrest; ``longest``:
+    of all streams while the prompt was computed; ``ttft`` beside them, ``alone`` without them."""
 
     streams: int
     prompt_tokens: int
@@ -91,11 +91,13 @@ async def measure_stall(target: str, streams: int, prompt_tokens: int) -> Stall:
         while min(len(one.token_at) for one in running) < _WARM_TOKENS:
             _check_running(tasks)
             await asyncio.sleep(_LOOK_S)
-        usual = median(gap for one in running for gap in one.gaps_s[-_USUAL_TOKENS:])
+        a_step = median(gap for one in running for gap in one.gaps_s[-_USUAL_TOKENS:])
         waited = time.monotonic() - began
-        await asyncio.sleep(max(_ABOUT_BESIDE * before, _USUAL_TOKENS * usual))
+        await asyncio.sleep(max(_ABOUT_BESIDE * before, _USUAL_TOKENS * a_step))
         sent = time.monotonic() - began
         _check_running(tasks)
+        # By now the streams' contexts have grown, and their gaps with them.
+        usual = median(gap for one in running for gap in one.gaps_s[-_USUAL_TOKENS:])
         undisturbed = max(_gaps_within(one, waited, sent) for one in running)
         ttft = await _ttft(gateway, prompt(prompt_tokens))
         _check_running(tasks)
