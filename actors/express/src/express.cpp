@@ -333,7 +333,14 @@ PyMODINIT_FUNC PyInit__express() {
   if (!rings) return nullptr;
   ring_type = PyObject_GetAttrString(rings, "Ring");
   Py_DECREF(rings);
-  PyObject* made = ring_type ? PyModule_Create(&module) : nullptr;
+  // One of an older build would be written past its end.
+  const bool ours = ring_type && PyType_Check(ring_type) &&
+                    reinterpret_cast<PyTypeObject*>(ring_type)->tp_basicsize == sizeof(Ring);
+  if (!ours) {
+    PyErr_SetString(PyExc_ImportError, "actors.transport._ring is of another build");
+    return nullptr;
+  }
+  PyObject* made = PyModule_Create(&module);
   if (!made || !add_type(made, "Router", &router_spec) || !add_type(made, "ExpertShard", &shard_spec)) {
     Py_XDECREF(made);
     return nullptr;

@@ -60,7 +60,9 @@ class Router {
   Router(Call call, decltype(&expertmesh_gate) gate, decltype(&expertmesh_combine) combine, int64_t columns,
          int64_t row_bytes, uint32_t last_layer, double timeout_s, double spin_s)
       : wires(*this, spin_s), call_(call), gate_(gate), combine_(combine), columns_(columns), row_bytes_(row_bytes),
-        last_layer_(last_layer), timeout_s_(timeout_s) {}
+        last_layer_(last_layer), timeout_s_(timeout_s) {
+    spare_.reserve(KEPT + 1);  // what is released has its place
+  }
 
   Wires<Router> wires;
   uint32_t epoch = 0;
@@ -97,16 +99,31 @@ class Router {
     std::unique_ptr<Batch> batch = blank();
     prepare(*batch, layer, tokens);
     frame.first_to(batch->rows.get());
-    if (gate_(call_.isa, call_.type, layer.gate, batch->rows.get(), batch->chosen.data(), batch->weight.get(), tokens,
-              call_.threads) || !owned(*batch, layer)) {
+    if (!choose(*batch, layer) || !owned(*batch, layer) || !source.in->memory || !room_for(tokens, layer.top_k)) {
       spare_.push_back(std::move(batch));
       return Served::LEFT;
     }
+    share_out(*batch, layer);
+    pending.reserve(pending.size() + 1);  // from here on nothing may fail: the frame is gone
     begin(*batch, source, frame.header);
     frame.consume();
-    send(*batch, layer);
+    for (int64_t i = 0; i < batch->n_shares; ++i) ask(*batch, batch->shares[i]);
     pending.push_back(std::move(batch));
     return Served::TAKEN;
+  }
+
+  // The gate's choice; of many rows without the GIL, and a wire may be closed meanwhile.
+  bool choose(Batch& batch, const RouterLayer& layer) const {
+    const auto call = [&] {
+      return gate_(call_.isa, call_.type, layer.gate, batch.rows.get(), batch.chosen.data(), batch.weight.get(),
+                   batch.tokens, call_.threads) == 0;
+    };
+    if (batch.tokens * row_bytes_ < kUnlocked) return call();
+    bool well;
+    Py_BEGIN_ALLOW_THREADS;
+    well = call();
+    Py_END_ALLOW_THREADS;
+    return well;
   }
 
   // Whether every shard could take all rows with all pairs.
@@ -176,11 +193,12 @@ class Router {
       if (pending[i]->source == fd && pending[i]->tag.step < step) release(i);
   }
 
-  void send(Batch& batch, const RouterLayer& layer) {
+  // What each shard gets.
+  void share_out(Batch& batch, const RouterLayer& layer) const {
     const int64_t count = static_cast<int64_t>(batch.chosen.size());
     int64_t* const out = batch.split.data();
     batch.n_shares = batch.owed =
-        dispatch(batch.chosen.data(), count, batch.top_k, owners_of(layer, number), layer.load, out);
+        dispatch(batch.chosen.data(), count, batch.top_k, owners_of(layer, number + 1), layer.load, out);
     const int64_t* table = out + 2 * count;
     const int32_t* small = reinterpret_cast<const int32_t*>(out + 5 * count);
     int64_t row = 0, pair = 0;
@@ -192,7 +210,6 @@ class Router {
       share.attempt = static_cast<uint32_t>(i + 1);
       share.came = false;
       row += share.rows, pair += share.pairs;
-      ask(batch, share);
     }
   }
 

@@ -41,6 +41,8 @@ class Waiter {
     return count;
   }
 
+  static int look(int epoll, epoll_event* events, int most) { return poll(epoll, events, most, 0); }
+
  private:
   static constexpr int LEAST_PENALTY = 16, MOST_PENALTY = 1024;
 

@@ -4,6 +4,7 @@
 #include "../../transport/src/ring.h"
 #include "waiter.h"
 
+#include <algorithm>
 #include <new>
 #include <unordered_map>
 #include <vector>
@@ -94,7 +95,7 @@ class Writer {
     ++ring_->frames;
     ring_->bytes += bytes_;
     const uint64_t count = written_;
-    if (write(ring_->data_bell, &count, sizeof count) != sizeof count) return;  // the peer's end is told otherwise
+    if (write(ring_->data_bell, &count, sizeof count) != sizeof count) return;  // a peer that is gone, or fills its own bell
   }
 
  private:
@@ -119,6 +120,7 @@ struct End {
   Ring* out;
   Owned keeps_in, keeps_out;
   int64_t shard = -1;
+  bool due = false;  // there is or may be something to serve
   bool mid_step = false, touched = false;  // a source: inside a step, and something came since Python was told
   double until = 0.0;
 
@@ -191,24 +193,33 @@ class Wires {
 
   std::unordered_map<int, End> ends;
 
-  // A list of (descriptor, events) that are Python's; null with an error set.
+  // A list of (descriptor, events) that are Python's; null with an error set. Each end has one frame served in a turn, so
+  // that none that always has another one keeps the others, or Python, from theirs.
   PyObject* wait(int epoll, double deadline) {
     PyObject* left = PyList_New(0);
     if (!left) return nullptr;
     epoll_event events[MOST];
     while (true) {
+      const bool more = std::any_of(ends.begin(), ends.end(), [](const auto& one) { return one.second.due; });
       int count;
       Py_BEGIN_ALLOW_THREADS;
-      count = waiter_.wait(epoll, events, MOST, deadline);
+      count = more ? waiter_.look(epoll, events, MOST) : waiter_.wait(epoll, events, MOST, deadline);
       Py_END_ALLOW_THREADS;
       bool well = count >= 0;
       if (!well) PyErr_SetFromErrno(PyExc_OSError);
       for (int i = 0; well && i < count; ++i) {
         const auto end = ends.find(events[i].data.fd);
-        if (end == ends.end() || serve(end->second) == Served::LEFT) well = tell(left, events[i].data.fd, events[i].events);
+        if (end == ends.end()) well = tell(left, events[i].data.fd);
+        else end->second.due = true;
+      }
+      for (auto& [fd, end] : ends) {
+        if (!well || !end.due) continue;
+        const Served served = serve(end);
+        end.due = served == Served::TAKEN && end.in->memory && end.in->known;
+        if (served == Served::LEFT) well = tell(left, fd);
       }
       if (!well) break;
-      if (PyList_GET_SIZE(left) || !count || monotonic() >= deadline) return tell_in_hand(left);
+      if (PyList_GET_SIZE(left) || (!count && !more) || monotonic() >= deadline) return tell_in_hand(left);
     }
     Py_DECREF(left);
     return nullptr;
@@ -219,8 +230,7 @@ class Wires {
 
   Served serve(End& end) {
     try {
-      while (true)
-        if (const Served served = next(end); served != Served::TAKEN) return served;
+      return next(end);
     } catch (const std::bad_alloc&) {
       return Served::LEFT;
     }
@@ -243,8 +253,8 @@ class Wires {
     return actor_.take(end, Arrived(in, header));
   }
 
-  static bool tell(PyObject* left, int fd, unsigned events) {
-    PyObject* one = Py_BuildValue("iI", fd, events);
+  static bool tell(PyObject* left, int fd) {
+    PyObject* one = Py_BuildValue("iI", fd, EPOLLIN);
     const bool well = one && PyList_Append(left, one) == 0;
     Py_XDECREF(one);
     return well;
@@ -252,11 +262,12 @@ class Wires {
 
   // What a bell has told already it does not tell again.
   PyObject* tell_in_hand(PyObject* left) {
-    for (const auto& [fd, end] : ends)
-      if (end.in->memory && end.in->known && !tell(left, fd, EPOLLIN)) {
-        Py_DECREF(left);
-        return nullptr;
-      }
+    for (auto& [fd, end] : ends) {
+      end.due = false;
+      if (!end.in->memory || !end.in->known || tell(left, fd)) continue;
+      Py_DECREF(left);
+      return nullptr;
+    }
     return left;
   }
 

@@ -165,7 +165,7 @@ def bench(path: Path) -> Iterator[Benches]:
         def make(
             expert_map: ExpertMap = ALONE,
             dtype: str = "float32",
-            timeout_s: float = PATIENCE_S,
+            timeout_s: float = 5 * PATIENCE_S,  # a wait that ends takes what is under way to the general way
             ring_bytes: int = 1 << 20,
         ) -> Bench:
             return Bench(path, stack, expert_map, dtype, timeout_s, ring_bytes)
@@ -419,10 +419,14 @@ def test_batches_of_many_random_steps_through_losses_and_maps(bench: Benches) ->
     assert 0 < one.compiled < one.stats().batches
 
 
-def ask(wire: Wire, layer: int, rows: Tensor, pairs: Tensor, step: int) -> Frame:
-    """``pairs`` int [P, 2]: row, expert."""
+def send(wire: Wire, layer: int, rows: Tensor, pairs: Tensor, step: int) -> None:
     indices = [array_bytes(column.numpy().astype(np.int32)) for column in pairs.unbind(1)]
     wire.send(Kind.DISPATCH, FrameTag(1, step, 0, layer, 3), [tensor_bytes(rows), *indices], soon())
+
+
+def ask(wire: Wire, layer: int, rows: Tensor, pairs: Tensor, step: int) -> Frame:
+    """``pairs`` int [P, 2]: row, expert."""
+    send(wire, layer, rows, pairs, step)
     frame = wire.recv(soon())
     return frame._replace(parts=tuple(memoryview(bytearray(part)) for part in frame.parts))
 
@@ -508,6 +512,40 @@ def test_experts_come_and_go_while_batches_are_computed(shards: Callable[..., tu
     over.set()
     thread.join()
     assert min(kinds[Kind.RESULTS], kinds[Kind.FAILED]) >= 5
+
+
+def test_a_router_that_always_has_a_frame_keeps_no_others_waiting(
+    shards: Callable[..., tuple[ExpertShard, Wire]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has one frame served in a turn. Whoever wakes the loop up, to stop it or to add a wire, waits for one."""
+    shard, wire = shards([(1, 0)])
+    other = shm_endpoint("router-1", ring_bytes=64 << 10).connect(shard._endpoint.address, soon())
+    rows, pairs = torch.ones(2, WIDTH), torch.tensor([[0, 0], [1, 0]])
+    wanted = [bytes(ask(one, 1, rows, pairs, 1).parts[0]) for one in (wire, other)]
+    express, there, go = shard._express, threading.Event(), threading.Event()
+    assert express is not None
+    served, compiled_wait = list[int](), express.wait
+
+    def wait(epoll: int, deadline: float) -> Sequence[tuple[int, int]]:
+        there.set()
+        assert go.wait(PATIENCE_S)
+        events = compiled_wait(epoll, deadline)
+        served.append(express.done().batches)
+        return events
+
+    monkeypatch.setattr(express, "wait", wait)
+    shard._loop.wake()
+    assert there.wait(PATIENCE_S)
+    before = express.done().batches
+    for step in range(2, 12):
+        for one in (wire, other):
+            send(one, 1, rows, pairs, step)
+    shard._loop.wake()
+    go.set()
+    for _ in range(2, 12):
+        assert [bytes(one.recv(soon()).parts[0]) for one in (wire, other)] == wanted
+    assert served[0] - before == 2
+    other.close()
 
 
 def test_a_shard_records_the_general_way(shards: Callable[..., tuple[ExpertShard, Wire]]) -> None:
