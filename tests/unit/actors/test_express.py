@@ -241,6 +241,41 @@ def test_batches_of_a_step_and_their_shards_answer_in_any_order(bench: Benches) 
     assert ours.compiled == ours.stats().batches == 87
 
 
+@pytest.mark.parametrize(("ring_bytes", "most"), [(1 << 20, 40), (4 << 20, 1500)], ids=["", "frames in several pieces"])
+def test_batches_are_handed_over_at_any_moment(bench: Benches, ring_bytes: int, most: int) -> None:
+    """Whenever the loop wakes up, what is under way goes on the general way, which has sent none of it."""
+    ours = bench(TWICE, ring_bytes=ring_bytes)
+    with nothing_compiled():
+        general = bench(TWICE, ring_bytes=ring_bytes)
+    for step in range(1, 25):
+        came: list[dict[FrameTag, bytes]] = []
+        for one in (ours, general):
+            draws = np.random.default_rng(step)
+
+            def perhaps_wake(one: Bench = one, draws: np.random.Generator = draws) -> None:
+                if draws.random() < 0.2:
+                    one.router._loop.wake()
+
+            counts = [int(count) for count in draws.integers(1, most, 3)]
+            tags = []
+            for micro, count in zip((2, 1, 0), counts, strict=True):
+                tags.append(one.send(step, 2, count, micro))
+                perhaps_wake()
+            frames = one.asked_all(sum(counts))
+            frames.sort(key=lambda asked: (asked[0], asked[1].tag))
+            for at in draws.permutation(len(frames)):
+                name, frame = frames[at]
+                one.shards[name].send(Kind.RESULTS, frame.tag, one.results(frame), soon())
+                perhaps_wake()
+            answers = [one.came() for _ in tags]
+            came.append({frame.tag: bytes(frame.parts[0]) for frame in answers})
+            assert set(came[-1]) == set(tags)
+        assert came[0] == came[1]
+    assert 0 < ours.compiled < ours.stats().batches == 72
+    assert ours.stats().wires == general.stats().wires
+    assert ours.stats().rows_per_shard == general.stats().rows_per_shard
+
+
 def test_traced_and_recorded_batches_go_the_general_way(bench: Benches) -> None:
     one = bench()
     one.send(1, 1, 2, 0, TRACEPARENT.encode())
