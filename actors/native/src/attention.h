@@ -27,7 +27,7 @@ template <class T>
 struct Panel {
   const T* head;  // its numbers in slot 0
   int64_t dim, whole, step;
-  const T* token[TOKENS];
+  const T *token[TOKENS], *next[TOKENS];
   alignas(64) T end[TOKENS][32];
 
   Panel(const void* plane, int64_t width, int64_t groups, int64_t group)
@@ -48,9 +48,16 @@ struct Panel {
     }
   }
 
-  void prefetch(const int64_t* slots, int64_t count) const {
-    for (int64_t t = 0; t < count; ++t)
-      for (int64_t i = 0; i < dim; i += 64 / sizeof(T)) fetch(head + slots[t] * step + i);
+  // Those of the next block, of which there are count.
+  void look_ahead(const int64_t* slots, int64_t count) {
+    for (int64_t t = 0; t < TOKENS; ++t) next[t] = t < count ? head + slots[t] * step : nullptr;
+  }
+
+  // Token t of the next block is on its way to the second cache. A few at a time: the CPU has room for few that are
+  // under way, and a burst would make it wait.
+  void prefetch(int64_t t) const {
+    if (next[t])
+      for (int64_t i = 0; i < dim; i += 64 / sizeof(T)) fetch(next[t] + i);
   }
 
   // The 32 numbers of token t from this column on.
@@ -86,13 +93,15 @@ static inline void scores(const typename W::Row* const* query, const Panel<typen
 }
 
 // sum[m] += share[m][t] * value[t] for MR rows, the tokens from .. to one after the other, PARTS times 32 columns.
+// ahead: the next block's values are fetched meanwhile.
 template <class V, int MR, int PARTS>
 static inline void add_values(const float* share, const Panel<typename V::Stored>& value, int64_t from, int64_t to,
-                              int64_t column, float* sum, int64_t width) {
+                              int64_t column, float* sum, int64_t width, bool ahead) {
   vf acc[MR][2 * PARTS];
   for (int m = 0; m < MR; ++m)
     for (int i = 0; i < 2 * PARTS; ++i) acc[m][i] = load(sum + m * width + column + 16 * i);
   for (int64_t t = from; t < to; ++t) {
+    if (ahead) value.prefetch(t);
     typename V::Numbers v[PARTS];
     for (int i = 0; i < PARTS; ++i) v[i] = V::weight(value.at(t, column + 32 * i), {}, 0);
     for (int m = 0; m < MR; ++m) {
@@ -167,7 +176,7 @@ struct Workspace {
   std::vector<float> score, sum;
 };
 
-// One task: its rows' queries laid out, their sums, and the block of tokens under way.
+// One task's rows for one group: their queries laid out, their sums, and the block of tokens under way.
 template <class T>
 class Attended {
   using W = typename KindOf<T>::W;
@@ -175,15 +184,16 @@ class Attended {
   using Row = typename W::Row;
 
  public:
-  Attended(const Attention& call, const AttentionTask& task, Workspace<T>& own)
+  Attended(const Attention& call, const AttentionTask& task, int64_t group, Workspace<T>& own)
       : call_(call),
         task_(task),
         rows_(task.last - task.first),
         shared_(call.heads / call.groups),
         width_(stride(call.value_dim)),
-        keys_{{call.key[0], call.key_dim[0], call.groups, task.group},
-              {call.key[1], call.key_dim[1], call.groups, task.group}},
-        value_(call.value, call.value_dim, call.groups, task.group) {
+        keys_{{call.key[0], call.key_dim[0], call.groups, group},
+              {call.key[1], call.key_dim[1], call.groups, group}},
+        value_(call.value, call.value_dim, call.groups, group),
+        group_(group) {
     const int64_t first_plane = padded(call.key_dim[0]), row_width = stride(first_plane + padded(call.key_dim[1]));
     own.laid.resize(rows_ * row_width);
     own.query.resize(rows_);
@@ -203,14 +213,22 @@ class Attended {
     }
   }
 
-  void run() {
-    const int64_t from = first_seen(position(0), call_.window), to = position(rows_ - 1) + 1;
-    for (int64_t base = from - from % TOKENS; base < to; base += TOKENS) {
-      begin(base, std::max(from, base) - base, std::min(to - base, TOKENS), to);
-      score();
-      for (int64_t r = 0; r < rows_; ++r) weigh(r);
-      in_tiles<VALUE_ROWS>(rows_, [&](int64_t first, auto mr) { mix<decltype(mr)::value>(first); });
-    }
+  // The first block of tokens that any row sees, and the end of the last.
+  int64_t begin() const {
+    const int64_t from = first_seen(position(0), call_.window);
+    return from - from % TOKENS;
+  }
+  int64_t end() const { return position(rows_ - 1) + 1; }
+
+  // Goes on by the block of tokens that begins there.
+  void add(int64_t base) {
+    begin(base, std::max(first_seen(position(0), call_.window), base) - base, std::min(end() - base, TOKENS), end());
+    score();
+    for (int64_t r = 0; r < rows_; ++r) weigh(r);
+    in_tiles<VALUE_ROWS>(rows_, [&](int64_t first, auto mr) { mix<decltype(mr)::value>(first); });
+  }
+
+  void finish() {
     for (int64_t r = 0; r < rows_; ++r) store(r);
   }
 
@@ -220,11 +238,11 @@ class Attended {
   // Of all rows times heads, which one this is.
   int64_t at(int64_t r) const {
     const int64_t row = task_.first + r;
-    return (task_.span->start + row / shared_) * call_.heads + task_.group * shared_ + row % shared_;
+    return (task_.span->start + row / shared_) * call_.heads + group_ * shared_ + row % shared_;
   }
 
-  // The tokens base + from .. base + to are at hand, every row knows which of them it sees, and the next ones, up to
-  // end, are on the way to the second cache: in a paged cache the CPU cannot tell where they are.
+  // The tokens base + from .. base + to are at hand, every row knows which of them it sees, and it is known where the
+  // next ones are, up to end: in a paged cache the CPU cannot tell.
   void begin(int64_t base, int64_t from, int64_t to, int64_t end) {
     from_ = from;
     to_ = to;
@@ -234,8 +252,7 @@ class Attended {
     for (Panel<T>* panel : {&keys_[0], &keys_[1], &value_}) {
       if (!panel->dim) continue;
       panel->fill(slots, from, to);
-      const bool fetched = panel == &value_ && value_.head == keys_[0].head;  // the latent is both
-      if (!fetched) panel->prefetch(slots + count, next - base - to);
+      panel->look_ahead(slots + count, next - base - to);
     }
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t last = position(r);
@@ -245,10 +262,14 @@ class Attended {
   }
 
   void score() {
-    for (int64_t t = from_ & ~int64_t{3}; t < to_; t += 4)
+    for (int64_t t = from_ & ~int64_t{3}; t < to_; t += 4) {
+      for (int64_t i = t; i < t + 4; ++i)
+        for (const auto& key : keys_)
+          if (key.dim) key.prefetch(i);
       in_tiles<SCORE_ROWS>(rows_, [&](int64_t first, auto mr) {
         scores<W, decltype(mr)::value>(query_ + first, keys_, t, call_.scale, score_ + first * TOKENS + t);
       });
+    }
   }
 
   void weigh(int64_t r) {
@@ -279,10 +300,12 @@ class Attended {
     if (from >= to) return;
     const float* share = score_ + first * TOKENS;
     float* sum = sum_ + first * width_;
+    bool ahead = first == 0 && value_.head != keys_[0].head;  // the latent is both
     int64_t column = 0;
-    for (; column + 32 * VALUE_PARTS <= call_.value_dim; column += 32 * VALUE_PARTS)
-      add_values<V, MR, VALUE_PARTS>(share, value_, from, to, column, sum, width_);
-    for (; column < call_.value_dim; column += 32) add_values<V, MR, 1>(share, value_, from, to, column, sum, width_);
+    for (; column + 32 * VALUE_PARTS <= call_.value_dim; column += 32 * VALUE_PARTS, ahead = false)
+      add_values<V, MR, VALUE_PARTS>(share, value_, from, to, column, sum, width_, ahead);
+    for (; column < call_.value_dim; column += 32, ahead = false)
+      add_values<V, MR, 1>(share, value_, from, to, column, sum, width_, ahead);
   }
 
   void store(int64_t r) const {
@@ -299,6 +322,7 @@ class Attended {
   const int64_t rows_, shared_, width_;
   int64_t from_ = 0, to_ = 0;
   Panel<T> keys_[2], value_;
+  int64_t group_;
   const Row** query_;
   Softmax* softmax_;
   float *score_, *sum_;
@@ -308,8 +332,16 @@ template <class T>
 static void attention(const Attention& call, Pool& pool) {
   const std::vector<AttentionTask> tasks = attention_tasks(call);
   pool.run(static_cast<int64_t>(tasks.size()), call.threads, [&](int64_t task) {
-    thread_local Workspace<T> own;
-    Attended<T>(call, tasks[task], own).run();
+    thread_local std::vector<Workspace<T>> own;
+    const AttentionTask& wanted = tasks[task];
+    const int64_t count = wanted.last_group - wanted.group;
+    if (static_cast<int64_t>(own.size()) < count) own.resize(count);
+    std::vector<Attended<T>> groups;
+    groups.reserve(count);
+    for (int64_t g = 0; g < count; ++g) groups.emplace_back(call, wanted, wanted.group + g, own[g]);
+    for (int64_t base = groups[0].begin(), end = groups[0].end(); base < end; base += TOKENS)
+      for (auto& group : groups) group.add(base);
+    for (auto& group : groups) group.finish();
   });
 }
 

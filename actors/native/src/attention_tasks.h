@@ -29,16 +29,18 @@ static inline int64_t first_seen(int64_t position, int64_t window) {
   return window ? std::max<int64_t>(0, position + 1 - window) : 0;
 }
 
-// Those of the rows (query token, head of the group), query tokens first, of one span and group that are done together.
+// Those of the rows (query token, head of the group), query tokens first, of one span that are done together, for the
+// groups from group to last_group.
 struct AttentionTask {
   const Span* span;
-  int64_t group, first, last, cost;
+  int64_t group, last_group, first, last, cost;
 };
 
 constexpr int64_t MOST_ROWS = 32;  // whose sums stay in the second cache; keys and values are read once for them
 constexpr int64_t FULL_ROWS = 8;   // fewer do not pay for reading keys and values, unless a thread would have nothing
 
-// The dearest first, so that all threads end at about the same time.
+// The dearest first, so that all threads end at about the same time. Decodes, of which there are many, are done for all
+// groups together: a token's keys lie side by side.
 static std::vector<AttentionTask> attention_tasks(const Attention& call) {
   const Span* spans = reinterpret_cast<const Span*>(call.spans);
   const int64_t shared = call.heads / call.groups;
@@ -53,7 +55,10 @@ static std::vector<AttentionTask> attention_tasks(const Attention& call) {
       const int64_t first = count * part / parts, last = count * (part + 1) / parts;
       const int64_t from = span->context + first / shared, to = span->context + (last - 1) / shared;
       const int64_t cost = (last - first) * (to + 1 - first_seen(from, call.window));
-      for (int64_t group = 0; group < call.groups; ++group) tasks.push_back({span, group, first, last, cost});
+      const bool many = span->length == 1 && parts == 1 && call.n_spans >= 2 * call.threads;
+      const int64_t together = many ? call.groups : 1;
+      for (int64_t group = 0; group < call.groups; group += together)
+        tasks.push_back({span, group, group + together, first, last, cost * together});
     }
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const auto& a, const auto& b) { return a.cost > b.cost; });
