@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from actors.attention_engine import AttentionEngine
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
@@ -96,7 +97,8 @@ class AttentionShard(Recorded):
         settings, engine = self._settings, self._engine_settings
         cache, blocks = allocate_cache(self._spec, settings, engine)
         runner = StepRunner(self._model, cache, MicroBatchTuner(engine.micro_batches), settings.torch_device)
-        self._engine = AttentionEngine(self.name, engine.limits, blocks, runner, self._spans, self._tell)
+        limits = replace(engine.limits, layers=len(self._spec.moe_layers))
+        self._engine = AttentionEngine(self.name, limits, blocks, runner, self._spans, self._tell)
         wire = self._endpoint.connect(router, time.monotonic() + timeout_s, medium)
         self._moe = MoEClient(
             wire,

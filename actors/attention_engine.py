@@ -111,7 +111,7 @@ class AttentionEngine:
             begun = Instant.now()
             plan = self._scheduler.schedule(begun.clock_s)
         self._untold += self._observer.note(plan.events, begun)
-        if not plan.chunks:
+        if plan.empty:
             self._tell_untold()
             return
         if began_ns:
@@ -123,8 +123,9 @@ class AttentionEngine:
         if self.idle:
             self._tell_untold()
         if began_ns:
-            rows = sum(len(chunk.token_ids) for chunk in plan.chunks)
-            about = {"rows": rows, "requests": len(plan.chunks), "micro_batches": self._runner.micro_batches}
+            chunks = plan.all_chunks
+            rows = sum(len(chunk.token_ids) for chunk in chunks)
+            about = {"rows": rows, "requests": len(chunks), "micro_batches": self._runner.micro_batches}
             self._spans.end_step(began_ns, number=self._work.steps, **about)
 
     def _run(self, plan: StepPlan, begun: Instant, moe: MoEClient | None) -> list[TokenEvent]:
@@ -149,7 +150,7 @@ class AttentionEngine:
         if moe is None:
             return self._void(plan, moe, FinishReason.UNAVAILABLE, "the attention shard lost its router")
         try:
-            tokens = self._runner.run(plan, moe, self._spans, self._tell_aside)
+            tokens, progress = self._runner.run(plan, moe, self._spans, self._tell_aside)
         except MoEUnavailable as error:
             log.warning("a step is void: %s", error, extra=self._about(plan))
             return self._void(plan, moe, FinishReason.UNAVAILABLE, str(error))
@@ -157,7 +158,8 @@ class AttentionEngine:
             log.exception("a step is void by an error of the engine", extra=self._about(plan))
             return self._void(plan, moe, FinishReason.ERROR, "the engine failed in this step")
         with self._lock:
-            return self._scheduler.update(plan, tokens, elapsed_s=Instant.now().clock_s - begun.clock_s)
+            elapsed_s = Instant.now().clock_s - begun.clock_s
+            return self._scheduler.update(plan, tokens, elapsed_s=elapsed_s, progress=progress)
 
     def _void(self, plan: StepPlan, moe: MoEClient | None, reason: FinishReason, message: str) -> list[TokenEvent]:
         if moe is not None:
@@ -204,4 +206,4 @@ class AttentionEngine:
     def _about(self, plan: StepPlan) -> dict[str, Any]:
         """For the log: whose step it was."""
         traces = ",".join(self._observer.trace_ids(plan))
-        return fields(requests=len(plan.chunks), trace_ids=traces or None)
+        return fields(requests=len(plan.all_chunks), trace_ids=traces or None)

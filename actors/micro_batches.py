@@ -121,6 +121,10 @@ class MicroBatchTuner:
         self._most = most
         self._buckets: dict[int, _Bucket] = {}
 
+    @property
+    def never_splits(self) -> bool:
+        return self._most == 1
+
     def choose(self, rows: int) -> int:
         """Micro-batches for a step of ``rows`` rows, from 1 to ``rows``. Changes nothing."""
         if self._most:

@@ -51,7 +51,7 @@ class ShardObserver:
     def trace_ids(self, plan: StepPlan) -> list[str]:
         """Of the requests in a step that are traced, for the log."""
         with self._guard:
-            return self._spans.trace_ids(chunk.request_id for chunk in plan.chunks)
+            return self._spans.trace_ids(chunk.request_id for chunk in plan.all_chunks)
         return []
 
     def _noted(self, event: TokenEvent, now: Instant) -> TokenEvent:

@@ -99,8 +99,8 @@ class RequestSpans:
         about: dict[str, str | int] = {
             "expertmesh.actor": self._actor,
             "expertmesh.step": number,
-            "expertmesh.rows": sum(len(chunk.token_ids) for chunk in plan.chunks),
-            "expertmesh.requests": len(plan.chunks),
+            "expertmesh.rows": sum(len(chunk.token_ids) for chunk in plan.all_chunks),
+            "expertmesh.requests": len(plan.all_chunks),
         }
         return StepSpan(_TRACER.start_span("step", decode, attributes=about, start_time=now.wall_ns), request_id)
 

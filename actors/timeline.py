@@ -67,10 +67,10 @@ class Timelines:
         """A step begins. Returns those whose first it is."""
         for request_id in plan.preempted:
             self._by_id[request_id].preemptions += 1
-        started = [t for chunk in plan.chunks if (t := self._by_id[chunk.request_id]).scheduled is None]
-        for timeline in started:
+        started = {c.request_id: t for c in plan.all_chunks if (t := self._by_id[c.request_id]).scheduled is None}
+        for timeline in started.values():
             timeline.scheduled = now
-        return started
+        return [*started.values()]
 
     def note(self, events: Iterable[TokenEvent], now: Instant) -> list[tuple[TokenEvent, Timeline]]:
         """This was told at ``now``; each event comes back with its times, and with its request's timeline."""

@@ -22,7 +22,8 @@ class SchedulerLimits:
     priority in the queue; see :func:`check_queue`. ``prefix_cache``: whether KV blocks are found again by their
     tokens. ``max_gap``: how many times the usual time of a step a prefill may make interactive streams wait for
     their next token, above 1, or 0 for no bound. ``batch_patience_s``: seconds after which a batch request counts
-    as interactive, the oldest alone at any time.
+    as interactive, the oldest alone at any time. ``layers``: of the model, between which a piece of a prefill may wait
+    for the next step.
     """
 
     context_length: int
@@ -32,9 +33,16 @@ class SchedulerLimits:
     prefix_cache: bool = True
     max_gap: float = 2.2
     batch_patience_s: float = 60.0
+    layers: int = 1
 
     def __post_init__(self) -> None:
-        lowest = {"context_length": 2, "max_running": 1, "token_budget": self.max_running, "max_waiting": 1}
+        lowest = {
+            "context_length": 2,
+            "max_running": 1,
+            "token_budget": self.max_running,
+            "max_waiting": 1,
+            "layers": 1,
+        }
         for name, least in lowest.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {value}, must be at least {least}")

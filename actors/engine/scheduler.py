@@ -41,11 +41,11 @@ from actors.engine.admission import (
 from actors.engine.kv_blocks import BlockPool
 from actors.engine.lineup import Lineup
 from actors.engine.pacing import GapBound
-from actors.engine.plan import Chunk, StepPlan
+from actors.engine.plan import Chunk, Progress, StepPlan, drawing
 from actors.engine.prefix import PrefixKeys
 from actors.engine.request import FinishReason, GenerationRequest, TokenEvent
 from actors.engine.sequence import Sequence, Status
-from actors.engine.step import Step
+from actors.engine.step import OpenPiece, Share, Step
 
 __all__ = [
     "AdmissionError",
@@ -59,6 +59,9 @@ __all__ = [
 ]
 
 
+_NO_PIECES = Progress()
+
+
 class Scheduler:
     """Forms the steps of one attention shard. See the module's text for what is promised."""
 
@@ -70,7 +73,9 @@ class Scheduler:
         self._events: list[TokenEvent] = []
         self._computing: tuple[StepPlan, Step] | None = None
         self._pace = Pace()
-        self._gap_bound = GapBound(limits.max_gap)
+        self._gap_bound = GapBound(limits.max_gap, limits.layers)
+        self._pieces: list[OpenPiece] = []  # under way
+        self._n_steps = 0
 
     @property
     def n_running(self) -> int:
@@ -136,22 +141,28 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Form the next step; RuntimeError while the last one has no ``update`` or ``fail``.
 
-        A plan without chunks is over already: it may be passed to ``update``, and need not be.
+        An empty plan is over already: it may be passed to ``update``, and need not be.
         """
         if self._computing is not None:
             raise RuntimeError("the step before has not been resolved by update or fail")
         self._lineup.end_patience(now)
         self._end_expired(now)
-        step = Step(self._lineup, self.limits.token_budget, self._gap_bound)
-        step.form()
+        for piece in self._pieces:
+            piece.drop_ended()
+        self._n_steps += 1
+        step = Step(self._lineup, self.limits.token_budget, self._gap_bound, [p for p in self._pieces if p.shares])
+        step.form(self._n_steps)
+        self._pieces = step.pieces
         self._pace.started(now, self._lineup.take_started())
         plan = StepPlan(
-            chunks=tuple([sequence.chunk(n, self.blocks.block_size) for sequence, n in step.shares]),
+            chunks=tuple([share.chunk(self.blocks.block_size) for share in step.shares]),
             events=tuple(self._take_events()),
             preempted=self._lineup.take_preempted(),
             copies=self._lineup.take_copies(),
+            pieces=tuple([piece.piece(self.blocks.block_size) for piece in step.pieces]),
+            pace=step.pace,
         )
-        if plan.chunks:
+        if not plan.empty:
             self._computing = plan, step
         return plan
 
@@ -161,48 +172,81 @@ class Scheduler:
         tokens: SequenceOf[int | None],
         failures: Mapping[str, str] | None = None,
         elapsed_s: float | None = None,
+        progress: Progress = _NO_PIECES,
     ) -> list[TokenEvent]:
-        """The step was computed. ``tokens``: one for each of ``plan.sampled``, or None if it has none.
+        """The step was computed. ``tokens``: one for each of ``plan.sampled``, or None if it has none; ``progress``:
+        how far its pieces came.
 
         ``failures`` (request id → message) names chunks whose result cannot be used; their requests end with
         ERROR, as those without a token do. ``elapsed_s``: what the step took; without it gaps are not bounded.
-        Returns the events to publish. ValueError when tokens or failures do not match the plan; the step is then
-        still unresolved.
+        Returns the events to publish. ValueError when tokens, progress or failures do not match the plan; the step is
+        then still unresolved.
         """
         failures = failures or {}
-        self._check_results(plan, tokens, failures)
+        self._check_results(plan, tokens, failures, progress)
         step = self._close(plan)
         if step is None:
             return self._take_events()
         if elapsed_s is not None:
-            self._gap_bound.measured(step.n_decodes, step.n_prefill, step.context, elapsed_s)
-        drawn = iter(tokens)
-        for chunk, (sequence, n) in zip(plan.chunks, step.shares, strict=True):
-            token = next(drawn) if chunk.draw else None
-            if sequence.status is Status.ENDED:
-                continue
-            if chunk.request_id in failures:
+            self._measure(step, progress, elapsed_s)
+        self._computed(step.shares, plan.chunks, tokens, failures)
+        finished = len(progress.finished)
+        for piece, planned, drawn in zip(step.pieces, plan.pieces, progress.finished, strict=False):
+            for share in piece.shares:
+                share.sequence.n_under_way -= share.n_tokens
+            self._computed(piece.shares, planned.chunks, drawn, failures)
+        self._pieces = step.pieces[finished:]
+        for chunk in (chunk for planned in plan.pieces[finished:] for chunk in planned.chunks):
+            if chunk.request_id in failures and (sequence := self._lineup.get(chunk.request_id)) is not None:
                 self._end(sequence, FinishReason.ERROR, failures[chunk.request_id])
-            elif chunk.draw is None:
-                sequence.n_computed += n
-            elif token is None:
-                self._end(sequence, FinishReason.ERROR, f"no token could be drawn at index {chunk.draw.index}")
-            else:
-                sequence.n_computed += n
-                self._accept(sequence, token)
         return self._take_events()
 
     def fail(self, plan: StepPlan, reason: FinishReason, message: str) -> list[TokenEvent]:
         """The step could not be computed: end its requests, and no others, with ``reason``."""
         step = self._close(plan)
-        for sequence, _ in step.shares if step else ():
-            if sequence.status is not Status.ENDED:
-                self._end(sequence, reason, message)
+        if step is not None:
+            for share in (*step.shares, *(share for piece in step.pieces for share in piece.shares)):
+                if share.sequence.status is not Status.ENDED:
+                    self._end(share.sequence, reason, message)
+            self._pieces = []
         return self._take_events()
 
     def check(self) -> None:
         """Assert what must hold between any two calls. For tests."""
         self._lineup.check()
+
+    def _computed(
+        self,
+        shares: SequenceOf[Share],
+        chunks: SequenceOf[Chunk],
+        tokens: SequenceOf[int | None],
+        failures: Mapping[str, str],
+    ) -> None:
+        """These shares, of these chunks, were computed to their end, and ``tokens`` drawn."""
+        drawn = iter(tokens)
+        for chunk, share in zip(chunks, shares, strict=True):
+            sequence, token = share.sequence, next(drawn) if chunk.draw else None
+            if sequence.status is Status.ENDED:
+                continue
+            if chunk.request_id in failures:
+                self._end(sequence, FinishReason.ERROR, failures[chunk.request_id])
+            elif chunk.draw is None:
+                sequence.n_computed += share.n_tokens
+            elif token is None:
+                self._end(sequence, FinishReason.ERROR, f"no token could be drawn at index {chunk.draw.index}")
+            else:
+                sequence.n_computed += share.n_tokens
+                self._accept(sequence, token)
+
+    def _measure(self, step: Step, progress: Progress, elapsed_s: float) -> None:
+        alone = step.n_decodes if step.decodes_alone and not progress.passes else 0
+        if step.pace is not None and progress.passes:
+            piece = step.pieces[0]
+            self._gap_bound.measured_beside(
+                step.pace, step.n_decodes, piece.rows, progress.passes, piece.context, elapsed_s, progress.apart_s
+            )
+        else:
+            self._gap_bound.measured_alone(alone, elapsed_s)
 
     def _check_queue(self, requests: list[GenerationRequest], now: float) -> None:
         for priority in {request.priority for request in requests}:
@@ -227,15 +271,21 @@ class Scheduler:
         for sequence in late:
             self._end(sequence, FinishReason.DEADLINE)
 
-    def _check_results(self, plan: StepPlan, tokens: SequenceOf[int | None], failures: Mapping[str, str]) -> None:
+    def _check_results(
+        self, plan: StepPlan, tokens: SequenceOf[int | None], failures: Mapping[str, str], progress: Progress
+    ) -> None:
         if len(tokens) != (n_sampled := len(plan.sampled)):
             raise ValueError(f"tokens has {len(tokens)} entries, the plan samples {n_sampled}")
-        if failures and (strangers := failures.keys() - {chunk.request_id for chunk in plan.chunks}):
+        if failures and (strangers := failures.keys() - {chunk.request_id for chunk in plan.all_chunks}):
             raise ValueError(f"failures names {sorted(strangers)}, which have no chunk in the plan")
+        finished = [len(drawn) for drawn in progress.finished]
+        wanted = [len(drawing(piece.chunks)) for piece in plan.pieces]
+        if finished != wanted[: len(finished)] or (plan.pace is None and len(finished) < len(wanted)):
+            raise ValueError(f"progress.finished has {finished} tokens, the plan's pieces sample {wanted}")
 
     def _close(self, plan: StepPlan) -> Step | None:
         """The step of ``plan``, now over; None if it was empty. RuntimeError if it is not the one being computed."""
-        if not plan.chunks:
+        if plan.empty:
             return None
         if self._computing is None or plan is not self._computing[0]:
             raise RuntimeError("this plan is not the step being computed: it is another's, or was resolved")

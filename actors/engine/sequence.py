@@ -27,6 +27,9 @@ class Sequence:
     it found in the prefix cache before its first token, or that the sibling did from which it has them. At least one
     token is never computed yet: the one whose logits give the next token.
 
+    ``n_under_way`` tokens behind those computed belong to pieces of prefills that are under way; ``run`` changes where
+    these are lost.
+
     ``priority`` is the class in which the request counts, which is above its own where a batch request has waited long;
     ``arrival`` (set by the lineup) orders those of a class. ``deadline`` and ``patient_until`` are absolute monotonic
     times in seconds.
@@ -51,6 +54,7 @@ class Sequence:
         # A tuple: chunks share it without a copy, and it is replaced once per block, not once per token.
         self.block_table: tuple[int, ...] = ()
         self.n_computed = self.n_verified = self.n_published = self.n_reused = self.n_cached = 0
+        self.n_under_way = self.run = 0
         self.n_charged = 0  # of the tokens given: charged to the tenant, once even if they are computed again
         self.was_preempted = False
         self.siblings = [self]  # the choices of one request that are in the engine, by arrival: a list that they share
@@ -83,14 +87,25 @@ class Sequence:
         """Whether every row of the prompt is still to be computed, for its log-probabilities."""
         return self.request.prompt_logprobs is not None and self.n_generated == 0
 
+    def lose_under_way(self) -> None:
+        """It is part of no piece any more."""
+        self.n_under_way = 0
+        self.run += 1
+
     def forget_computed(self) -> None:
         """It holds no blocks any more."""
         self.block_table = ()
         self.n_computed = self.n_verified = self.n_published = self.n_reused = 0
+        self.lose_under_way()
 
-    def chunk(self, n_tokens: int, block_size: int) -> Chunk:
-        """The next ``n_tokens`` tokens as a piece of a step; the block table must have room for them."""
-        start, end = self.n_computed, self.n_computed + n_tokens
+    @property
+    def decodes(self) -> bool:
+        """Whether its next token is the next one to be drawn for it."""
+        return self.n_uncomputed == 1 and not self.n_under_way
+
+    def chunk(self, start: int, n_tokens: int, block_size: int) -> Chunk:
+        """``n_tokens`` tokens from position ``start`` on, as a part of a step; the block table must have room."""
+        end = start + n_tokens
         wants_prompt_rows = self.wants_prompt_rows
         return Chunk(
             request_id=self.request.request_id,

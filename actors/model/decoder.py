@@ -43,6 +43,35 @@ class MoE(Protocol):
         next call."""
 
 
+@dataclass(frozen=True, slots=True)
+class Halted:
+    """A batch on its way between two layers: the next one, its residual rows ``x`` [T, D], and what is to be added to
+    them: none, one tensor [T, D] or two."""
+
+    layer: int
+    x: Tensor
+    more: list[Tensor]
+
+    def only(self, rows: Tensor) -> Halted:
+        """These rows (int64) of the batch, in this order."""
+        return Halted(self.layer, self.x[rows], [one[rows] for one in self.more])
+
+
+Pass = Generator[Halted | Tensor | None, bool | None, None]
+
+
+class Beside(Protocol):
+    """What is computed in a step beside its batches. ``apart``: not while these are at the experts."""
+
+    apart: bool
+
+    def advance(self, number: int) -> None:
+        """The batches are about to pass through the MoE layer of this number, from 0 on."""
+
+    def halt(self) -> None:
+        """They were, to those of the last: nothing more is sent in this step."""
+
+
 ATTENTION: Mapping[AttentionKind, type[PagedAttention]] = {"gqa": GroupedQueryAttention, "mla": LatentAttention}
 
 
@@ -121,24 +150,44 @@ class AttentionModel:
         return self.head(hidden[0])
 
     @torch.inference_mode()
-    def run(self, batches: Sequence[StepBatch], cache: KVCache, moe: MoE, done: Callable[[int, Tensor], None]) -> None:
+    def run(
+        self,
+        batches: Sequence[StepBatch],
+        cache: KVCache,
+        moe: MoE,
+        done: Callable[[int, Tensor], None],
+        beside: Beside | None = None,
+    ) -> None:
         """One step in micro-batches that ping-pong: while one is at the experts, the attention of the next is computed.
 
         ``done(i, hidden)`` gets what :meth:`head` takes, [S, D] of ``batches[i].output_rows``, in the order of the
         batches, and while those that follow are at the experts of the last layer. All rows' keys and values are left in
         ``cache``. In each layer a batch writes its own before any later one reads: a prompt may be cut into consecutive
-        pieces, in the order of the batches. Source: MegaScale-Infer (arXiv 2504.02263).
+        pieces, in the order of the batches. Source: MegaScale-Infer (arXiv 2504.02263). ``beside`` is what else is
+        computed, before the batches' rows of each MoE layer are sent.
 
-        Raises IndexError for token ids, positions or slots that do not exist, and what ``moe`` and ``done`` raise.
+        Raises IndexError for token ids, positions or slots that do not exist, and what ``moe``, ``done`` and ``beside``
+        raise.
         """
         last = len(batches) - 1
-        passes = [self._pass(batch, cache, moe, last - i) for i, batch in enumerate(batches)]
+        passes = [self.layers(batch, cache, moe, last - i) for i, batch in enumerate(batches)]
         try:
-            for _ in self.spec.moe_layers:
+            for number, _ in enumerate(self.spec.moe_layers):
+                apart = beside is not None and beside.apart
+                if apart and number:
+                    for one in passes:
+                        one.send(True)
+                if beside is not None:
+                    beside.advance(number)
                 for one in passes:
+                    if number and not apart:
+                        next(one)
                     next(one)
+            if beside is not None:
+                beside.halt()
             for i, (batch, one) in enumerate(zip(batches, passes, strict=True)):
-                done(i, next(one)[batch.output_rows])
+                next(one)
+                done(i, _rows(next(one))[batch.output_rows])
         finally:
             for one in passes:
                 one.close()
@@ -148,18 +197,28 @@ class AttentionModel:
         """Logits [R, V] in the model's dtype of any rows [R, D] that ``run`` handed out: as many at once as fit."""
         return linear(rms_norm(hidden, self._final_norm, self.spec.rms_eps), self._lm_head, row_block=self._row_block)
 
-    def _pass(self, batch: StepBatch, cache: KVCache, moe: MoE, micro_batch: int) -> Generator[Tensor]:
-        """The residual rows [T, D] of one batch: at each MoE layer, when its experts are asked, and behind the last."""
-        rows = self._layer_passes.rows(self._embed[batch.token_ids], batch, cache)
-        more: list[Tensor] = []  # what is to be added to the rows
-        for index, layer in enumerate(self._layers):
+    def layers(
+        self, batch: StepBatch, cache: KVCache, moe: MoE, micro_batch: int, halted: Halted | None = None
+    ) -> Pass:
+        """One batch on its way through the layers, from the beginning or from where it ``halted``.
+
+        Yields None at each MoE layer, when its experts are asked, then where it is when they have answered; and the
+        residual rows [T, D] behind the last layer. Who sends True when they are asked may ask for other rows before it
+        goes on.
+        """
+        halted = halted or Halted(0, self._embed[batch.token_ids], [])
+        rows = self._layer_passes.rows(halted.x, batch, cache)
+        more = halted.more  # what is to be added to the rows
+        for index, layer in enumerate(self._layers[halted.layer :], halted.layer):
             normed = rows.attend(index, more)
             handle = moe.start(index, normed, micro_batch) if layer.is_moe else None
             local = self._local(layer, normed)
             more = [] if local is None else [local]
             if layer.is_moe:
-                yield rows.x
-                more.insert(0, moe.finish(handle))
+                keep = yield None
+                answer = moe.finish(handle)
+                more.insert(0, answer.clone() if keep else answer)
+                yield Halted(index + 1, rows.x, more)
         yield added(rows.x, more)
 
     def _local(self, layer: LayerWeights, rows: Tensor) -> Tensor | None:
@@ -169,6 +228,11 @@ class AttentionModel:
             logit = linear(rows, layer.shared_gate, row_block=self._row_block)
             local = pointwise(torch.sigmoid, logit, self._row_block) * local
         return local
+
+
+def _rows(came: Halted | Tensor | None) -> Tensor:
+    assert isinstance(came, Tensor)
+    return came
 
 
 def _load_head(spec: MoEDecoderSpec, read: TensorReader, embed: Tensor) -> Matrix:

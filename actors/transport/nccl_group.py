@@ -204,9 +204,9 @@ class NcclGroup:
         self._batch_deadline = max(deadline, self._batch_deadline) if self._batch else deadline
         late = f"the last exchange of {self.name} had not ended before the deadline"
         while self._under_way is not None and not self.completed(self._under_way):
-            require_open()
             if self._failure is not None and time.monotonic() >= deadline:
-                raise WireTimeout(late)  # the watchdog found it first
+                raise WireTimeout(late)  # the watchdog found it first, and this wire may know already
+            require_open()
             self.require_healthy()
             moved = [member.pump() for member in list(self._members)]
             if any(moved):

@@ -7,7 +7,7 @@ from typing import Any
 from zlib import crc32
 
 from actors.engine.kv_blocks import BlockPool
-from actors.engine.plan import Chunk, StepPlan
+from actors.engine.plan import Chunk, Progress, StepPlan, drawing
 from actors.engine.request import FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from actors.engine.scheduler import Scheduler, SchedulerLimits
 
@@ -80,17 +80,41 @@ class FakeCache:
         self.slots: list[tuple[object, int]] = [self.POISON] * (blocks.n_blocks * blocks.block_size)
         self.owners = owners or {}
         self.bad_from = bad_from or {}
+        self.progress = Progress()
+        self._passed: dict[int, dict[str, int | None]] = {}  # of pieces: what their chunks draw, by request
 
     def run(self, plan: StepPlan) -> list[int | None]:
-        """Compute the step: one token for each chunk that samples, None where a row is not finite.
+        """Compute the step: one token for each chunk that samples, None where a row is not finite. Pieces are computed
+        to their end, where anything of them may be computed; ``progress`` tells that.
 
         As in a model's layer, all rows are written before any is read.
         """
+        tokens = self.run_chunks(plan)
+        self.progress = Progress()
+        if plan.pace is None or plan.pace.limit_s:
+            self.progress = self.advance(plan, len(plan.pieces))
+        return tokens
+
+    def run_chunks(self, plan: StepPlan) -> list[int | None]:
+        """The same, but for the pieces."""
         for source, target in plan.copies:
             self.slots[self._of(target)] = self.slots[self._of(source)]
         for chunk in plan.chunks:
             self.write(chunk)
-        return [self.read(chunk) for chunk in plan.chunks if chunk.draw is not None]
+        return [self.read(chunk) for chunk in plan.sampled]
+
+    def advance(self, plan: StepPlan, finished: int, pass_early: bool = False) -> Progress:
+        """So many pieces are finished. The next one is on its way through the layers: the layer that counts here it may
+        pass early, in a step before that in which it is finished."""
+        self._passed = {p.number: self._passed[p.number] for p in plan.pieces if p.number in self._passed}
+        for piece in plan.pieces[: finished + pass_early]:
+            if piece.number not in self._passed:
+                for chunk in piece.chunks:
+                    self.write(chunk)
+                self._passed[piece.number] = {chunk.request_id: self.read(chunk) for chunk in drawing(piece.chunks)}
+        done = plan.pieces[:finished]
+        told = tuple(tuple(self._passed[p.number][chunk.request_id] for chunk in drawing(p.chunks)) for p in done)
+        return Progress(told, sum(piece.rows for piece in done) + 0.5 * (finished < len(plan.pieces)))
 
     def write(self, chunk: Chunk) -> None:
         owner = self.owners.get(chunk.request_id, "")
@@ -126,8 +150,8 @@ def drain(scheduler: Scheduler, cache: FakeCache, now: float = 0.0, max_steps: i
         if scheduler.idle:
             return events
         plan = scheduler.schedule(now)
-        assert plan.chunks or not scheduler.n_running
+        assert not plan.empty or not scheduler.n_running
         events += plan.events
-        events += scheduler.update(plan, cache.run(plan))
+        events += scheduler.update(plan, cache.run(plan), progress=cache.progress)
         scheduler.check()
     raise AssertionError(f"not idle after {max_steps} steps: {scheduler.n_running=} {scheduler.n_waiting=}")

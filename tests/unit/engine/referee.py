@@ -97,22 +97,24 @@ class Referee:
         """A step is about to be formed."""
         self._tables = {s.request.request_id: len(s.block_table) for s in self.scheduler._lineup.running}
         bound = self.scheduler._gap_bound
-        decoding = [s for s in self.scheduler._lineup.running if s.n_uncomputed == 1]
+        decoding = [s for s in self.scheduler._lineup.running if s.decodes]
         streams = any(s.request.priority is Priority.INTERACTIVE for s in decoding)
         self._measures = streams and bound._n_mixed.get(len(decoding).bit_length(), 0) >= bound._REMEASURE
 
     def planned(self, plan: StepPlan, now: float) -> None:
         """The step was formed."""
         get = self.scheduler._lineup.get
-        begun = [chunk for chunk in plan.chunks if chunk.request_id not in self._tables]
+        begun = [chunk for chunk in plan.all_chunks if chunk.request_id not in self._tables]
+        in_pieces = {id(chunk) for piece in plan.pieces for chunk in piece.chunks}
         self._started |= {chunk.request_id for chunk in begun}
-        for chunk in plan.chunks:
+        for chunk in plan.all_chunks:
             sequence = get(chunk.request_id)
             assert sequence is not None
             end = min(chunk.start + len(chunk.token_ids), sequence.n_given)
             n_new = end - max(chunk.start, self._charged[chunk.request_id])
             # A prompt's last token that was left over by its pieces is computed as a decode row, and free.
-            if n_new > 0 and (chunk.draw is None or len(chunk.token_ids) > 1 or chunk in begun):
+            is_prefill = chunk.draw is None or len(chunk.token_ids) > 1 or chunk in begun or id(chunk) in in_pieces
+            if n_new > 0 and is_prefill:
                 self.served[_account(sequence)] += n_new
                 self._charged[chunk.request_id] = end
         self.seen()
@@ -139,7 +141,7 @@ class Referee:
         copied = {target for _, target in plan.copies}
         gained = [
             self._sequence(chunk).rank
-            for chunk in plan.chunks
+            for chunk in plan.all_chunks
             if len(chunk.block_table) > self._tables.get(chunk.request_id, -1) or copied & set(chunk.block_table)
         ]
         for name in plan.preempted:
@@ -149,9 +151,12 @@ class Referee:
 
     def _check_room_is_left(self, plan: StepPlan, begun: list[Chunk]) -> None:
         """A newcomer leaves a block for each of the others, or it would soon be preempted by them."""
-        if not begun or begun[-1] is not plan.chunks[-1]:
+        if not begun:
+            return
+        blocks, newcomer = self.scheduler.blocks, max((self._sequence(chunk) for chunk in begun), key=lambda s: s.rank)
+        behind = [chunk for chunk in plan.all_chunks if self._sequence(chunk).rank > newcomer.rank]
+        if behind:
             return  # others took blocks after it
-        blocks, newcomer = self.scheduler.blocks, self._sequence(begun[-1])
         missing = blocks.needed(len(newcomer.token_ids)) - len(newcomer.block_table)
         assert missing + self.scheduler.n_running - 1 <= blocks.n_free
 
@@ -161,7 +166,7 @@ class Referee:
         if not waiting:
             return
         # It waits for interactive ones, directly or for their prompts; but for a step that decodes fill up.
-        full = sum(len(chunk.token_ids) for chunk in plan.chunks) == limits.token_budget
+        full = sum(len(chunk.token_ids) for chunk in plan.all_chunks) == limits.token_budget
         assert full or any(s.priority is Priority.INTERACTIVE for s in lineup.running)
         if any(self._sequence(chunk).priority is Priority.BATCH for chunk in begun):
             assert not any(self._never_held(s) for s in waiting)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from actors.engine.plan import StepPlan
+from actors.engine.plan import Chunk, Progress, StepPlan, drawing
 from actors.engine.request import FinishReason, GenerationRequest, Priority, TokenEvent
 from actors.engine.scheduler import DuplicateRequest, NeverFits, QueueFull, Scheduler
 
@@ -25,6 +25,7 @@ from .builders import VOCABULARY, FakeCache, lone_run, make_request, make_schedu
 from .referee import Referee
 
 CUT_SHORT = {FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.UNAVAILABLE, FinishReason.ERROR}
+_SLOWEST = 3  # steps that a piece may take
 SHARES = {"a": 1.0, "b": 2.0, "c": 0.5}
 
 
@@ -43,6 +44,7 @@ class Storm:
             "max_waiting": rng.randint(1, 12),
             "prefix_cache": rng.random() < 0.8,
             "batch_patience_s": rng.choice([5.0, 60.0]),
+            "layers": rng.choice([1, 5]),
         }
         self.timed = rng.random() < 0.5
         self.remeasure = rng.choice([1, 3, 20, 256])
@@ -70,6 +72,7 @@ class Storm:
         self.may_end: dict[str, set[FinishReason]] = defaultdict(set)
         self.open: dict[str, int] = {}  # live requests: the step by which each has to end, where that is promised
         self.n_still = 0
+        self.n_slow = 0  # steps since a piece was finished
         self.n_names = 0
         self.new_engine()
 
@@ -180,7 +183,7 @@ class Storm:
 
     def maybe_go_bad(self, plan: StepPlan) -> None:
         """Rows of a prefill are not finite from this piece on; that shows when a token is drawn."""
-        for chunk in plan.chunks:
+        for chunk in plan.all_chunks:
             if chunk.draw is None and self.rng.random() < 0.02:
                 self.counts["went bad"] += 1
                 self.bad_from.setdefault(chunk.request_id, chunk.start)
@@ -225,35 +228,51 @@ class Storm:
             self.maybe_abort()
             self.maybe_go_bad(plan)
             self.arrivals()
-        self.resolve(plan, self.cache.run(plan), self.rng.random() if disturbed else 1.0)
+        tokens = self.cache.run_chunks(plan)
+        self.resolve(plan, tokens, self.progress(plan), self.rng.random() if disturbed else 1.0)
         self.check_state()
+
+    def progress(self, plan: StepPlan) -> Progress:
+        """By chance, but in every few steps that may compute something of them a piece is finished."""
+        if not plan.pieces or (plan.pace is not None and not plan.pace.limit_s):
+            return Progress()
+        finished = len(plan.pieces)
+        if plan.pace is not None:
+            finished = self.rng.randrange(self.n_slow == _SLOWEST, finished + 1)
+        self.n_slow = 0 if finished else self.n_slow + 1
+        self.counts["piece"] += finished
+        self.counts["piece on its way"] += finished < len(plan.pieces)
+        return self.cache.advance(plan, finished, pass_early=self.rng.random() < 0.5)
 
     def check_plan(self, plan: StepPlan) -> None:
         limits, lineup, blocks = self.scheduler.limits, self.scheduler._lineup, self.scheduler.blocks
-        assert sum(len(chunk.token_ids) for chunk in plan.chunks) <= limits.token_budget
+        chunks = plan.all_chunks
+        assert sum(len(chunk.token_ids) for chunk in chunks) <= limits.token_budget
+        assert len({(chunk.request_id, chunk.start) for chunk in chunks}) == len(chunks)
         assert len({chunk.request_id for chunk in plan.chunks}) == len(plan.chunks)
-        slots = [slot for chunk in plan.chunks for slot in chunk.slots]
+        slots = [slot for chunk in chunks for slot in chunk.slots]
         assert len(set(slots)) == len(slots)
         assert all(blocks.writable(slot // blocks.block_size) for slot in slots)
-        for chunk in plan.chunks:
-            self.check_prompt_targets(plan, chunk.request_id)
-        # Nobody starves: the first of the running ones moves, but for a step in which decodes alone are measured.
-        moving = {chunk.request_id for chunk in plan.chunks}
+        for chunk in chunks:
+            self.check_prompt_targets(chunk)
+        # Nobody starves: the first of the running ones moves, but for a step in which decodes alone are measured, and
+        # those in which pieces of others are under way that began before it.
+        moving = {chunk.request_id for chunk in (chunks if plan.pace is None or plan.pace.limit_s else plan.chunks)}
         first = lineup.running[0].request.request_id if lineup.running else None
         self.n_still = 0 if first in moving or not self.open else self.n_still + 1
-        assert self.n_still <= (limits.max_running.bit_length() if self.timed else 0)
+        assert self.n_still <= (limits.max_running.bit_length() + 2 * (_SLOWEST + 1) if self.timed else 0)
         assert not self.open or moving
 
-    def check_prompt_targets(self, plan: StepPlan, name: str) -> None:
-        (chunk,) = (chunk for chunk in plan.chunks if chunk.request_id == name)
+    def check_prompt_targets(self, chunk: Chunk) -> None:
+        name = chunk.request_id
         request = self.admitted[name]
         wanted = request.prompt_logprobs is not None and not request.generated_ids and not self.told[name]
         end = chunk.start + len(chunk.token_ids)
         assert chunk.prompt_targets == (request.prompt_ids[chunk.start + 1 : end + 1] if wanted else ())
         assert chunk.prompt_logprobs == (request.prompt_logprobs if wanted else 0)
 
-    def resolve(self, plan: StepPlan, tokens: list[int | None], luck: float) -> None:
-        names = [chunk.request_id for chunk in plan.chunks]
+    def resolve(self, plan: StepPlan, tokens: list[int | None], progress: Progress, luck: float) -> None:
+        names = [chunk.request_id for chunk in plan.all_chunks]
         if luck < 0.01:
             self.counts["failed step"] += 1
             self.n_still = 0
@@ -266,18 +285,21 @@ class Storm:
         if names and luck < 0.03:
             self.counts["failed chunk"] += 1
             failures[self.rng.choice(names)] = "not finite"
-            for chunk in plan.chunks:
+            for chunk in plan.all_chunks:
                 if chunk.request_id in failures:
                     for slot in chunk.slots:
                         self.cache.slots[slot] = FakeCache.POISON
-        lost = {c.request_id for c, token in zip(plan.sampled, tokens, strict=True) if token is None}
+        drawn = [*zip(plan.sampled, tokens, strict=True)]
+        for piece, of_piece in zip(plan.pieces, progress.finished, strict=False):
+            drawn += zip(drawing(piece.chunks), of_piece, strict=True)
+        lost = {chunk.request_id for chunk, token in drawn if token is None}
         self.counts["no token"] += len(lost)
         for name in lost | failures.keys():
             self.may_end[name].add(FinishReason.ERROR)
         elapsed_s = self.rng.choice([self.rng.uniform(0.5, 2.0)] * 9 + [0.0, math.nan]) if self.timed else None
         if elapsed_s is not None and math.isnan(elapsed_s):
             self.n_still = 0  # nothing was measured: prefills may be left out once more
-        self.tell(self.scheduler.update(plan, tokens, failures, elapsed_s))
+        self.tell(self.scheduler.update(plan, tokens, failures, elapsed_s, progress))
         assert not self.open.keys() & (lost | failures.keys())
 
     def tell(self, events: list[TokenEvent]) -> None:

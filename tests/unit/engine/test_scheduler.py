@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from actors.engine.pacing import GapBound
-from actors.engine.plan import StepPlan
+from actors.engine.plan import Pace, StepPlan
 from actors.engine.request import Draw, FinishReason, SamplingParams, TokenEvent
 from actors.engine.scheduler import Scheduler
 
@@ -12,13 +12,13 @@ from .builders import FakeCache, drain, lone_run, make_request, make_scheduler, 
 
 def shape(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
     """(request, start, tokens, sample) of each chunk."""
-    return [(chunk.request_id, chunk.start, len(chunk.token_ids), chunk.draw is not None) for chunk in plan.chunks]
+    return [(chunk.request_id, chunk.start, len(chunk.token_ids), chunk.draw is not None) for chunk in plan.all_chunks]
 
 
 def step(scheduler: Scheduler, cache: FakeCache) -> tuple[list[tuple[str, int, int, bool]], list[TokenEvent]]:
     plan = scheduler.schedule(0.0)
     assert plan.chunks or not scheduler.n_running
-    events = [*plan.events, *scheduler.update(plan, cache.run(plan))]
+    events = [*plan.events, *scheduler.update(plan, cache.run(plan), progress=cache.progress)]
     scheduler.check()
     return shape(plan), events
 
@@ -191,13 +191,16 @@ class NoPrefills(GapBound):
     """Lets prompts begin beside the first decode, and leaves them out of every step after it."""
 
     _begun = False
+    _looked = 0
 
-    def allowance(self, n_decodes: int) -> int | None:
+    def pace(self, n_decodes: int) -> Pace | None:
         begun, self._begun = self._begun, True
-        return 0 if begun else 8
+        return Pace(0.0 if begun else 2.0, 1.0)
 
-    def first_allowance(self, context: int) -> int | None:
-        return 4
+    def rows(self, pace: Pace, context: int) -> int:
+        """So that each of two prefills gets four: a prefill looks twice."""
+        self._looked += 1
+        return 4 if self._looked <= 2 else 8
 
 
 def test_a_step_never_leaves_out_all_that_run() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
+from actors.engine.plan import StepPlan
 from actors.engine.request import FinishReason, Priority, SamplingParams, TokenEvent
 from actors.engine.scheduler import Scheduler
 
@@ -17,7 +18,7 @@ SHARES = {"one": 1.0, "two": 2.0, "four": 4.0}
 
 def step(scheduler: Scheduler, cache: FakeCache, now: float = 0.0, elapsed_s: float | None = None) -> list[str]:
     plan = scheduler.schedule(now)
-    scheduler.update(plan, cache.run(plan), elapsed_s=elapsed_s)
+    scheduler.update(plan, cache.run(plan), elapsed_s=elapsed_s, progress=cache.progress)
     scheduler.check()
     return [chunk.request_id for chunk in plan.chunks]
 
@@ -296,26 +297,23 @@ def test_a_deadline_that_has_passed_is_told_at_once() -> None:
 
 
 def test_a_prefill_beside_a_stream_follows_the_times_of_steps() -> None:
-    def seconds(n_decodes: int, n_prefill: int) -> float:
-        return 0.020 + 0.001 * n_prefill
-
     def pieces(priority: Priority) -> list[int]:
         scheduler = make_scheduler(n_blocks=400, context_length=1000, token_budget=128)
         cache = FakeCache(scheduler.blocks)
         scheduler.add(make_request("stream", 5, 400, priority=priority), 0.0)
-        told: dict[str, list[int]] = defaultdict(list)
+        told = []
         for n in range(60):
             if n == 20:
                 scheduler.add(make_request("long", 500, priority=Priority.BATCH), 0.0)
             plan = scheduler.schedule(0.0)
-            sizes = {chunk.request_id: len(chunk.token_ids) for chunk in plan.chunks}
-            told["long"].append(sizes.get("long", 0))
-            scheduler.update(plan, cache.run(plan), elapsed_s=seconds(1, sum(sizes.values()) - 1))
-        return [n for n in told["long"] if n > 1]
+            told += [len(chunk.token_ids) for chunk in plan.all_chunks if chunk.request_id == "long"]
+            tokens, rows = cache.run(plan), sum(len(chunk.token_ids) for chunk in plan.all_chunks)
+            scheduler.update(plan, tokens, elapsed_s=0.020 + 0.001 * (rows - 1), progress=cache.progress)
+        return [n for n in told if n > 1]
 
     paced = pieces(Priority.INTERACTIVE)
-    assert paced[0] == 8
-    assert 20 <= max(paced) <= 24  # 1.2 * 20 ms at 1 ms a token
+    assert paced[:2] == [8, 24]
+    assert max(paced) == 24  # 1.2 * 20 ms at 1 ms a token
     assert max(pieces(Priority.BATCH)) == 127
 
 
@@ -328,11 +326,105 @@ def test_a_prompt_that_is_long_by_the_cache_begins_small_beside_a_stream() -> No
     for _ in range(5):
         step(scheduler, cache, elapsed_s=1.0)
     scheduler.add(make_request("short", 200, 1), 0.0)
-    while len(step(scheduler, cache, elapsed_s=1.2)) > 1:
-        pass
+    while scheduler.n_running + scheduler.n_waiting > 1:
+        step(scheduler, cache, elapsed_s=1.2)
     scheduler.add(make_request("long", (*prompt, *range(100)), 1), 0.0)
+    (piece,) = scheduler.schedule(0.0).pieces
+    assert [(chunk.start, len(chunk.token_ids)) for chunk in piece.chunks] == [(2000, 8)]
+
+
+def slowly(scheduler: Scheduler, cache: FakeCache, finished: int, elapsed_s: float = 2.0) -> StepPlan:
+    """A step that finishes so many pieces."""
     plan = scheduler.schedule(0.0)
-    assert [(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks][1:] == [(2000, 8)]
+    tokens = cache.run_chunks(plan)
+    scheduler.update(plan, tokens, elapsed_s=elapsed_s, progress=cache.advance(plan, finished))
+    scheduler.check()
+    return plan
+
+
+@pytest.fixture
+def beside_a_stream() -> tuple[Scheduler, FakeCache]:
+    """Prefills go into pieces, of eight rows, since none was measured."""
+    scheduler = make_scheduler(n_blocks=400, context_length=1000, token_budget=128, layers=30)
+    cache = FakeCache(scheduler.blocks)
+    scheduler.add(make_request("stream", 5, 400), 0.0)
+    for _ in range(5):
+        step(scheduler, cache, elapsed_s=1.0)
+    return scheduler, cache
+
+
+def rows(plan: StepPlan) -> list[list[tuple[str, int, int]]]:
+    """(request, start, tokens) of each piece's chunks."""
+    return [[(c.request_id, c.start, len(c.token_ids)) for c in piece.chunks] for piece in plan.pieces]
+
+
+def test_a_piece_is_the_same_until_it_is_finished_and_the_next_one_is_at_hand(
+    beside_a_stream: tuple[Scheduler, FakeCache],
+) -> None:
+    scheduler, cache = beside_a_stream
+    scheduler.add(make_request("long", 40), 0.0)
+    first = slowly(scheduler, cache, 0)
+    assert rows(first) == [[("long", 0, 8)]]
+    second = slowly(scheduler, cache, 0)
+    assert rows(second) == [[("long", 0, 8)], [("long", 8, 18)]]
+    assert rows(slowly(scheduler, cache, 1)) == rows(second)
+    third = slowly(scheduler, cache, 2)
+    assert rows(third) == [[("long", 8, 18)], [("long", 26, 14)]]
+    assert first.pieces[0].number == second.pieces[0].number != second.pieces[1].number == third.pieces[0].number
+    assert [chunk.request_id for chunk in scheduler.schedule(0.0).chunks] == ["stream", "long"]
+
+
+def test_who_ends_leaves_its_piece_to_the_others(beside_a_stream: tuple[Scheduler, FakeCache]) -> None:
+    scheduler, cache = beside_a_stream
+    for name in ("a", "b", "c"):
+        scheduler.add(make_request(name, 4), 0.0)
+    assert rows(slowly(scheduler, cache, 0)) == [[("a", 0, 4), ("b", 0, 4)]]
+    scheduler.abort("a")
+    after = slowly(scheduler, cache, 0)
+    assert rows(after) == [[("b", 0, 4)], [("c", 0, 4)]]
+    scheduler.add(make_request("a", 4), 0.0)  # another one, of the same name
+    scheduler.abort("b")
+    last = slowly(scheduler, cache, 0)
+    assert rows(last) == [[("c", 0, 4)], [("a", 0, 4)]]
+    assert last.pieces[0].number == after.pieces[1].number
+
+
+def test_pieces_are_computed_to_their_end_where_nobody_streams_any_more(
+    beside_a_stream: tuple[Scheduler, FakeCache],
+) -> None:
+    scheduler, cache = beside_a_stream
+    scheduler.add(request := make_request("long", 40, 3), 0.0)
+    slowly(scheduler, cache, 0)
+    scheduler.abort("stream")
+    plan = scheduler.schedule(0.0)
+    assert (plan.chunks, plan.pace, rows(plan)) == ((), None, [[("long", 0, 8)]])
+    with pytest.raises(ValueError, match=r"progress\.finished"):
+        scheduler.update(plan, [])
+    scheduler.update(plan, cache.run(plan), progress=cache.progress)
+    assert [event.token for event in drain(scheduler, cache)] == [event.token for event in lone_run(request, 1000)]
+
+
+def test_a_failed_step_ends_those_in_pieces_too(beside_a_stream: tuple[Scheduler, FakeCache]) -> None:
+    scheduler, cache = beside_a_stream
+    scheduler.add(make_request("long", 40), 0.0)
+    slowly(scheduler, cache, 0)
+    plan = scheduler.schedule(0.0)
+    ends = scheduler.fail(plan, FinishReason.UNAVAILABLE, "no expert")
+    assert {event.request_id for event in ends} == {"stream", "long"}
+    assert len(ends) == 2
+    assert scheduler.idle
+
+
+def test_a_prompt_that_is_found_whole_is_a_row_among_the_streams(beside_a_stream: tuple[Scheduler, FakeCache]) -> None:
+    scheduler, cache = beside_a_stream
+    prompt = tuple(range(500, 509))
+    scheduler.add(make_request("first", prompt, 1), 0.0)
+    while scheduler.n_running + scheduler.n_waiting > 1:
+        step(scheduler, cache, elapsed_s=2.0)
+    scheduler.add(make_request("again", prompt, 1), 0.0)
+    plan = scheduler.schedule(0.0)
+    assert [(chunk.request_id, chunk.start) for chunk in plan.chunks][1:] == [("again", 8)]
+    assert plan.pieces == ()
 
 
 @pytest.mark.parametrize(

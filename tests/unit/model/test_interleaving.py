@@ -123,8 +123,8 @@ def test_a_failure_leaves_nothing_half_driven(
     runner = MicroBatched(path)
     layer = runner.spec.moe_layers[-1]
     passes: list[Any] = []
-    begin = runner.model._pass
-    monkeypatch.setattr(runner.model, "_pass", lambda *args: passes.append(begin(*args)) or passes[-1])
+    begin = runner.model.layers
+    monkeypatch.setattr(runner.model, "layers", lambda *args: passes.append(begin(*args)) or passes[-1])
     batches = [step_batch(part, CPU) for part in split_chunks(runner.chunks([(runner.add(PROMPTS[0]), 23)]), 3)]
 
     def fail(part: int, hidden: Tensor) -> None:
