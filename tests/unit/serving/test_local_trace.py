@@ -26,12 +26,12 @@ from cluster.config import ServerConfig
 from cluster.controller import Controller
 from tests.local_cluster import crash, running
 from tests.paged_runner import random_ids
-from tests.serving import VOCABULARY, Client
+from tests.serving import VOCABULARY, Client, ids_request
 from tests.trace_events import check_events
 from tests.waiting import until
 
 Local = Callable[..., ServerConfig]
-PROMPTS = [random_ids(4 + n, seed=n, vocab=VOCABULARY) for n in range(3)]
+PROMPT = random_ids(4, seed=0, vocab=VOCABULARY)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,14 @@ def cluster(checkpoint: tuple[Path, Any], local: Local) -> Iterator[tuple[Client
 
 @contextmanager
 def busy(client: Client) -> Iterator[None]:
-    """Requests run one after the other for as long as the block lasts."""
+    """Requests of three choices run one after the other for as long as the block lasts: no prompt beside streams, so
+    that each step is one pass through the layers."""
     over = threading.Event()
+    request = ids_request(PROMPT, 16, n=3)
 
     def work() -> None:
         while not over.is_set():
-            client.tokens_together(PROMPTS, 16)
+            client.generate(request)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -92,6 +94,7 @@ def test_the_spans_of_five_steps(cluster: tuple[Client, Controller]) -> None:
     numbers = [step.numbers["number"] for step in steps]
     assert numbers == list(range(numbers[0], numbers[0] + 5))
     assert all(step.numbers["rows"] >= step.numbers["requests"] >= 1 for step in steps)
+    assert 3 in {step.numbers["rows"] for step in steps}
     assert all(step.numbers["micro_batches"] == 1 for step in steps)
     for step in steps:
         # what the step before has brought is published while its first layer's rows are away
@@ -253,7 +256,7 @@ def test_one_trace_at_a_time(cluster: tuple[Client, Controller]) -> None:
     assert rpc_status.from_call(refused.value).details[0].Unpack(info)
     assert info.reason == "TRACE_RUNNING"
     client.control.Rebalance(pb.RebalanceRequest(), timeout=60)
-    client.tokens(PROMPTS[0], 2)
+    client.tokens(PROMPT, 2)
     assert first.result(timeout=60).steps == 1
 
 
