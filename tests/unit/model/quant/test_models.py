@@ -72,7 +72,7 @@ def test_logits_are_those_of_the_dequantised_model(plain: Path, tmp_path: Path, 
         errors = (got - want).abs().amax(-1) / want.abs().max()
         if name == "W8A8":
             # An element that lies within 1e-7 of the middle between two integers may fall to either: the reference's
-            # own rows, up to 5 of 12, move by as much when its embeddings change by 2e-7, and processors differ by that.
+            # own rows, up to 5 of 12, move as far when its embeddings change by 2e-7, and processors differ by that.
             assert errors.median() <= 1e-5
             assert errors.max() <= 3e-3
         else:
